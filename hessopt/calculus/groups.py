@@ -1,0 +1,83 @@
+"""Leaf to group: the vocabulary that `groups` and `blocks` share."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from hessopt._checks import check_word
+from hessopt.typing import Params
+
+Groups: TypeAlias = str | Callable[[Any, Any], Any] | Any
+
+
+def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
+    """Assign every leaf of `params` to a group.
+
+    Args:
+      params: pytree of arrays.
+      groups: `"all"` (one group), `"leaf"` (one per leaf), `"layer"` (leaves with the same parent path),
+        `"weights_biases"` (leaves of rank 2 and more; the others), a tree of labels with the structure of
+        `params`, or a callable `path, leaf -> label` with JAX's key path.
+
+    Returns:
+      `(labels, names)`: a tree like `params` of ints, and the names of the groups, in the order in which
+      their first leaves stand in `params`; `labels` index `names`.
+
+    Raises:
+      ValueError: for an unknown word, or labels that do not match `params`, naming the path.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "scale": jnp.ones(())}
+      >>> group_labels(params, "layer")
+      ({'dense': {'bias': 0, 'kernel': 0}, 'scale': 1}, ('dense', '.'))
+      >>> group_labels(params, "weights_biases")[1]
+      ('biases', 'weights')
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if callable(groups):
+        labels = [groups(path, leaf) for path, leaf in leaves]
+    elif not isinstance(groups, str):
+        labels = _given(groups, leaves)
+    else:
+        check_word("groups", groups, WORDS)
+        labels = [WORDS[groups](path, leaf) for path, leaf in leaves]
+    names = tuple(dict.fromkeys(map(str, labels)))
+    return jax.tree.unflatten(treedef, [names.index(str(label)) for label in labels]), names
+
+
+def take(tree: Any, labels: Any, group: int) -> Any:
+    """Return `tree` with None in place of every leaf outside `group`: same paths, fewer leaves."""
+    return jax.tree.map(lambda label, leaf: leaf if label == group else None, labels, tree)
+
+
+def combine(part: Any, tree: Any) -> Any:
+    """Return `tree` with those leaves replaced that are not None in `part`; the inverse of `take`."""
+    return jax.tree.map(lambda p, t: t if p is None else p, part, tree, is_leaf=lambda p: p is None)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "."
+
+
+WORDS: dict[str, Callable[[Any, Any], str]] = {
+    "all": lambda path, leaf: "all",
+    "leaf": lambda path, leaf: _name(path),
+    "layer": lambda path, leaf: _name(path[:-1]),
+    "weights_biases": lambda path, leaf: "weights" if jnp.ndim(leaf) >= 2 else "biases",
+}
+
+
+def _given(groups: Any, leaves: list[tuple[Any, Any]]) -> list[Any]:
+    """The labels of a tree that must have the paths of `leaves`."""
+    if not leaves:
+        return []
+    given = {_name(path): label for path, label in jax.tree_util.tree_leaves_with_path(groups)}
+    paths = [_name(path) for path, _ in leaves]
+    for path in [*paths, *given]:
+        if (path in given) != (path in paths):
+            where = "has no label" if path in paths else "is labelled but no parameter"
+            raise ValueError(f"groups must be a tree like params: {path!r} {where}")
+    return [given[path] for path in paths]

@@ -1,0 +1,128 @@
+"""Binds the keyword arguments of `update` to the objective; what is missing gets a clear error."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hessopt.typing import Params, ValueFn
+
+
+@dataclasses.dataclass(frozen=True)
+class Composite:
+    """The objective `loss_fn(model_fn(params))` with its two parts kept apart; see `composite`."""
+
+    model_fn: Callable[..., Any]
+    loss_fn: Callable[..., jax.Array]
+
+    def __call__(self, params: Params, *args: Any, **data: Any) -> jax.Array:
+        """Evaluate the objective."""
+        closed = self.close(*args, **data)
+        return closed.loss_fn(closed.model_fn(params))
+
+    def close(self, *args: Any, **data: Any) -> "Composite":
+        """Return the composite of params alone, given all of its data."""
+        names = list(_data_names(self.model_fn) | _data_names(self.loss_fn))
+        if len(args) > len(names):
+            raise TypeError(f"composite takes {len(names)} data arguments {names}, got {len(args)}")
+        return bind(self, dict(zip(names, args, strict=False)) | data, caller="composite")
+
+
+def composite(model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]) -> Composite:
+    """Compose an objective whose Gauss-Newton matrix can be formed.
+
+    Computes `f(params) = loss_fn(model_fn(params, ...), ...)`. With `J` the Jacobian of the model and `L` the
+    Hessian of the loss in the outputs, the Gauss-Newton matrix of f is `J' L J`, positive semi-definite for every
+    convex loss. A penalty on the parameters stays exact when the model returns them beside its outputs.
+
+    Args:
+      model_fn: `model_fn(params, ...)`, returning any pytree of floating arrays.
+      loss_fn: `loss_fn(outputs, ...)`, returning a real scalar; convex in the outputs.
+
+    Returns:
+      A callable `value_fn(params, ...)`. Each part receives the keyword data that it names. Positional data
+      is matched to the model's names first, then to those of the loss.
+
+    Raises:
+      TypeError: when called without data that a part requires.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def model_fn(params, x):
+      ...     return x @ params
+      >>> def loss_fn(outputs, y):
+      ...     return 0.5 * jnp.mean((outputs - y) ** 2)
+      >>> value_fn = composite(model_fn, loss_fn)
+      >>> float(value_fn(jnp.ones(2), x=jnp.ones((3, 2)), y=jnp.zeros(3)))
+      2.0
+
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", 2002.
+    """
+    return Composite(model_fn, loss_fn)
+
+
+def bind(value_fn: ValueFn | None, data: Mapping[str, Any], *, caller: str) -> Any:
+    """Return `value_fn` as a function of params alone, given the data that it names; a `Composite` stays one.
+
+    Data that it does not name is ignored, so that every transformation of a chain may find its own. Raises
+    `TypeError` naming `caller` and the call to write when value_fn is None, or when data it requires is missing.
+    """
+    if value_fn is None:
+        raise TypeError(f"{caller} needs the objective: call `tx.update(grads, state, params, value_fn=value_fn, ...)`")
+    if isinstance(value_fn, Composite):
+        return Composite(_bind(value_fn.model_fn, data, caller), _scalar(_bind(value_fn.loss_fn, data, caller), caller))
+    return _scalar(_bind(value_fn, data, caller), caller)
+
+
+def require_params(params: Params | None, *, caller: str) -> None:
+    """Raise `TypeError` when `params` was left out of a call to `update`."""
+    if params is None:
+        raise TypeError(f"{caller} needs the parameters: call `tx.update(grads, state, params, ...)`")
+
+
+def precompose(value_fn: Any, inner: Callable[..., Params]) -> Any:
+    """Return `value_fn(inner(.))`; of a `Composite`, the model is what is precomposed."""
+    if isinstance(value_fn, Composite):
+        model_fn = value_fn.model_fn
+        return Composite(lambda x: model_fn(inner(x)), value_fn.loss_fn)
+    return lambda x: value_fn(inner(x))
+
+
+def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of `fn` behind its first one, in order."""
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except ValueError:  # some builtins have no signature, and then take no data
+        return {}
+    return {p.name: p for p in parameters[1:] if p.kind is not p.VAR_POSITIONAL}
+
+
+def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str) -> Callable[[Any], Any]:
+    names = _data_names(fn)
+    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
+        return functools.partial(fn, **data)
+    missing = [p.name for p in names.values() if p.default is p.empty and p.name not in data]
+    if missing:
+        name = getattr(fn, "__name__", "value_fn")
+        given = ", ".join(f"{m}={m}" for m in missing)
+        raise TypeError(
+            f"{caller} cannot evaluate {name}: it requires {missing}; "
+            f"call `tx.update(grads, state, params, value_fn={name}, {given})`"
+        )
+    return functools.partial(fn, **{name: data[name] for name in names if name in data})
+
+
+def _scalar(fn: Callable[[Any], Any], caller: str) -> ValueFn:
+    @functools.wraps(fn)
+    def checked(x: Any) -> jax.Array:
+        value = fn(x)
+        if isinstance(value, tuple) or jnp.shape(value) != ():
+            got = "a tuple" if isinstance(value, tuple) else f"shape {jnp.shape(value)}"
+            raise TypeError(f"{caller} needs value_fn to return a scalar, got {got}; auxiliary outputs are not taken")
+        return value
+
+    return checked

@@ -1,0 +1,85 @@
+"""Flax linen: a train state whose optimizer sees the objective (`pip install hessopt[flax]`)."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import optax
+from flax.training import train_state
+
+from hessopt.calculus.objective import Composite
+from hessopt.typing import ValueFn
+
+
+class TrainState(train_state.TrainState):
+    """Flax's train state, which passes the value and the objective on to its optimizer.
+
+    Any optax transformation serves as `tx`. Create it with `TrainState.create(apply_fn=..., params=..., tx=...)`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hessopt
+      >>> from flax import linen as nn
+      >>> model, x = nn.Dense(1), jnp.array([[0.0], [1.0], [2.0]])
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply, params=model.init(jax.random.key(0), x), tx=hessopt.newton()
+      ... )
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean((model.apply(params, x) - y) ** 2)
+      >>> @jax.jit
+      ... def step(state, x, y):
+      ...     return state.step_with(loss_fn, x, y)
+      >>> state, value, _ = step(state, x, 3.0 * x + 1.0)
+      >>> round(float(state.params["params"]["kernel"][0, 0]), 3)
+      3.0
+    """
+
+    def apply_gradients(
+        self, *, grads: optax.Updates, value: jax.Array | None = None, value_fn: ValueFn | None = None, **replace: Any
+    ) -> Self:
+        """Update the parameters, the optimizer's state and the step count.
+
+        Args:
+          grads: gradient at `params`, a tree like it.
+          value: the objective at `params`, for optimizers with a line search.
+          value_fn: `value_fn(params)`, the objective, for optimizers that evaluate it.
+          **replace: further fields to replace.
+
+        Raises:
+          TypeError: from an optimizer that needs what was not given, naming it.
+        """
+        given = {"value": value, "value_fn": value_fn}
+        extra = {name: thing for name, thing in given.items() if thing is not None}
+        tx = optax.with_extra_args_support(self.tx)
+
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            return tx.update(updates, state, params, grad=updates, **extra)
+
+        informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
+        new = train_state.TrainState.apply_gradients(informed, grads=grads)
+        return self.replace(step=new.step, params=new.params, opt_state=new.opt_state, **replace)
+
+    def step_with(
+        self, loss_fn: Callable[..., Any], *data: Any, rngs: dict[str, jax.Array] | None = None
+    ) -> tuple[Self, jax.Array, Any]:
+        """Take one training step: value, gradient and update in one call.
+
+        Args:
+          loss_fn: `loss_fn(params, *data)`, or with `rngs=rngs` as well when those are given; returns the loss, or
+            `(loss, aux)`. A `hessopt.composite` keeps its parts apart for Gauss-Newton.
+          *data: positional data of loss_fn.
+          rngs: random keys, the same for the gradient and for every evaluation that the optimizer makes.
+
+        Returns:
+          `(state, value, aux)`: the new state; the loss and aux (None without one) at the old parameters.
+
+        Cost: one value and gradient, and the optimizer's update.
+        """
+        named = {} if rngs is None else {"rngs": rngs}
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            out = loss_fn(params, *data, **named)
+            return out if isinstance(out, tuple) else (out, None)
+
+        value_fn = loss_fn.close(*data, **named) if isinstance(loss_fn, Composite) else lambda params: loss(params)[0]
+        (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(self.params)
+        return self.apply_gradients(grads=optax.tree.conj(grads), value=value, value_fn=value_fn), value, aux

@@ -1,0 +1,104 @@
+"""Ready-made optimizers: every one a chain of a direction, a sign and, if any, a line search."""
+
+import math
+from typing import Any
+
+import optax
+
+from hessopt.calculus.curvature import CurvatureFn
+from hessopt.calculus.groups import Groups
+from hessopt.calculus.objective import bind, require_params
+from hessopt.numerics.positivity import Positivity
+from hessopt.transforms.newton import scale_by_newton
+from hessopt.typing import Params, ValueFn
+
+DEFAULT_LINESEARCH = optax.scale_by_backtracking_linesearch(
+    max_backtracking_steps=30, decrease_factor=0.5, increase_factor=math.inf, max_learning_rate=1.0, store_grad=True
+)
+"""Halves the step until the objective decreases enough, starting from the full step every time."""
+
+
+def newton(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    damping: optax.ScalarOrSchedule = 0.0,
+    positivity: str | Positivity = "shift",
+    blocks: Groups = "all",
+    update_every: int = 1,
+    curvature: str | CurvatureFn = "hessian",
+    linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
+) -> optax.GradientTransformationExtraArgs:
+    """Damped Newton with a line search.
+
+    Args:
+      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
+      damping, positivity, blocks, update_every, curvature: see `scale_by_newton`.
+      linesearch: an optax line search that takes the additive update, or None for none.
+
+    Returns:
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs the objective, and
+      with a line search also the value and the gradient at `params`.
+
+    Raises:
+      ValueError, TypeError: see `scale_by_newton`; TypeError also when a line search misses value or grad.
+
+    Cost per step: that of `scale_by_newton`, one `value_fn` per trial step and one gradient at the last trial.
+    `optax.value_and_grad_from_state` recycles the search's value and gradient where the next step is on the same data.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> def loss(x):
+      ...     return jnp.sum((x**2 - 1.0) ** 2)
+      >>> x, tx = jnp.array([0.5, 3.0]), newton()
+      >>> state = tx.init(x)
+      >>> for _ in range(8):
+      ...     value, grad = jax.value_and_grad(loss)(x)
+      ...     updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+      ...     x = optax.apply_updates(x, updates)
+      >>> jnp.round(x, 4).tolist()
+      [1.0, 1.0]
+
+    Source: see `scale_by_newton`.
+    """
+    direction = scale_by_newton(
+        damping, positivity=positivity, blocks=blocks, update_every=update_every, curvature=curvature
+    )
+    return _descend(direction, learning_rate, linesearch)
+
+
+def _descend(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule | None,
+    linesearch: optax.GradientTransformation | None,
+) -> optax.GradientTransformationExtraArgs:
+    """Chain a direction with the sign flip, its rate and a line search."""
+    sign = optax.scale(-1.0) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
+    search = [] if linesearch is None else [_search(linesearch)]
+    return optax.with_extra_args_support(optax.chain(direction, sign, *search))
+
+
+def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Hand a line search the bound objective and nothing else: optax's reject keywords that they do not know."""
+    linesearch = optax.with_extra_args_support(linesearch)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: optax.Updates | None = None,
+        value_fn: ValueFn | None = None,
+        **data: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        require_params(params, caller="the line search")
+        objective = bind(value_fn, data, caller="the line search")
+        for name, given in (("value", value), ("grad", grad)):
+            if given is None:
+                raise TypeError(
+                    f"the line search needs {name}: call `tx.update(grads, state, params, value=value, grad=grads, "
+                    "value_fn=value_fn, ...)`"
+                )
+        return linesearch.update(updates, state, params, value=value, grad=grad, value_fn=objective)
+
+    return optax.GradientTransformationExtraArgs(linesearch.init, update)

@@ -1,0 +1,232 @@
+"""Damped Newton: solve `(H + lambda I) p = g`.
+
+H is the Hessian (or Gauss-Newton matrix) of the objective, whole or in diagonal blocks, and lambda a constant or a
+schedule. Away from a minimum H need not be positive definite, and p need not point downhill. Three answers:
+
+- `"shift"`: the smallest workable addition to lambda (`numerics/cholesky.py`), remembered between steps;
+- `"absolute"`: |eigenvalues| in place of eigenvalues, which turns saddles into minima (Dauphin et al., 2014);
+- `"none"`: Newton's own step, to whatever stationary point is near.
+
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.4; Dauphin et al., arXiv 1406.2572.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt._checks import check_range, check_word
+from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
+from hessopt.calculus.flat import ravel, solve_dtype, unravel
+from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
+from hessopt.calculus.objective import bind, require_params
+from hessopt.numerics.positivity import POSITIVITIES, Positivity
+from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
+
+_NAME = "scale_by_newton"
+_OF_MATRIX = StepStatus.NEGATIVE_CURVATURE | StepStatus.UNBOUNDED_MODEL  # true for as long as a factor is in use
+
+
+class NewtonInfo(NamedTuple):
+    """What the last update found; of several blocks, the worst."""
+
+    status: jax.Array  # int32 scalar, StepStatus
+    damping: jax.Array  # scalar, lambda with the shift, in units of f / params^2
+    smallest_pivot: jax.Array  # scalar, of the factorised matrix, same units
+    condition: jax.Array  # scalar, largest over smallest pivot: a lower estimate of the condition number
+    attempts: jax.Array  # int32 scalar, factorisations tried, over all blocks
+
+
+class NewtonState(NamedTuple):
+    """State of `scale_by_newton`. Every array belongs to the curvature, none is shaped like params."""
+
+    count: jax.Array  # int32 scalar, updates so far
+    shift: Vector  # (number of blocks,), shifts of the last factorisations that succeeded
+    factors: Any  # with update_every > 1, the blocks' factors in use; None else
+    info: NewtonInfo
+
+
+def scale_by_newton(
+    damping: optax.ScalarOrSchedule = 0.0,
+    *,
+    positivity: str | Positivity = "shift",
+    blocks: Groups = "all",
+    update_every: int = 1,
+    curvature: str | CurvatureFn = "hessian",
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the gradient by the inverse of the damped Hessian.
+
+    Per block b of the parameters, with n_b entries: `p_b = (H_b + lambda I)^-1 g_b`.
+
+    Args:
+      damping: lambda >= 0, in units of f / params^2, or a schedule of it.
+      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`: add the smallest workable
+        multiple of the identity, remembered between steps; `"absolute"`: take eigenvalues by magnitude;
+        `"none"`: nothing, which may step towards a saddle or a maximum and says so in the status.
+      blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal blocks only, each computed
+        on its own.
+      update_every: number of updates for which a factorisation serves. Shapes the state.
+      curvature: `"hessian"`, or `"gauss_newton"` with `value_fn=hessopt.composite(model_fn, loss_fn)`.
+
+    Returns:
+      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *, value_fn, **data)` needs
+      the objective. Its status is `state.info.status`.
+
+      A block whose curvature is not finite keeps its older factor, or does not move (FACTORIZATION_FAILED); one
+      whose gradient is not finite does not move (NONFINITE); one without any curvature moves along its gradient by a
+      unit length (UNBOUNDED_MODEL). The state is then as before, but for count and info.
+
+    Raises:
+      ValueError: for damping < 0, update_every < 1 or an unknown word.
+      TypeError: in `update`, when params or value_fn is missing, or data that value_fn requires.
+
+    Cost per update: sum n_b products of about two gradients each and n_b^3/3 multiplications per attempted
+    factorisation (`"shift"`: 1.6 attempts on average), every `update_every` updates; n_b^2 in between. Memory: the
+    largest n_b^2, twice; with update_every > 1 all of them.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> def loss(x, target):
+      ...     return jnp.sum((x - target) ** 4)
+      >>> tx = optax.chain(scale_by_newton(), optax.scale(-1.0))
+      >>> x, target = jnp.array([3.0, 2.0]), jnp.zeros(2)
+      >>> updates, state = tx.update(jax.grad(loss)(x, target), tx.init(x), x, value_fn=loss, target=target)
+      >>> jnp.allclose(updates, -x / 3).item()
+      True
+
+    Source: see the head of this file.
+    """
+    check_range("damping", damping, 0)
+    check_range("update_every", update_every, 1)
+    check_word("positivity", positivity, POSITIVITIES)
+    check_word("curvature", curvature, CURVATURES)
+    check_word("blocks", blocks, WORDS)
+    method = POSITIVITIES[positivity] if isinstance(positivity, str) else positivity
+
+    def empty_factors(params: Params, labels: Any, count: int) -> list[Any]:
+        def empty(group: int) -> Any:
+            size = jax.eval_shape(ravel, take(params, labels, group)).size
+            matrix = jax.ShapeDtypeStruct((size, size), solve_dtype(params))
+            shapes = jax.eval_shape(method.factorize, matrix, jax.ShapeDtypeStruct((), matrix.dtype)).factor
+            return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+
+        return [empty(group) for group in range(count)]
+
+    def init(params: Params) -> NewtonState:
+        labels, names = group_labels(params, blocks)
+        dtype = solve_dtype(params)
+        return NewtonState(
+            count=jnp.zeros((), jnp.int32),
+            shift=jnp.zeros(len(names), dtype),
+            factors=_per_block(empty_factors(params, labels, len(names))) if update_every > 1 else None,
+            info=_worst([], dtype),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        value_fn: ValueFn | None = None,
+        grad: optax.Updates | None = None,
+        **data: Any,
+    ) -> tuple[optax.Updates, NewtonState]:
+        require_params(params, caller=_NAME)
+        objective = bind(value_fn, data, caller=_NAME)
+        labels, names = group_labels(params, blocks)
+        parts = [take(updates, labels, group) for group in range(len(names))]
+        gradients = [ravel(part) for part in parts]
+        dtype = solve_dtype(params)
+        lam = jnp.asarray(damping(state.count) if callable(damping) else damping, dtype)
+
+        def factorize() -> tuple[Any, Vector, NewtonInfo]:
+            matrices = block_hessians(objective, params, labels, len(names), curvature=curvature)
+            old = empty_factors(params, labels, len(names)) if state.factors is None else state.factors
+            factors, shifts, infos = [], [], []
+            for group, (H, g) in enumerate(zip(matrices, gradients, strict=True)):
+                factor, shift, info = _factorize_block(method, H, g, lam, old[group], state.shift[group])
+                factors.append(factor)
+                shifts.append(shift)
+                infos.append(info)
+            return _per_block(factors), jnp.array(shifts, dtype), _worst(infos, dtype)
+
+        def reuse() -> tuple[Any, Vector, NewtonInfo]:
+            return state.factors, state.shift, state.info._replace(status=state.info.status & _OF_MATRIX)
+
+        if update_every > 1:
+            failed = (state.info.status & StepStatus.FACTORIZATION_FAILED) != 0
+            factors, shift, info = jax.lax.cond((state.count % update_every == 0) | failed, factorize, reuse)
+        else:
+            factors, shift, info = factorize()
+
+        direction, slope, status = updates, jnp.zeros((), dtype), info.status
+        downhill = updates if grad is None else grad
+        for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
+            p = method.solve(factors[group], g)
+            solved, finite = jnp.all(jnp.isfinite(p)), jnp.all(jnp.isfinite(g))
+            p = jnp.where(solved, p, 0.0)
+            slope += jnp.vdot(ravel(take(downhill, labels, group)), p, precision="highest")
+            status |= step_status({StepStatus.NONFINITE: ~finite, StepStatus.FACTORIZATION_FAILED: finite & ~solved})
+            direction = combine(unravel(p, part), direction)
+        moves = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(direction)], bool))
+        status |= step_status({StepStatus.NOT_DESCENT: moves & ~(slope > 0)})
+
+        return direction, NewtonState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            shift=shift,
+            factors=factors if update_every > 1 else None,
+            info=info._replace(status=status),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _factorize_block(
+    method: Positivity, H: Matrix, g: Vector, lam: jax.Array, old_factor: Any, old_shift: jax.Array
+) -> tuple[Any, jax.Array, NewtonInfo]:
+    """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was there before."""
+    length = jnp.linalg.norm(g)
+    flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
+    diagonal = jnp.where(flat, jnp.where(length > 0, length, 1.0), lam)
+    new = method.factorize(H + diagonal * jnp.eye(len(H), dtype=H.dtype), old_shift)
+
+    smallest = jnp.min(new.pivots, initial=jnp.inf)
+    status = step_status(
+        {
+            StepStatus.NONFINITE: ~jnp.all(jnp.isfinite(H)),
+            StepStatus.FACTORIZATION_FAILED: ~new.ok,
+            StepStatus.NEGATIVE_CURVATURE: new.ok & new.indefinite,
+            StepStatus.UNBOUNDED_MODEL: flat & (length > 0),
+        }
+    )
+    info = NewtonInfo(
+        status=status,
+        damping=diagonal + jnp.where(new.ok, new.shift, 0.0),
+        smallest_pivot=jnp.where(new.ok, smallest, 0.0),
+        condition=jnp.where(new.ok, jnp.max(new.pivots, initial=0.0) / smallest, jnp.inf),
+        attempts=new.attempts,
+    )
+    factor = jax.tree.map(lambda n, o: jnp.where(new.ok, n, o), new.factor, old_factor)
+    return factor, jnp.where(new.ok, new.shift, old_shift), info
+
+
+def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
+    """The flags of all blocks, the extremes of their figures, the sum of their attempts; zeros for no block."""
+    if not infos:
+        info = NewtonInfo(*[jnp.zeros((), dtype) for _ in NewtonInfo._fields])
+        return info._replace(status=jnp.zeros((), jnp.int32), attempts=jnp.zeros((), jnp.int32))
+    every = NewtonInfo(*(jnp.stack(field) for field in zip(*infos, strict=True)))
+    return NewtonInfo(
+        status=functools.reduce(jnp.bitwise_or, every.status),
+        damping=jnp.max(every.damping),
+        smallest_pivot=jnp.min(every.smallest_pivot),
+        condition=jnp.max(every.condition),
+        attempts=jnp.sum(every.attempts, dtype=jnp.int32),
+    )
+
+
+def _per_block(items: list[Any]) -> Any:
+    """One item per block. Of no block a leaf, so that `optax.tree.map_params` sees a non-parameter there."""
+    return tuple(items) or jnp.zeros(())

@@ -1,0 +1,62 @@
+"""Names for the arrays and functions that every signature of hessopt speaks of."""
+
+import enum
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Params: TypeAlias = Any
+"""A pytree of floating or complex arrays."""
+
+ValueFn: TypeAlias = Callable[..., jax.Array]
+"""The objective, `value_fn(params, **data)`: a real scalar, never `(value, aux)`."""
+
+Vector: TypeAlias = jax.Array
+"""A real array of shape `(n,)`."""
+
+Matrix: TypeAlias = jax.Array
+"""A real array of shape `(n, n)`."""
+
+
+class StepStatus(enum.IntFlag):
+    """What happened during one update. The facts can co-occur; states hold them as one int32.
+
+    Example:
+      >>> status = StepStatus.NEGATIVE_CURVATURE | StepStatus.NOT_DESCENT
+      >>> StepStatus.NOT_DESCENT in status
+      True
+    """
+
+    OK = 0
+    NONFINITE = enum.auto()
+    """A value, gradient or curvature was inf or NaN; what depended on it was left out."""
+    NOT_DESCENT = enum.auto()
+    """The direction points uphill, or along a contour."""
+    SEARCH_FAILED = enum.auto()
+    """No trial step was accepted."""
+    PAIR_SKIPPED = enum.auto()
+    """A secant pair failed the curvature test and was not used."""
+    MEMORY_RESET = enum.auto()
+    """The quasi-Newton memory was emptied."""
+    FACTORIZATION_FAILED = enum.auto()
+    """A matrix could not be factorised; its block of the update is an older one's, or zero."""
+    NEGATIVE_CURVATURE = enum.auto()
+    """The curvature matrix, damping included, is not positive definite."""
+    UNBOUNDED_MODEL = enum.auto()
+    """The local model has no minimiser."""
+    STEP_REJECTED = enum.auto()
+    """The trial step was worse than none and was not taken."""
+    RATE_KEPT = enum.auto()
+    """The model gave no usable rate; the last one was kept."""
+    SAFEGUARDED = enum.auto()
+    """The safeguard shortened the step."""
+
+
+def step_status(facts: Mapping[StepStatus, jax.Array]) -> jax.Array:
+    """Return the int32 scalar with the flag of every fact that is true."""
+    status = jnp.zeros((), jnp.int32)
+    for flag, fact in facts.items():
+        status = status | jnp.where(fact, jnp.int32(flag), jnp.int32(0))
+    return status
