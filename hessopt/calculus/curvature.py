@@ -118,7 +118,12 @@ def hessian(
       [[6.0, 2.0], [2.0, 0.0]]
     """
     labels, names = group_labels(params, blocks)
-    matrices = block_hessians(value_fn, params, labels, len(names), curvature=curvature, chunk_size=chunk_size)
+
+    @jax.jit  # one program, also where the caller does not jit
+    def compute(params: Params) -> list[Matrix]:
+        return block_hessians(value_fn, params, labels, len(names), curvature=curvature, chunk_size=chunk_size)
+
+    matrices = compute(params)
     if isinstance(blocks, str) and blocks == "all":
         return matrices[0] if matrices else jnp.zeros((0, 0), solve_dtype(params))
     return dict(zip(names, matrices, strict=True))

@@ -33,8 +33,8 @@ def real_leaves(tree: Params) -> tuple[list[jax.Array], Callable[[Sequence[jax.A
 
 def solve_dtype(tree: Params) -> Any:
     """The real dtype of inner products and solves over `tree`: that of its leaves, at least float32."""
-    leaves = jax.tree.leaves(tree)
-    return jnp.finfo(jnp.result_type(jnp.float32, *leaves)).dtype
+    dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)]  # a weakly typed leaf counts like any other
+    return jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
 
 
 def ravel(tree: Params) -> Vector:

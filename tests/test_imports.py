@@ -1,0 +1,48 @@
+"""Imports run one way: typing, then numerics and calculus, then transforms, then optimizers."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "hessopt"
+ALLOWED = {
+    "typing": set(),
+    "_checks": set(),
+    "numerics": {"typing", "numerics"},
+    "calculus": {"typing", "_checks", "calculus"},
+    "transforms": {"typing", "_checks", "numerics", "calculus"},
+    "optimizers": {"typing", "_checks", "numerics", "calculus", "transforms"},
+    "linen": {"typing", "calculus"},
+    "__init__": {"typing", "calculus", "transforms", "optimizers"},
+}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent == ROOT or path.name != "__init__.py")
+
+
+def layer(parts: tuple[str, ...]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_from_the_layers_below_it_only(path: pathlib.Path):
+    here = path.relative_to(ROOT)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [node.module or ""]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            if name.split(".")[0] == "hessopt":
+                imported = tuple(name.split(".")[1:])
+                assert layer(imported) in ALLOWED[layer(here.parts)], f"{here} imports {name}"
+                assert here.parts[0] != "transforms" or imported[0] != "transforms"
+
+
+def test_numerics_import_jax_only():
+    for path in (ROOT / "numerics").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert {str(m).split(".")[0] for m in modules} <= {"jax", "hessopt", "typing", "collections"}
