@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from hessopt.calculus.curvature import CurvatureFn
@@ -13,7 +15,7 @@ from hessopt.transforms.newton import scale_by_newton
 from hessopt.typing import Params, ValueFn
 
 DEFAULT_LINESEARCH = optax.scale_by_backtracking_linesearch(
-    max_backtracking_steps=30, decrease_factor=0.5, increase_factor=math.inf, max_learning_rate=1.0, store_grad=True
+    max_backtracking_steps=30, decrease_factor=0.5, increase_factor=math.inf, max_learning_rate=1.0
 )
 """Halves the step until the objective decreases enough, starting from the full step every time."""
 
@@ -42,8 +44,7 @@ def newton(
     Raises:
       ValueError, TypeError: see `scale_by_newton`; TypeError also when a line search misses value or grad.
 
-    Cost per step: that of `scale_by_newton`, one `value_fn` per trial step and one gradient at the last trial.
-    `optax.value_and_grad_from_state` recycles the search's value and gradient where the next step is on the same data.
+    Cost per step: that of `scale_by_newton`, and one `value_fn` per trial step of the search.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -78,8 +79,15 @@ def _descend(
 
 
 def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Hand a line search the bound objective and nothing else: optax's reject keywords that they do not know."""
+    """Fit one of optax's line searches into any chain.
+
+    It gets the bound objective and nothing else, since optax's reject keywords that they do not know, and a strongly
+    typed state, since theirs starts weakly typed and makes a jitted step compile twice.
+    """
     linesearch = optax.with_extra_args_support(linesearch)
+
+    def init(params: Params) -> optax.OptState:
+        return jax.tree.map(_strongly_typed, linesearch.init(params))
 
     def update(
         updates: optax.Updates,
@@ -101,4 +109,9 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
                 )
         return linesearch.update(updates, state, params, value=value, grad=grad, value_fn=objective)
 
-    return optax.GradientTransformationExtraArgs(linesearch.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _strongly_typed(leaf: Any) -> jax.Array:
+    array = jnp.asarray(leaf)
+    return jax.lax.convert_element_type(array, array.dtype)

@@ -25,7 +25,7 @@ def loss(params):
 
 def dense(value_fn, params):
     vector, unravel = ravel_pytree(params)
-    return jax.hessian(lambda v: value_fn(unravel(v)))(vector)
+    return jax.jit(jax.hessian(lambda v: value_fn(unravel(v))))(vector)
 
 
 @functools.cache

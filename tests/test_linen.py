@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import hessopt
+from hessopt.linen import TrainState
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic=True):
+        x = nn.Dropout(0.5, deterministic=deterministic)(jnp.tanh(nn.Dense(4)(x)))
+        return nn.Dense(2)(x)
+
+
+MODEL = Net()
+X = jax.random.normal(jax.random.key(1), (20, 3))
+Y = (X[:, 0] > 0).astype(jnp.int32)
+
+
+def create(tx):
+    return TrainState.create(apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(0), X), tx=tx)
+
+
+def loss_fn(params, x, y):
+    logits = MODEL.apply(params, x)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+    return loss + 1e-2 * optax.tree.norm(params, squared=True)
+
+
+def loss_with_aux(params, x, y):
+    return loss_fn(params, x, y), {"accuracy": jnp.mean(jnp.argmax(MODEL.apply(params, x), -1) == y)}
+
+
+def assert_trees_close(one, other, **tolerances):
+    for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True):
+        np.testing.assert_allclose(a, b, **tolerances)
+
+
+def test_step_with_is_value_gradient_and_update():
+    state = create(hessopt.newton())
+    stepped, value, aux = jax.jit(lambda s: s.step_with(loss_fn, X, Y))(state)
+    expected, grads = jax.value_and_grad(loss_fn)(state.params, X, Y)
+    by_hand = state.apply_gradients(grads=grads, value=expected, value_fn=lambda p: loss_fn(p, X, Y))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    assert aux is None
+    assert stepped.step == 1
+    assert_trees_close(stepped.params, by_hand.params, rtol=1e-3, atol=1e-5)
+    assert loss_fn(stepped.params, X, Y) < value
+
+
+def test_newton_trains_a_flax_model_and_aux_is_returned():
+    state = create(hessopt.newton())
+    step = jax.jit(lambda s: s.step_with(loss_with_aux, X, Y))
+    for _ in range(15):
+        state, _, aux = step(state)
+    assert step._cache_size() == 1
+    assert aux["accuracy"] == 1.0
+    grads = jax.grad(loss_fn)(state.params, X, Y)
+    assert optax.tree.norm(grads) < 1e-3
+
+
+def test_any_optax_optimizer_takes_the_same_step_as_in_flax():
+    from flax.training import train_state
+
+    grads = jax.grad(loss_fn)(create(optax.adam(1e-2)).params, X, Y)
+    ours = create(optax.adam(1e-2)).apply_gradients(grads=grads)
+    params = MODEL.init(jax.random.key(0), X)
+    theirs = train_state.TrainState.create(apply_fn=MODEL.apply, params=params, tx=optax.adam(1e-2))
+    assert_trees_close(ours.params, theirs.apply_gradients(grads=grads).params, rtol=1e-6)
+
+
+def test_optax_lbfgs_gets_what_it_needs():
+    state, value, _ = create(optax.lbfgs()).step_with(loss_fn, X, Y)
+    assert loss_fn(state.params, X, Y) < value
+
+
+def test_what_an_optimizer_misses_is_named_and_fields_are_replaced():
+    state = create(hessopt.newton())
+    grads = jax.grad(loss_fn)(state.params, X, Y)
+    with pytest.raises(TypeError, match="scale_by_newton needs the objective"):
+        state.apply_gradients(grads=grads)
+    assert create(optax.sgd(0.1)).apply_gradients(grads=grads, apply_fn=loss_fn).apply_fn is loss_fn
+
+
+def test_a_composite_keeps_its_parts_for_gauss_newton():
+    value_fn = hessopt.composite(
+        lambda params, x: MODEL.apply(params, x),
+        lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(),
+    )
+    state = create(hessopt.newton(damping=1e-2, curvature="gauss_newton"))
+    state, value, _ = jax.jit(lambda s: s.step_with(value_fn, X, Y))(state)
+    assert value_fn(state.params, X, Y) < value
+
+
+def test_the_optimizers_evaluations_use_the_gradients_dropout_mask():
+    def noisy(params, x, y, rngs):
+        logits = MODEL.apply(params, x, deterministic=False, rngs=rngs)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    state = create(hessopt.newton(damping=1e-2))
+    rngs = {"dropout": jax.random.key(3)}
+    new, value, _ = state.step_with(noisy, X, Y, rngs=rngs)
+    assert noisy(new.params, X, Y, rngs) < value

@@ -1,0 +1,93 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import hessopt
+
+
+def f(x, target):
+    return jnp.sum((x - target) ** 4) + jnp.sum((x - target) ** 2)
+
+
+def minimize(tx, x, target, steps):
+    state = tx.init(x)
+
+    @jax.jit
+    def step(x, state):
+        value, grad = jax.value_and_grad(f)(x, target)
+        updates, state = tx.update(
+            grad, state, x, value=value, grad=grad, value_fn=f, target=target, unknown_to_everyone=1.0
+        )
+        return optax.apply_updates(x, updates), state
+
+    for _ in range(steps):
+        x, state = step(x, state)
+    return x, state
+
+
+@pytest.mark.parametrize(
+    "linesearch",
+    [
+        hessopt.optimizers.DEFAULT_LINESEARCH,
+        optax.scale_by_backtracking_linesearch(20),
+        optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one"),
+        None,
+    ],
+)
+def test_newton_minimizes_with_every_search_and_without_and_ignores_unknown_keywords(linesearch):
+    target = jnp.array([1.0, -2.0])
+    x, _ = minimize(hessopt.newton(linesearch=linesearch), jnp.array([5.0, 3.0]), target, 15)
+    np.testing.assert_allclose(x, target, atol=1e-10)
+
+
+def test_the_learning_rate_scales_the_step_and_may_be_a_schedule():
+    x, target = jnp.array([3.0]), jnp.array([0.0])
+    full, _ = minimize(hessopt.newton(linesearch=None), x, target, 1)
+    half, _ = minimize(hessopt.newton(0.5, linesearch=None), x, target, 1)
+    scheduled, _ = minimize(hessopt.newton(optax.constant_schedule(0.5), linesearch=None), x, target, 1)
+    np.testing.assert_allclose(half, (x + full) / 2)
+    np.testing.assert_allclose(scheduled, half)
+
+
+def test_the_search_needs_value_and_grad_and_says_so():
+    tx, x = hessopt.newton(), jnp.ones(2)
+    g = jax.grad(f)(x, 0.0)
+    with pytest.raises(TypeError, match="the line search needs value: call"):
+        tx.update(g, tx.init(x), x, grad=g, value_fn=f, target=0.0)
+    with pytest.raises(TypeError, match="the line search needs grad: call"):
+        tx.update(g, tx.init(x), x, value=f(x, 0.0), value_fn=f, target=0.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_one_compilation_serves_in_either_precision(dtype):
+    tx, x = hessopt.newton(), jnp.array([4.0, -3.0], dtype)
+    state = tx.init(x)
+
+    @jax.jit
+    def step(x, state):
+        value, grad = jax.value_and_grad(f)(x, 1.0)
+        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=f, target=1.0)
+        return optax.apply_updates(x, updates), state
+
+    for _ in range(6):
+        x, state = step(x, state)
+    assert x.dtype == dtype
+    np.testing.assert_allclose(x, 1.0, atol=1e-2)
+    assert step._cache_size() == 1
+
+
+def test_the_step_never_increases_the_objective_from_where_newton_diverges():
+    loss = lambda x: jnp.sum(jnp.sqrt(1 + x**2))  # noqa: E731  # Newton's map is x -> -x^3
+    tx, x = hessopt.newton(), jnp.array([2.0])
+    state, values = tx.init(x), [math.inf]
+    for _ in range(8):
+        value, grad = jax.value_and_grad(loss)(x)
+        assert value <= values[-1]
+        values.append(float(value))
+        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        x = optax.apply_updates(x, updates)
+    np.testing.assert_allclose(x, 0.0, atol=1e-6)
