@@ -73,7 +73,7 @@ def test_one_compilation_serves_in_either_precision(dtype):
         updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=f, target=1.0)
         return optax.apply_updates(x, updates), state
 
-    for _ in range(6):
+    for _ in range(12):
         x, state = step(x, state)
     assert x.dtype == dtype
     np.testing.assert_allclose(x, 1.0, atol=1e-2)
