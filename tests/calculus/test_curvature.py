@@ -110,9 +110,9 @@ def test_gauss_newton_with_the_parameters_among_the_outputs_keeps_a_penalty_exac
 
 
 def test_gauss_newton_needs_a_composite_and_words_are_checked():
-    with pytest.raises(TypeError, match="hessopt.composite"):
+    with pytest.raises(TypeError, match=r"hessopt\.composite"):
         hessian(loss, PARAMS, curvature="gauss_newton")
-    with pytest.raises(ValueError, match="curvature must be one of .* got 'fisher'"):
+    with pytest.raises(ValueError, match=r"curvature must be one of .* got 'fisher'"):
         hessian(loss, PARAMS, curvature="fisher")
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         hessian(loss, PARAMS, chunk_size=0)

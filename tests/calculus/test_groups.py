@@ -42,7 +42,7 @@ def test_take_and_combine_are_inverse():
 
 
 def test_what_does_not_match_is_named():
-    with pytest.raises(ValueError, match="groups must be one of .*'layer'.*, got 'layers'"):
+    with pytest.raises(ValueError, match=r"groups must be one of .*'layer'.*, got 'layers'"):
         group_labels(PARAMS, "layers")
     with pytest.raises(ValueError, match="'dec/kernel' has no label"):
         group_labels(PARAMS, {"enc": {"bias": 0, "kernel": 0}, "dec": {"bias": 0}, "scale": 1})

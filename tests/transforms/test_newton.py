@@ -352,12 +352,12 @@ def digits_run(positivity, seed, steps):
         largest = jnp.max(jnp.array([jnp.max(jnp.abs(g)) for g in jax.tree.leaves(grad)]))
         return optax.apply_updates(params, updates), state, largest
 
-    seen, attempts, largest = StepStatus.OK, 0, jnp.inf
-    for taken in range(steps):
+    seen, attempts, largest, taken = StepStatus.OK, 0, jnp.inf, 0
+    while taken < steps:
         new, state, largest = step(params, state)
         if largest < 1e-8:
             break
-        params = new
+        params, taken = new, taken + 1
         seen |= status(state[0])
         attempts += int(state[0].info.attempts)
     accuracy = float(jnp.mean(jnp.argmax(mlp(params, data.x_test), axis=1) == data.y_test))
