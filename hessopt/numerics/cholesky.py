@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.norms import norm
 from hessopt.typing import Matrix, Vector
 
 START = 1e-4
@@ -49,19 +50,18 @@ def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
     """
     eye = jnp.eye(len(matrix), dtype=matrix.dtype)
     diagonal = jnp.diagonal(matrix)
-    largest = jnp.max(jnp.abs(matrix), initial=0.0)
-    norm = largest * jnp.linalg.norm(matrix / jnp.where(largest > 0, largest, 1.0))
-    first = jnp.where(shift / 2 < FLOOR * norm, 0.0, shift / 2)
+    size = norm(matrix)
+    first = jnp.where(shift / 2 < FLOOR * size, 0.0, shift / 2)
 
     def attempt(last: ShiftedCholesky) -> ShiftedCholesky:
-        shift = jnp.where(last.attempts == 0, first, jnp.maximum(2 * last.shift, START * norm))
+        shift = jnp.where(last.attempts == 0, first, jnp.maximum(2 * last.shift, START * size))
         factor = jax.lax.linalg.cholesky(matrix + shift * eye, symmetrize_input=False)
         pivots = jnp.diagonal(factor) ** 2
         ok = jnp.all(pivots > 10 * jnp.finfo(matrix.dtype).eps * jnp.abs(diagonal + shift))
         return ShiftedCholesky(factor, pivots, shift, last.attempts + 1, ok)
 
     def unsettled(last: ShiftedCholesky) -> jax.Array:
-        return ~last.ok & (last.attempts < MAX_ATTEMPTS) & jnp.isfinite(norm) & (norm > 0)
+        return ~last.ok & (last.attempts < MAX_ATTEMPTS) & jnp.isfinite(size) & (size > 0)
 
     nothing_to_do = jnp.asarray(len(matrix) == 0)
     start = ShiftedCholesky(matrix, diagonal, first, jnp.zeros((), jnp.int32), nothing_to_do)

@@ -22,6 +22,7 @@ from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
 from hessopt.calculus.flat import ravel, solve_dtype, unravel
 from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
 from hessopt.calculus.objective import bind, require_params
+from hessopt.numerics.norms import norm, unit_scale
 from hessopt.numerics.positivity import POSITIVITIES, Positivity
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
@@ -161,17 +162,16 @@ def scale_by_newton(
         else:
             factors, shift, info = factorize()
 
-        direction, slope, status = updates, jnp.zeros((), dtype), info.status
-        downhill = updates if grad is None else grad
+        direction, status = updates, info.status
         for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
             p = method.solve(factors[group], g)
             solved, finite = jnp.all(jnp.isfinite(p)), jnp.all(jnp.isfinite(g))
             p = jnp.where(solved, p, 0.0)
-            slope += jnp.vdot(ravel(take(downhill, labels, group)), p, precision="highest")
             status |= step_status({StepStatus.NONFINITE: ~finite, StepStatus.FACTORIZATION_FAILED: finite & ~solved})
             direction = combine(unravel(p, part), direction)
-        moves = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(direction)], bool))
-        status |= step_status({StepStatus.NOT_DESCENT: moves & ~(slope > 0)})
+        p, g = ravel(direction), ravel(updates if grad is None else grad)
+        slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
+        status |= step_status({StepStatus.NOT_DESCENT: jnp.any(p != 0) & ~(slope > 0)})
 
         return direction, NewtonState(
             count=jnp.asarray(optax.safe_increment(state.count)),
@@ -187,7 +187,7 @@ def _factorize_block(
     method: Positivity, H: Matrix, g: Vector, lam: jax.Array, old_factor: Any, old_shift: jax.Array
 ) -> tuple[Any, jax.Array, NewtonInfo]:
     """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was there before."""
-    length = jnp.linalg.norm(g)
+    length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
     diagonal = jnp.where(flat, jnp.where(length > 0, length, 1.0), lam)
     new = method.factorize(H + diagonal * jnp.eye(len(H), dtype=H.dtype), old_shift)

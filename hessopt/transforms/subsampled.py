@@ -17,13 +17,14 @@ from hessopt._checks import check_range, check_word
 from hessopt.calculus.flat import ravel, solve_dtype
 from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
 from hessopt.calculus.objective import bind, precompose, require_params
+from hessopt.numerics.norms import norm
 from hessopt.typing import Params, StepStatus, ValueFn, step_status
 
 _NAME = "subsampled"
 
 
 class SubsampledInfo(NamedTuple):
-    """What the last update drew."""
+    """What the last update drew; what the blocks' own steps found is in their inner states."""
 
     status: jax.Array  # int32 scalar, StepStatus
     drawn: jax.Array  # int32 scalar, blocks that got the inner direction
@@ -133,11 +134,12 @@ def subsampled(
             )
 
         steps = [step(group) for group in range(len(names))]
-        lengths = jnp.array([_norm(part) for part, _ in steps], state.ratio.dtype)
-        before = jnp.array([_norm(take(updates, labels, g)) for g in range(len(names))], state.ratio.dtype)
-        usable = drawn & (before > 0) & jnp.isfinite(lengths / jnp.where(before > 0, before, 1.0))
-        mean = jnp.sum(jnp.where(usable, lengths / jnp.where(usable, before, 1.0), 0.0)) / jnp.maximum(usable.sum(), 1)
-        ratio = jnp.where(usable.any(), mean, state.ratio)
+        dtype = state.ratio.dtype
+        lengths = jnp.array([norm(ravel(part)) for part, _ in steps], dtype)
+        before = jnp.array([norm(ravel(take(updates, labels, group))) for group in range(len(names))], dtype)
+        usable = drawn & (before > 0) & jnp.isfinite(lengths)
+        ratios = jnp.where(usable, lengths / jnp.where(usable, before, 1.0), 0.0)
+        ratio = jnp.where(usable.any(), ratios.sum() / jnp.maximum(usable.sum(), 1), state.ratio)
 
         factor = jnp.where(drawn | (rest == "gradient"), 1.0, ratio)
         direction = updates
@@ -157,7 +159,3 @@ def subsampled(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _norm(tree: Any) -> jax.Array:
-    return jnp.linalg.norm(ravel(tree))

@@ -277,6 +277,20 @@ def test_updates_keep_the_gradients_dtype(dtype):
     np.testing.assert_allclose(step.astype(jnp.float32), [1.0, 2.0], rtol=1e-2)
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("positivity", POSITIVITIES)
+def test_in_float32_scaling_the_objective_changes_neither_step_nor_status(positivity, scale):
+    x = jnp.array([1.0, 0.5, -2.0], jnp.float32)
+
+    def f(x):
+        return np.float32(scale) * (x[0] ** 2 - x[1] ** 2 + 0.1 * x[1] ** 4 + 3.0 * x[2] ** 2 + x[0] * x[2])
+
+    step, state = direction(scale_by_newton(positivity=positivity), f, x)
+    expected, reference = direction(scale_by_newton(positivity=positivity), lambda x: f(x) / np.float32(scale), x)
+    np.testing.assert_allclose(step, expected, rtol=1e-4)
+    assert status(state) == status(reference)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"positivity": "absolute", "blocks": "leaf"}, {"positivity": "none", "update_every": 2}]
 )
