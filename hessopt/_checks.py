@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 from jax.core import Tracer
 
 
@@ -13,6 +14,13 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
     if not low <= value <= high:
         bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {bound}, got {value}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise `ValueError` unless `value` is a Python int of at least 1; it shapes the program."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        hint = "; under optax.inject_hyperparams, list it in static_args" if isinstance(value, jax.Array) else ""
+        raise ValueError(f"{name} must be an int, at least 1, got {value!r}{hint}")
 
 
 def check_word(name: str, value: Any, words: Any) -> None:

@@ -1,5 +1,6 @@
 """Flax linen: a train state whose optimizer sees the objective (`pip install hessopt[flax]`)."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -49,10 +50,13 @@ class TrainState(train_state.TrainState):
         """
         given = {"value": value, "value_fn": value_fn}
         extra = {name: thing for name, thing in given.items() if thing is not None}
-        tx = optax.with_extra_args_support(self.tx)
+        kinds = [p.kind for p in inspect.signature(self.tx.update).parameters.values()]
+        inner = (
+            self.tx.update if inspect.Parameter.VAR_KEYWORD in kinds else optax.with_extra_args_support(self.tx).update
+        )
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
-            return tx.update(updates, state, params, grad=updates, **extra)
+            return inner(updates, state, params, grad=updates, **extra)  # pyright: ignore[reportCallIssue]
 
         informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         new = train_state.TrainState.apply_gradients(informed, grads=grads)

@@ -81,13 +81,18 @@ def _descend(
 def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Fit one of optax's line searches into any chain.
 
-    It gets the bound objective and nothing else, since optax's reject keywords that they do not know, and a strongly
-    typed state, since theirs starts weakly typed and makes a jitted step compile twice.
+    It gets the bound objective and nothing else, since optax's reject keywords that they do not know; a strongly typed
+    state, since theirs starts weakly typed and makes a jitted step compile twice; and its old state back when it gives
+    no step, since theirs do not recover from a step of length zero.
     """
     linesearch = optax.with_extra_args_support(linesearch)
 
     def init(params: Params) -> optax.OptState:
-        return jax.tree.map(_strongly_typed, linesearch.init(params))
+        array_params = jax.tree.map(jnp.asarray, params)
+        # optax's searches look at a first leaf: of an empty tree or a placeholder, give them one
+        return jax.tree.map(
+            _strongly_typed, linesearch.init(array_params if jax.tree.leaves(params) else jnp.zeros(()))
+        )
 
     def update(
         updates: optax.Updates,
@@ -107,7 +112,11 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
                     f"the line search needs {name}: call `tx.update(grads, state, params, value=value, grad=grads, "
                     "value_fn=value_fn, ...)`"
                 )
-        return linesearch.update(updates, state, params, value=value, grad=grad, value_fn=objective)
+        if not jax.tree.leaves(updates):
+            return updates, state
+        step, new_state = linesearch.update(updates, state, params, value=value, grad=grad, value_fn=objective)
+        moved = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]))
+        return step, jax.tree.map(lambda new, old: jnp.where(moved, new, old), new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -45,7 +45,7 @@ class StepStatus(enum.IntFlag):
     NEGATIVE_CURVATURE = enum.auto()
     """The curvature matrix, damping included, is not positive definite."""
     UNBOUNDED_MODEL = enum.auto()
-    """The local model has no minimiser."""
+    """The local model has no minimiser, or no curvature at all."""
     STEP_REJECTED = enum.auto()
     """The trial step was worse than none and was not taken."""
     RATE_KEPT = enum.auto()

@@ -10,7 +10,7 @@ ALLOWED = {
     "typing": set(),
     "_checks": set(),
     "numerics": {"typing", "numerics"},
-    "calculus": {"typing", "_checks", "calculus"},
+    "calculus": {"typing", "_checks", "numerics", "calculus"},
     "transforms": {"typing", "_checks", "numerics", "calculus"},
     "optimizers": {"typing", "_checks", "numerics", "calculus", "transforms"},
     "linen": {"typing", "calculus"},

@@ -111,3 +111,10 @@ def test_the_optimizers_evaluations_use_the_gradients_dropout_mask():
     rngs = {"dropout": jax.random.key(3)}
     new, value, _ = state.step_with(noisy, X, Y, rngs=rngs)
     assert noisy(new.params, X, Y, rngs) < value
+
+
+def test_multi_steps_hands_the_objective_on():
+    state = create(optax.MultiSteps(hessopt.newton(), 2))
+    for _ in range(2):
+        state, value, _ = state.step_with(loss_fn, X, Y)
+    assert loss_fn(state.params, X, Y) < value

@@ -91,3 +91,33 @@ def test_the_step_never_increases_the_objective_from_where_newton_diverges():
         updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
         x = optax.apply_updates(x, updates)
     np.testing.assert_allclose(x, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize(
+    "linesearch", [hessopt.optimizers.DEFAULT_LINESEARCH, optax.scale_by_zoom_linesearch(20)], ids=["default", "zoom"]
+)
+def test_a_nonfinite_objective_costs_one_step_and_no_more(bad, linesearch):
+    def loss(x, weight):
+        return jnp.sum(weight * ((x - 1.0) ** 2 + x**4))
+
+    tx, x = hessopt.newton(linesearch=linesearch), jnp.array([3.0, 2.0])
+    state, path = tx.init(x), []
+    for weight in (1.0, bad, 1.0, 1.0):
+        value, grad = jax.value_and_grad(loss)(x, weight)
+        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss, weight=weight)
+        x = optax.apply_updates(x, updates)
+        path.append(float(x[0]))
+    assert path[1] == path[0]
+    assert path[3] < path[2] < path[1]
+
+
+def test_placeholders_empty_trees_and_python_scalars():
+    tx = hessopt.newton()
+    params = {"a": jnp.ones(2)}
+    optax.tree.map_params(tx, lambda p: p, tx.init(params))
+    assert tx.update({}, tx.init({}), {}, value=0.0, grad={}, value_fn=lambda _: jnp.asarray(0.0))[0] == {}
+    loss = lambda x: (x - 3.0) ** 2  # noqa: E731
+    value, grad = jax.value_and_grad(loss)(5.0)
+    updates, _ = tx.update(grad, tx.init(5.0), 5.0, value=value, grad=grad, value_fn=loss)
+    np.testing.assert_allclose(updates, -2.0)

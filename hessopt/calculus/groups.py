@@ -62,10 +62,15 @@ def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "."
 
 
+def _unboxed(path: Any) -> Any:
+    """Drop the last key of a boxed parameter (`flax.nnx.Param`, `flax.linen.Partitioned`), which is its value."""
+    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+
+
 WORDS: dict[str, Callable[[Any, Any], str]] = {
     "all": lambda path, leaf: "all",
     "leaf": lambda path, leaf: _name(path),
-    "layer": lambda path, leaf: _name(path[:-1]),
+    "layer": lambda path, leaf: _name(_unboxed(path)[:-1]),
     "weights_biases": lambda path, leaf: "weights" if jnp.ndim(leaf) >= 2 else "biases",
 }
 
@@ -74,10 +79,10 @@ def _given(groups: Any, leaves: list[tuple[Any, Any]]) -> list[Any]:
     """The labels of a tree that must have the paths of `leaves`."""
     if not leaves:
         return []
-    given = {_name(path): label for path, label in jax.tree_util.tree_leaves_with_path(groups)}
-    paths = [_name(path) for path, _ in leaves]
+    given = dict(jax.tree_util.tree_leaves_with_path(groups))
+    paths = [path for path, _ in leaves]
     for path in [*paths, *given]:
         if (path in given) != (path in paths):
             where = "has no label" if path in paths else "is labelled but no parameter"
-            raise ValueError(f"groups must be a tree like params: {path!r} {where}")
+            raise ValueError(f"groups must be a tree like params: {_name(path)!r} {where}")
     return [given[path] for path in paths]

@@ -26,10 +26,19 @@ class Composite:
 
     def close(self, *args: Any, **data: Any) -> "Composite":
         """Return the composite of params alone, given all of its data."""
-        names = list(_data_names(self.model_fn) | _data_names(self.loss_fn))
+        taken = _data_names(self.model_fn) | _data_names(self.loss_fn)
+        names = [name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD]
+        unnamed = [fn for fn in (self.model_fn, self.loss_fn) if _takes(fn, inspect.Parameter.VAR_POSITIONAL)]
+        if args and unnamed:
+            raise TypeError("composite cannot place positional data where a part takes *args: pass the data by name")
         if len(args) > len(names):
             raise TypeError(f"composite takes {len(names)} data arguments {names}, got {len(args)}")
-        return bind(self, dict(zip(names, args, strict=False)) | data, caller="composite")
+        placed = dict(zip(names, args, strict=False))
+        twice = [name for name in data if name in placed]
+        unknown = [name for name in data if name not in names] if len(names) == len(taken) else []
+        if twice or unknown:
+            raise TypeError(f"composite got {twice or unknown} {'twice' if twice else 'but takes only ' + str(names)}")
+        return bind(self, placed | data, caller="composite")
 
 
 def composite(model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]) -> Composite:
@@ -101,6 +110,14 @@ def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in parameters[1:] if p.kind is not p.VAR_POSITIONAL}
 
 
+def _takes(fn: Callable[..., Any], kind: Any) -> bool:
+    """Whether `fn` has a parameter of this kind, such as `*args`."""
+    try:
+        return any(p.kind is kind for p in inspect.signature(fn).parameters.values())
+    except ValueError:
+        return False
+
+
 def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str) -> Callable[[Any], Any]:
     names = _data_names(fn)
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
@@ -117,7 +134,6 @@ def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str) -> Calla
 
 
 def _scalar(fn: Callable[[Any], Any], caller: str) -> ValueFn:
-    @functools.wraps(fn)
     def checked(x: Any) -> jax.Array:
         value = fn(x)
         if isinstance(value, tuple) or jnp.shape(value) != ():

@@ -1,8 +1,8 @@
 """Cholesky with a shift until positive definite.
 
 Finds `L L' = A + s I` for a shift `s >= 0` near the smallest that works, trying `s/2, s, 2s, ...` from the shift of
-the last call. Half of it and not zero: a curvature that changes little from call to call then costs one or two
-factorisations, and an indefinite matrix is left with a margin rather than next to singular.
+the last call. Half of it and not zero, and no more than the norm: a curvature that changes little from call to call
+then costs one or two factorisations, and an indefinite matrix is left with a margin rather than next to singular.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 3.3, with a memory.
 """
@@ -51,7 +51,7 @@ def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
     eye = jnp.eye(len(matrix), dtype=matrix.dtype)
     diagonal = jnp.diagonal(matrix)
     size = norm(matrix)
-    first = jnp.where(shift / 2 < FLOOR * size, 0.0, shift / 2)
+    first = jnp.minimum(jnp.where(shift / 2 < FLOOR * size, 0.0, shift / 2), size)
 
     def attempt(last: ShiftedCholesky) -> ShiftedCholesky:
         shift = jnp.where(last.attempts == 0, first, jnp.maximum(2 * last.shift, START * size))

@@ -20,7 +20,7 @@ class Factorization(NamedTuple):
     pivots: Vector  # (n,), magnitudes whose smallest tells how near to singular the factorised matrix is
     shift: jax.Array  # scalar, added to the diagonal of A; handed to the next factorisation
     attempts: jax.Array  # int32 scalar, factorisations tried
-    indefinite: jax.Array  # bool scalar, A is not positive definite
+    indefinite: jax.Array  # bool scalar, A is known not to be positive definite
     ok: jax.Array  # bool scalar, the factor can be used
 
 
@@ -36,7 +36,7 @@ class Positivity(NamedTuple):
 
 def _shift(matrix: Matrix, shift: jax.Array) -> Factorization:
     found = shifted_cholesky(matrix, shift)
-    return Factorization(found.factor, found.pivots, found.shift, found.attempts, found.shift > 0, found.ok)
+    return Factorization(found.factor, found.pivots, found.shift, found.attempts, found.attempts > 1, found.ok)
 
 
 def _absolute(matrix: Matrix, shift: jax.Array) -> Factorization:
@@ -64,7 +64,7 @@ def _none(matrix: Matrix, shift: jax.Array) -> Factorization:
 
 
 SHIFT = Positivity(_shift, cholesky_solve)
-"""`A + s I` with the smallest workable s; Cholesky, n^3/3 multiplications an attempt."""
+"""`A + s I` with a remembered s, halved or doubled until it serves; Cholesky, n^3/3 multiplications an attempt."""
 
 ABSOLUTE = Positivity(_absolute, _solve_absolute)
 """`|A|`, the eigenvalues by magnitude: no step is attracted by a saddle. `eigh`, about 9 n^3."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range, check_word
+from hessopt._checks import check_count, check_range, check_word
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
 from hessopt.calculus.flat import ravel, solve_dtype, unravel
 from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
@@ -27,7 +27,7 @@ from hessopt.numerics.positivity import POSITIVITIES, Positivity
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "scale_by_newton"
-_OF_MATRIX = StepStatus.NEGATIVE_CURVATURE | StepStatus.UNBOUNDED_MODEL  # true for as long as a factor is in use
+_NOT_REUSED = StepStatus.FACTORIZATION_FAILED | StepStatus.UNBOUNDED_MODEL  # what the next update tries again
 
 
 class NewtonInfo(NamedTuple):
@@ -36,7 +36,7 @@ class NewtonInfo(NamedTuple):
     status: jax.Array  # int32 scalar, StepStatus
     damping: jax.Array  # scalar, lambda with the shift, in units of f / params^2
     smallest_pivot: jax.Array  # scalar, of the factorised matrix, same units
-    condition: jax.Array  # scalar, largest over smallest pivot: a lower estimate of the condition number
+    condition: jax.Array  # scalar, largest over smallest pivot: an estimate of the condition number
     attempts: jax.Array  # int32 scalar, factorisations tried, over all blocks
 
 
@@ -68,7 +68,8 @@ def scale_by_newton(
         `"none"`: nothing, which may step towards a saddle or a maximum and says so in the status.
       blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal blocks only, each computed
         on its own.
-      update_every: number of updates for which a factorisation serves. Shapes the state.
+      update_every: number of updates for which a factorisation serves. Shapes the state, so under
+        `optax.inject_hyperparams` it stands in `static_args`.
       curvature: `"hessian"`, or `"gauss_newton"` with `value_fn=hessopt.composite(model_fn, loss_fn)`.
 
     Returns:
@@ -100,7 +101,7 @@ def scale_by_newton(
     Source: see the head of this file.
     """
     check_range("damping", damping, 0)
-    check_range("update_every", update_every, 1)
+    check_count("update_every", update_every)
     check_word("positivity", positivity, POSITIVITIES)
     check_word("curvature", curvature, CURVATURES)
     check_word("blocks", blocks, WORDS)
@@ -154,11 +155,13 @@ def scale_by_newton(
             return _per_block(factors), jnp.array(shifts, dtype), _worst(infos, dtype)
 
         def reuse() -> tuple[Any, Vector, NewtonInfo]:
-            return state.factors, state.shift, state.info._replace(status=state.info.status & _OF_MATRIX)
+            status = state.info.status & StepStatus.NEGATIVE_CURVATURE  # true for as long as the factor is in use
+            info = state.info._replace(status=status, attempts=jnp.zeros((), jnp.int32))
+            return state.factors, state.shift, info
 
         if update_every > 1:
-            failed = (state.info.status & StepStatus.FACTORIZATION_FAILED) != 0
-            factors, shift, info = jax.lax.cond((state.count % update_every == 0) | failed, factorize, reuse)
+            again = (state.info.status & _NOT_REUSED) != 0
+            factors, shift, info = jax.lax.cond((state.count % update_every == 0) | again, factorize, reuse)
         else:
             factors, shift, info = factorize()
 
@@ -170,6 +173,7 @@ def scale_by_newton(
             status |= step_status({StepStatus.NONFINITE: ~finite, StepStatus.FACTORIZATION_FAILED: finite & ~solved})
             direction = combine(unravel(p, part), direction)
         p, g = ravel(direction), ravel(updates if grad is None else grad)
+        g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
         slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
         status |= step_status({StepStatus.NOT_DESCENT: jnp.any(p != 0) & ~(slope > 0)})
 
@@ -198,7 +202,7 @@ def _factorize_block(
             StepStatus.NONFINITE: ~jnp.all(jnp.isfinite(H)),
             StepStatus.FACTORIZATION_FAILED: ~new.ok,
             StepStatus.NEGATIVE_CURVATURE: new.ok & new.indefinite,
-            StepStatus.UNBOUNDED_MODEL: flat & (length > 0),
+            StepStatus.UNBOUNDED_MODEL: flat,
         }
     )
     info = NewtonInfo(

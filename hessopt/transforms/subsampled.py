@@ -86,7 +86,8 @@ def subsampled(
     """
     check_range("probability", probability, 0, 1)
     check_word("blocks", blocks, WORDS)
-    check_word("rest", rest, ("gradient", "norm_matched"))
+    if rest not in ("gradient", "norm_matched"):
+        raise ValueError(f"rest must be one of ['gradient', 'norm_matched'], got {rest!r}")
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> SubsampledState:
@@ -127,11 +128,14 @@ def subsampled(
             if value_fn is not None:
                 objective = bind(value_fn, data, caller=_NAME)
                 own["value_fn"] = precompose(objective, lambda moved: combine(moved, params))
-            return jax.lax.cond(
-                drawn[group],
-                lambda: inner.update(part, kept_state, take(params, labels, group), **own),
-                lambda: (part, kept_state),
-            )
+
+            def inner_step() -> tuple[Any, Any]:
+                new, new_state = inner.update(part, kept_state, take(params, labels, group), **own)
+                new = jax.tree.map(lambda n, u: n.astype(u.dtype), new, part)
+                finite = jnp.isfinite(norm(ravel(new)))
+                return new, jax.tree.map(lambda n, kept: jnp.where(finite, n, kept), new_state, kept_state)
+
+            return jax.lax.cond(drawn[group], inner_step, lambda: (part, kept_state))
 
         steps = [step(group) for group in range(len(names))]
         dtype = state.ratio.dtype

@@ -53,3 +53,15 @@ def test_what_does_not_match_is_named():
 def test_a_bare_array_and_an_empty_tree():
     assert group_labels(jnp.zeros(3), "layer") == (0, (".",))
     assert group_labels({}, "leaf") == ({}, ())
+
+
+def test_boxed_parameters_belong_to_the_layer_of_their_module():
+    from flax import linen as nn
+
+    boxed = {"dense": {"kernel": nn.Partitioned(jnp.zeros((2, 2)), ("a", "b")), "bias": jnp.zeros(2)}}
+    assert group_labels(boxed, "layer")[1] == ("dense",)
+
+
+def test_labels_are_matched_by_path_and_not_by_its_spelling():
+    labels, names = group_labels({"a/b": 1.0, "a": {"b": 1.0}}, {"a/b": "u", "a": {"b": "v"}})
+    assert (names[labels["a/b"]], names[labels["a"]["b"]]) == ("u", "v")

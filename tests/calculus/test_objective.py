@@ -65,3 +65,20 @@ def test_a_composite_takes_data_by_name_and_by_position_for_the_part_that_names_
 def test_precompose_keeps_the_parts_of_a_composite_apart():
     inner = precompose(bind(composite(model_fn, half_square), {"x": 2.0, "y": 1.0}, caller="test"), lambda p: p["w"])
     assert inner.loss_fn(inner.model_fn({"w": jnp.ones(2)})) == inner({"w": jnp.ones(2)}) == 1.0
+
+
+def test_a_composite_refuses_what_it_cannot_place():
+    value_fn = composite(model_fn, half_square)
+    with pytest.raises(TypeError, match=r"got \['x'\] twice"):
+        value_fn(jnp.ones(2), 2.0, x=2.0, y=1.0)
+    with pytest.raises(TypeError, match=r"got \['z'\] but takes only \['x', 'y'\]"):
+        value_fn(jnp.ones(2), 2.0, 1.0, z=0.0)
+    with pytest.raises(TypeError, match="pass the data by name"):
+        composite(lambda p, *x: p, half_square)(jnp.ones(2), 2.0, 1.0)
+
+
+def test_a_bound_objective_can_be_bound_again():
+    data = {"x": 2.0, "y": 1.0}
+    once = bind(composite(model_fn, half_square), data, caller="test")
+    assert bind(once, data, caller="test")(jnp.ones(2)) == 1.0
+    assert bind(bind(loss, data, caller="test"), data, caller="test")(jnp.ones(1)) == 1.0

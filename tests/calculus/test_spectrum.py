@@ -36,6 +36,20 @@ def test_multiple_eigenvalues_are_found_as_often_as_they_occur():
     np.testing.assert_allclose(largest, [5.0, 5.0, 5.0], rtol=1e-10)
 
 
+def test_multiplicities_survive_a_basis_that_ends_with_an_invariant_subspace():
+    eigenvalues = jnp.repeat(jnp.arange(1.0, 17.0), 4)  # 16 values: the second copies start at a block's end
+    smallest, largest = spectrum(lambda x: 0.5 * jnp.sum(eigenvalues * x**2), jnp.ones(64), k=3)
+    np.testing.assert_allclose(smallest, 1.0, rtol=1e-10)
+    np.testing.assert_allclose(largest, 16.0, rtol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_in_float32_the_scale_of_the_objective_does_not_matter(scale):
+    eigenvalues = np.linspace(1.0, 100.0, 50, dtype=np.float32) * np.float32(scale)
+    smallest, largest = spectrum(lambda x: 0.5 * jnp.sum(eigenvalues * x**2), jnp.ones(50, jnp.float32))
+    np.testing.assert_allclose([smallest[0] / scale, largest[0] / scale], [1.0, 100.0], rtol=1e-3)
+
+
 def test_a_limited_basis_gives_values_inside_the_spectrum(monkeypatch):
     monkeypatch.setattr("hessopt.calculus.spectrum.BASIS_ENTRIES", 1)
     eigenvalues = np.geomspace(1e-3, 1e3, 200)

@@ -53,6 +53,7 @@ def test_the_remembered_shift_is_tried_at_half_then_whole_then_doubled():
     matrix = symmetric([-1.0, 1.0, 2.0])
     assert [float(factorize(matrix, s).shift) for s in (4.0, 1.5, 0.8)] == [2.0, 1.5, 1.6]
     assert [int(factorize(matrix, s).attempts) for s in (4.0, 1.5, 0.8)] == [1, 2, 3]
+    np.testing.assert_allclose(factorize(matrix, 1e9).shift, np.linalg.norm(matrix))
 
 
 def test_a_remembered_shift_ends_at_zero_on_a_positive_definite_matrix():

@@ -213,7 +213,17 @@ def test_without_any_curvature_the_step_has_unit_length_along_the_gradient(posit
     assert status(state) == StepStatus.UNBOUNDED_MODEL
     step, state = direction(scale_by_newton(positivity=positivity), lambda x: 0.0 * jnp.sum(x), jnp.ones(2))
     assert jnp.all(step == 0)
-    assert status(state) == StepStatus.OK
+    assert status(state) == StepStatus.UNBOUNDED_MODEL
+
+
+def test_a_unit_step_without_curvature_is_never_reused():
+    slope = jnp.array([3.0, 4.0])
+    tx = scale_by_newton(update_every=3)
+    state = tx.init(slope)
+    for grads, expected in [(slope * jnp.nan, 0.0), (slope, slope / 5), (10 * slope, slope / 5)]:
+        step, state = tx.update(grads, state, jnp.ones(2), value_fn=lambda x: x @ slope)
+        np.testing.assert_allclose(step, jnp.zeros(2) + expected)
+        assert StepStatus.UNBOUNDED_MODEL in status(state)
 
 
 @pytest.mark.parametrize("positivity", POSITIVITIES)
@@ -324,7 +334,7 @@ def test_the_state_keeps_its_types_and_one_compilation_serves(options):
 def test_wrong_arguments_are_named():
     for options, message in [
         ({"damping": -1.0}, "damping must be at least 0, got -1.0"),
-        ({"update_every": 0}, "update_every must be at least 1, got 0"),
+        ({"update_every": 0}, "update_every must be an int, at least 1, got 0"),
         ({"positivity": "abs"}, "positivity must be one of .*, got 'abs'"),
         ({"blocks": "rows"}, "blocks must be one of .*, got 'rows'"),
         ({"curvature": "fisher"}, "curvature must be one of .*, got 'fisher'"),

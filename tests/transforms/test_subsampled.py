@@ -5,7 +5,7 @@ import optax
 import pytest
 from sklearn.datasets import load_iris
 
-from hessopt import StepStatus, scale_by_newton, subsampled
+from hessopt import StepStatus, composite, scale_by_newton, subsampled
 from tests.problems import cross_entropy, init_mlp
 
 PARAMS = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0]), "c": jnp.array([-1.0, 1.0])}
@@ -76,6 +76,30 @@ def test_a_nonfinite_block_does_not_move():
         assert jnp.all(jnp.isfinite(updates["a"]))
     assert StepStatus(int(state.info.status)) == StepStatus.OK  # the inner direction dealt with it
     assert StepStatus.NONFINITE in StepStatus(int(state.inner["b"].info.status))
+
+
+def test_a_nonfinite_inner_step_leaves_the_inner_memory_as_it_was():
+    tx = subsampled(optax.scale_by_adam(), probability=1.0, blocks="leaf")
+    state = tx.init(PARAMS)
+    _, poisoned = tx.update(PARAMS | {"b": jnp.array([jnp.nan])}, state, PARAMS)
+    assert poisoned.inner["b"].count == 0
+    assert poisoned.inner["a"].count == 1
+    assert StepStatus(int(poisoned.info.status)) == StepStatus.NONFINITE
+    updates, _ = tx.update(PARAMS, poisoned, PARAMS)
+    assert updates["b"] > 0
+
+
+def test_gauss_newton_blocks_see_named_data_and_low_precision_gradients_are_kept():
+    value_fn = composite(lambda p, x: x * p["a"] + p["b"], lambda out, y: jnp.sum((out - y) ** 2))
+    params, data = {"a": jnp.ones(2), "b": jnp.ones(1)}, {"x": jnp.array([1.0, 2.0]), "y": jnp.zeros(2)}
+    tx = subsampled(scale_by_newton(curvature="gauss_newton"), probability=1.0, blocks="leaf")
+    grads = jax.grad(value_fn)(params, **data)
+    updates, _ = tx.update(grads, tx.init(params), params, value_fn=value_fn, **data)
+    np.testing.assert_allclose(updates["a"], grads["a"] / (2 * data["x"] ** 2))
+    tx = subsampled(optax.scale_by_adam(), probability=0.5)
+    half = jax.tree.map(lambda g: g.astype(jnp.bfloat16), params)
+    updates, _ = tx.update(half, tx.init(params), params)
+    assert updates["a"].dtype == jnp.bfloat16
 
 
 def test_an_undrawn_block_costs_no_curvature():
