@@ -47,7 +47,8 @@ def spectrum(value_fn: ValueFn, params: Params, *, k: int = 1, seed: int = 0) ->
       for k = 1 and a positive definite Hessian, is the condition number. Up to n = 4096 the
       relative error is below the root of the dtype's resolution (1.5e-8, 3.5e-4 in float32), or at rounding in the
       largest eigenvalue if that is more; beyond, the basis is limited to 2^24 numbers (at least 64 vectors), and what
-      has not converged by then lies inside the true spectrum. Non-finite where the Hessian is.
+      has not converged by then lies inside the true spectrum. Non-finite where the Hessian is. Copies of a multiple
+      eigenvalue enter one by one; the basis grows until a doubling brings no more.
 
     Raises:
       ValueError: for k outside [1, n].
@@ -132,4 +133,7 @@ def _ritz(state: _Krylov, size: int, k: int) -> _Krylov:
     eps = jnp.finfo(T.dtype).eps
     small = residuals <= jnp.maximum(jnp.sqrt(eps) * jnp.abs(values), 10 * eps * jnp.max(jnp.abs(values)))
     converged = jnp.all(small[:k]) & jnp.all(small[-k:])
+    if k > 1:  # a copy of a multiple eigenvalue enters late, with rounding: wait until a doubling brings none
+        ends, before = jnp.append(values[:k], values[-k:]), jnp.append(state.smallest, state.largest)
+        converged &= jnp.all(jnp.abs(ends - before) <= jnp.sqrt(eps) * jnp.max(jnp.abs(values)))
     return state._replace(smallest=values[:k], largest=values[-k:], converged=converged)

@@ -3,7 +3,7 @@
 H is the Hessian (or Gauss-Newton matrix) of the objective, whole or in diagonal blocks, and lambda a constant or a
 schedule. Away from a minimum H need not be positive definite, and p need not point downhill. Three answers:
 
-- `"shift"`: the smallest workable addition to lambda (`numerics/cholesky.py`), remembered between steps;
+- `"shift"`: a sufficient addition to lambda (`numerics/cholesky.py`), remembered between steps and halved at each;
 - `"absolute"`: |eigenvalues| in place of eigenvalues, which turns saddles into minima (Dauphin et al., 2014);
 - `"none"`: Newton's own step, to whatever stationary point is near.
 
@@ -63,8 +63,8 @@ def scale_by_newton(
 
     Args:
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
-      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`: add the smallest workable
-        multiple of the identity, remembered between steps; `"absolute"`: take eigenvalues by magnitude;
+      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`: add a sufficient multiple
+        of the identity, remembered between updates and halved at each; `"absolute"`: take eigenvalues by magnitude;
         `"none"`: nothing, which may step towards a saddle or a maximum and says so in the status.
       blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal blocks only, each computed
         on its own.
