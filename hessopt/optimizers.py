@@ -114,7 +114,8 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
                 )
         if not jax.tree.leaves(updates):
             return updates, state
-        step, new_state = linesearch.update(updates, state, params, value=value, grad=grad, value_fn=objective)
+        array_params = jax.tree.map(jnp.asarray, params)
+        step, new_state = linesearch.update(updates, state, array_params, value=value, grad=grad, value_fn=objective)
         moved = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]))
         return step, jax.tree.map(lambda new, old: jnp.where(moved, new, old), new_state, state)
 
