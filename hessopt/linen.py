@@ -56,6 +56,7 @@ class TrainState(train_state.TrainState):
         )
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
+            # pyright sees the plain transformation's type, not the keywords found in the signature above
             return inner(updates, state, params, grad=updates, **extra)  # pyright: ignore[reportCallIssue]
 
         informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))

@@ -81,7 +81,7 @@ def test_one_compilation_serves_in_either_precision(dtype):
 
 
 def test_the_step_never_increases_the_objective_from_where_newton_diverges():
-    loss = lambda x: jnp.sum(jnp.sqrt(1 + x**2))  # noqa: E731  # Newton's map is x -> -x^3
+    loss = lambda x: jnp.sum(jnp.sqrt(1 + x**2))  # Newton's map is x -> -x^3
     tx, x = hessopt.newton(), jnp.array([2.0])
     state, values = tx.init(x), [math.inf]
     for _ in range(8):
@@ -117,7 +117,7 @@ def test_placeholders_empty_trees_and_python_scalars():
     params = {"a": jnp.ones(2)}
     optax.tree.map_params(tx, lambda p: p, tx.init(params))
     assert tx.update({}, tx.init({}), {}, value=0.0, grad={}, value_fn=lambda _: jnp.asarray(0.0))[0] == {}
-    loss = lambda x: (x - 3.0) ** 2  # noqa: E731
+    loss = lambda x: (x - 3.0) ** 2
     value, grad = jax.value_and_grad(loss)(5.0)
     updates, _ = tx.update(grad, tx.init(5.0), 5.0, value=value, grad=grad, value_fn=loss)
     np.testing.assert_allclose(updates, -2.0)

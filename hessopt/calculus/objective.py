@@ -28,8 +28,8 @@ class Composite:
         """Return the composite of params alone, given all of its data."""
         taken = _data_names(self.model_fn) | _data_names(self.loss_fn)
         names = [name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD]
-        unnamed = [fn for fn in (self.model_fn, self.loss_fn) if _takes(fn, inspect.Parameter.VAR_POSITIONAL)]
-        if args and unnamed:
+        every = [*_parameters(self.model_fn), *_parameters(self.loss_fn)]
+        if args and any(p.kind is p.VAR_POSITIONAL for p in every):
             raise TypeError("composite cannot place positional data where a part takes *args: pass the data by name")
         if len(args) > len(names):
             raise TypeError(f"composite takes {len(names)} data arguments {names}, got {len(args)}")
@@ -101,21 +101,16 @@ def precompose(value_fn: Any, inner: Callable[..., Params]) -> Any:
     return lambda x: value_fn(inner(x))
 
 
+def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except ValueError:  # some builtins have no signature, and then take no data
+        return []
+
+
 def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The parameters of `fn` behind its first one, in order."""
-    try:
-        parameters = list(inspect.signature(fn).parameters.values())
-    except ValueError:  # some builtins have no signature, and then take no data
-        return {}
-    return {p.name: p for p in parameters[1:] if p.kind is not p.VAR_POSITIONAL}
-
-
-def _takes(fn: Callable[..., Any], kind: Any) -> bool:
-    """Whether `fn` has a parameter of this kind, such as `*args`."""
-    try:
-        return any(p.kind is kind for p in inspect.signature(fn).parameters.values())
-    except ValueError:
-        return False
+    return {p.name: p for p in _parameters(fn)[1:] if p.kind is not p.VAR_POSITIONAL}
 
 
 def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str) -> Callable[[Any], Any]:

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from hessopt import composite, hessian, hvp
+from hessopt import composite, group_labels, hessian, hvp
 from hessopt.calculus.curvature import product
 from tests.problems import cross_entropy, init_mlp, mlp
 
@@ -42,8 +42,6 @@ def test_the_hessian_equals_jax_hessian_for_every_chunk_size(chunk_size):
 
 @pytest.mark.parametrize("blocks", ["leaf", "layer", "weights_biases"])
 def test_blocks_equal_those_of_the_whole_matrix(blocks):
-    from hessopt import group_labels
-
     labels, names = group_labels(PARAMS, blocks)
     owner = np.concatenate(
         [np.full(leaf.size, label) for label, leaf in zip(*map(jax.tree.leaves, (labels, PARAMS)), strict=True)]
@@ -71,10 +69,6 @@ def test_hvp_refuses_another_tree():
         hvp(loss, PARAMS, PARAMS["layer0"])
 
 
-def outputs_fn(params, x):
-    return mlp(params, x)
-
-
 LOSSES = {
     "squared": lambda z: 0.5 * jnp.mean((z - 1.0) ** 2),
     "softmax": lambda z: optax.softmax_cross_entropy_with_integer_labels(z, Y).mean(),
@@ -86,7 +80,7 @@ LOSSES = {
 def test_gauss_newton_equals_the_explicit_product_of_jacobians(name):
     params = init_mlp(3, (5, 4, 3))
     vector, unravel = ravel_pytree(params)
-    model = lambda v: mlp(unravel(v), X).ravel()  # noqa: E731
+    model = lambda v: mlp(unravel(v), X).ravel()
     J = jax.jacfwd(model)(vector)
     L = jax.hessian(lambda z: LOSSES[name](z.reshape(11, 3)))(model(vector))
     value_fn = composite(lambda p: mlp(p, X), LOSSES[name])
@@ -146,7 +140,7 @@ def test_low_precision_parameters_give_a_float32_matrix(dtype, tol):
 
 def test_vmap_equals_a_loop_and_trivial_trees_work():
     points = jnp.array([[1.0, 2.0], [3.0, -1.0]])
-    f = lambda x: x[0] ** 3 * x[1] ** 2  # noqa: E731
+    f = lambda x: x[0] ** 3 * x[1] ** 2
     batched = jax.vmap(lambda x: hessian(f, x))(points)
     for lane, x in enumerate(points):
         np.testing.assert_allclose(batched[lane], hessian(f, x), rtol=1e-12)

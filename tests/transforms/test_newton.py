@@ -97,7 +97,7 @@ def test_logistic_regression_converges_quadratically_to_scikit_learns_coefficien
 
 def test_layer_blocks_equal_assembled_per_layer_solves():
     params = init_mlp(0, (5, 7, 3))
-    f = lambda p: cross_entropy(p, X, Y, 0.5)  # noqa: E731
+    f = lambda p: cross_entropy(p, X, Y, 0.5)
     updates, _ = direction(scale_by_newton(0.3, blocks="layer"), f, params)
     vector, unravel = ravel_pytree(params)
     H = np.asarray(jax.jit(jax.hessian(lambda v: f(unravel(v))))(vector))
@@ -124,7 +124,7 @@ def test_gauss_newton_steps_solve_with_its_matrix_and_data_is_passed_by_name():
 
 
 def test_damping_follows_its_schedule_and_is_reported():
-    f = lambda x: jnp.sum(x**2)  # noqa: E731
+    f = lambda x: jnp.sum(x**2)
     tx = scale_by_newton(optax.piecewise_constant_schedule(2.0, {1: 0.5}))
     x = jnp.ones(2)
     first, state = direction(tx, f, x)
@@ -135,7 +135,7 @@ def test_damping_follows_its_schedule_and_is_reported():
 
 
 def test_a_factorisation_serves_update_every_updates():
-    f = lambda x: jnp.sum(x**4)  # noqa: E731
+    f = lambda x: jnp.sum(x**4)
     tx = scale_by_newton(update_every=3)
     state, used = None, []
     for x in (1.0, 2.0, 3.0, 4.0):
@@ -148,7 +148,7 @@ def test_a_factorisation_serves_update_every_updates():
 
 @pytest.mark.parametrize("positivity", POSITIVITIES)
 def test_every_positivity_works_with_reused_factors_and_leaf_blocks(positivity):
-    f = lambda p: jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)  # noqa: E731
+    f = lambda p: jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)
     params = {"a": jnp.ones(2), "b": jnp.ones((2, 2)), "none": jnp.zeros((0,))}
     tx = scale_by_newton(positivity=positivity, blocks="leaf", update_every=2)
     state = tx.init(params)
@@ -160,7 +160,7 @@ def test_every_positivity_works_with_reused_factors_and_leaf_blocks(positivity):
 
 
 def test_an_indefinite_hessian_is_shifted_until_the_step_descends():
-    f = lambda x: x[0] ** 2 - x[1] ** 2 + 0.1 * x[1] ** 4  # noqa: E731
+    f = lambda x: x[0] ** 2 - x[1] ** 2 + 0.1 * x[1] ** 4
     x = jnp.array([1.0, 0.1])
     step, state = direction(scale_by_newton(), f, x)
     assert status(state) == StepStatus.NEGATIVE_CURVATURE
@@ -194,7 +194,7 @@ def test_from_the_axis_of_a_saddle_the_step_stays_on_it_and_says_that_the_curvat
 
 @pytest.mark.parametrize("positivity", ["shift", "absolute"])
 def test_a_singular_hessian_gives_newtons_step_where_there_is_curvature_and_a_finite_one_elsewhere(positivity):
-    f = lambda x: (x[0] - 1.0) ** 2 + 0.0 * x[1]  # noqa: E731
+    f = lambda x: (x[0] - 1.0) ** 2 + 0.0 * x[1]
     step, _ = direction(scale_by_newton(positivity=positivity), f, jnp.array([3.0, 5.0]))
     np.testing.assert_allclose(step, [2.0, 0.0], rtol=1e-3, atol=1e-12)
 
@@ -229,7 +229,7 @@ def test_a_unit_step_without_curvature_is_never_reused():
 @pytest.mark.parametrize("positivity", POSITIVITIES)
 @pytest.mark.parametrize("update_every", [1, 5])
 def test_a_nan_hessian_keeps_the_older_factor_or_gives_no_step(positivity, update_every):
-    f = lambda x, bad: jnp.sum(x**2) * jnp.where(bad, jnp.nan, 1.0)  # noqa: E731
+    f = lambda x, bad: jnp.sum(x**2) * jnp.where(bad, jnp.nan, 1.0)
     x, tx = jnp.array([1.0, 2.0]), scale_by_newton(positivity=positivity, update_every=update_every)
     update = jax.jit(lambda state, bad: tx.update(2 * x, state, x, value_fn=f, bad=bad))
     step, state = update(tx.init(x), True)
@@ -247,7 +247,7 @@ def test_a_nan_hessian_keeps_the_older_factor_or_gives_no_step(positivity, updat
 
 
 def test_a_nan_gradient_moves_nothing_in_its_block_only():
-    f = lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2)  # noqa: E731
+    f = lambda p: jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2)
     params = {"a": jnp.ones(2), "b": jnp.ones(2)}
     tx = scale_by_newton(blocks="leaf")
     grads = {"a": jnp.array([jnp.nan, 1.0]), "b": jnp.array([2.0, 2.0])}
@@ -272,7 +272,7 @@ def test_a_zero_gradient_a_scalar_and_an_empty_tree(positivity):
 
 def test_complex_parameters_take_newtons_step_in_real_and_imaginary_parts():
     target = jnp.array([1.0 + 2.0j, -3.0j])
-    f = lambda z: jnp.sum(jnp.abs(z - target) ** 2 * jnp.array([1.0, 5.0]))  # noqa: E731
+    f = lambda z: jnp.sum(jnp.abs(z - target) ** 2 * jnp.array([1.0, 5.0]))
     z = jnp.array([0.5 - 1.0j, 2.0 + 1.0j])
     step, _ = direction(scale_by_newton(), f, z)
     np.testing.assert_allclose(z - step, target, rtol=1e-12)
@@ -307,7 +307,7 @@ def test_in_float32_scaling_the_objective_changes_neither_step_nor_status(positi
 def test_the_state_keeps_its_types_and_one_compilation_serves(options):
     tx = scale_by_newton(**options)
     params = init_mlp(0, (5, 4, 3), jnp.float32)
-    f = lambda p: cross_entropy(p, X.astype(jnp.float32), Y, 1.0)  # noqa: E731
+    f = lambda p: cross_entropy(p, X.astype(jnp.float32), Y, 1.0)
 
     @jax.jit
     def step(params, state):
@@ -352,7 +352,7 @@ def test_hyperparameters_can_be_injected():
     tx = optax.inject_hyperparams(hessopt.newton, static_args=("update_every",))(
         learning_rate=0.5, damping=1.0, linesearch=None
     )
-    f = lambda x: jnp.sum(x**2)  # noqa: E731
+    f = lambda x: jnp.sum(x**2)
     x = jnp.ones(2)
     state = tx.init(x)
     state.hyperparams["damping"] = jnp.asarray(2.0)
@@ -364,7 +364,7 @@ def test_hyperparameters_can_be_injected():
 def digits_run(positivity, seed, steps):
     """Full-batch Newton on 64-16-10: steps until max|g| < 1e-8, accuracy, statuses, factorisations a step."""
     data = digits()
-    f = lambda p: cross_entropy(p, data.x, data.y, 1e-4)  # noqa: E731
+    f = lambda p: cross_entropy(p, data.x, data.y, 1e-4)
     tx = hessopt.newton(positivity=positivity)
     params = init_mlp(seed, (64, 16, 10))
     state = tx.init(params)
