@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hessopt._checks import check_range, check_word
+from hessopt.calculus.batching import stacked
 from hessopt.calculus.flat import real_leaves, solve_dtype
 from hessopt.calculus.groups import Groups, combine, group_labels, take
 from hessopt.calculus.objective import Composite, precompose
@@ -185,10 +186,11 @@ def _strip_product(linearize: CurvatureFn, objective: Any, leaves: Sequence[jax.
 def _fill_rows(matrix: Matrix, linear: Any, leaf: jax.Array, row: int, columns: list[int], chunk_size: int) -> Matrix:
     """Write the products of all unit vectors of `leaf`, a chunk at a time, into its rows of `matrix`."""
     chunk = min(chunk_size, leaf.size)
+    products = stacked(linear, leaf)
 
     def fill(matrix: Matrix, start: jax.Array) -> tuple[Matrix, None]:
         units = jax.nn.one_hot(start + jnp.arange(chunk), leaf.size, dtype=leaf.dtype)
-        images = jax.vmap(linear)(units.reshape(chunk, *leaf.shape))
+        images = products(units.reshape(chunk, *leaf.shape))
         for column, image in zip(columns, images, strict=True):
             image = image.reshape(chunk, -1).astype(matrix.dtype)
             matrix = jax.lax.dynamic_update_slice(matrix, image, (row + start, jnp.asarray(column, start.dtype)))
