@@ -1,13 +1,18 @@
 """Second-order optimization, and still just an `optax.GradientTransformation`."""
 
+from hessopt._diagnostics import diagnostics as diagnostics
+from hessopt._minimize import Solution as Solution
+from hessopt._minimize import minimize as minimize
 from hessopt.calculus.curvature import hessian as hessian
 from hessopt.calculus.curvature import hvp as hvp
 from hessopt.calculus.groups import group_labels as group_labels
 from hessopt.calculus.objective import composite as composite
+from hessopt.calculus.recycling import value_and_grad_from_state as value_and_grad_from_state
 from hessopt.calculus.spectrum import spectrum as spectrum
 from hessopt.optimizers import newton as newton
 from hessopt.transforms.newton import scale_by_newton as scale_by_newton
 from hessopt.transforms.subsampled import subsampled as subsampled
 from hessopt.typing import StepStatus as StepStatus
+from hessopt.typing import Termination as Termination
 
 __version__ = "0.1.0.dev0"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.calculus.curvature import CurvatureFn
+from hessopt.calculus.flat import strongly_typed
 from hessopt.calculus.groups import Groups
 from hessopt.calculus.objective import bind, require_params
 from hessopt.numerics.positivity import Positivity
@@ -90,9 +91,7 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
     def init(params: Params) -> optax.OptState:
         array_params = jax.tree.map(jnp.asarray, params)
         # optax's searches look at a first leaf: of an empty tree or a placeholder, give them one
-        return jax.tree.map(
-            _strongly_typed, linesearch.init(array_params if jax.tree.leaves(params) else jnp.zeros(()))
-        )
+        return strongly_typed(linesearch.init(array_params if jax.tree.leaves(params) else jnp.zeros(())))
 
     def update(
         updates: optax.Updates,
@@ -117,11 +116,7 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
         array_params = jax.tree.map(jnp.asarray, params)
         step, new_state = linesearch.update(updates, state, array_params, value=value, grad=grad, value_fn=objective)
         moved = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]))
-        return step, jax.tree.map(lambda new, old: jnp.where(moved, new, old), new_state, state)
+        kept: Any = jax.tree.map(lambda new, old: jnp.where(moved, new, old), new_state, state)
+        return step, kept._replace(info=getattr(new_state, "info", None)) if hasattr(kept, "info") else kept
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _strongly_typed(leaf: Any) -> jax.Array:
-    array = jnp.asarray(leaf)
-    return jax.lax.convert_element_type(array, array.dtype)

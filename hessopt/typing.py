@@ -54,6 +54,29 @@ class StepStatus(enum.IntFlag):
     """The safeguard shortened the step."""
 
 
+class Termination(enum.IntEnum):
+    """Why `minimize` ended. GRADIENT, VALUE and STEP are convergence by a tolerance, the others are not."""
+
+    RUNNING = 0
+    """It has not ended."""
+    GRADIENT = enum.auto()
+    """The gradient fell below its tolerance."""
+    VALUE = enum.auto()
+    """The objective hardly changed in a step."""
+    STEP = enum.auto()
+    """The parameters hardly changed in a step."""
+    MAX_STEPS = enum.auto()
+    """All steps were taken."""
+    STALLED_AT_NOISE = enum.auto()
+    """For many steps neither value nor gradient changed by more than rounding, or no step was found."""
+    UNBOUNDED = enum.auto()
+    """The objective fell without bound."""
+    NONFINITE = enum.auto()
+    """The objective or its gradient was inf or NaN, at the start or after a step."""
+    INTERRUPTED = enum.auto()
+    """Ctrl-C, or a callback, ended the run."""
+
+
 def step_status(facts: Mapping[StepStatus, jax.Array]) -> jax.Array:
     """Return the int32 scalar with the flag of every fact that is true."""
     status = jnp.zeros((), jnp.int32)

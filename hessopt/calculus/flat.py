@@ -52,3 +52,14 @@ def unravel(vector: Vector, like: Params) -> Params:
         pieces.append(vector[start : start + part.size].reshape(part.shape).astype(part.dtype))
         start += part.size
     return restore(pieces)
+
+
+def strongly_typed(tree: Any) -> Any:
+    """Return `tree` with arrays for leaves, whose dtypes no longer yield to those of what they meet."""
+
+    def strong(leaf: Any) -> jax.Array:
+        array = jnp.asarray(leaf)
+        weak = getattr(array, "weak_type", False)  # arrays of random keys do not have the attribute
+        return jax.lax.convert_element_type(array, array.dtype) if weak else array
+
+    return jax.tree.map(strong, tree)

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from hessopt.typing import Params, ValueFn
 
+UPDATE = "tx.update(grads, state, params, value_fn={name}, {given})"
+"""The call to write for an objective that lacks data."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
@@ -74,17 +77,31 @@ def composite(model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]) -
     return Composite(model_fn, loss_fn)
 
 
-def bind(value_fn: ValueFn | None, data: Mapping[str, Any], *, caller: str) -> Any:
+def bind(
+    value_fn: ValueFn | None, data: Mapping[str, Any], *, caller: str, call: str = UPDATE, has_aux: bool = False
+) -> Any:
     """Return `value_fn` as a function of params alone, given the data that it names; a `Composite` stays one.
 
     Data that it does not name is ignored, so that every transformation of a chain may find its own. Raises
-    `TypeError` naming `caller` and the call to write when value_fn is None, or when data it requires is missing.
+    `TypeError` naming `caller` and the call to write when value_fn is None, when data it requires is missing, or
+    when it returns no scalar (with has_aux: no pair of a scalar and something).
     """
     if value_fn is None:
         raise TypeError(f"{caller} needs the objective: call `tx.update(grads, state, params, value_fn=value_fn, ...)`")
     if isinstance(value_fn, Composite):
-        return Composite(_bind(value_fn.model_fn, data, caller), _scalar(_bind(value_fn.loss_fn, data, caller), caller))
-    return _scalar(_bind(value_fn, data, caller), caller)
+        model_fn, loss_fn = (_bind(part, data, caller, call) for part in (value_fn.model_fn, value_fn.loss_fn))
+        return Composite(model_fn, _scalar(loss_fn, caller))
+    bound = _bind(value_fn, data, caller, call)
+    return _scalar_and_aux(bound, caller) if has_aux else _scalar(bound, caller)
+
+
+def require_taken(value_fn: ValueFn, data: Mapping[str, Any], *, caller: str) -> None:
+    """Raise `TypeError` when `data` has names that `value_fn` does not take."""
+    parts = [value_fn.model_fn, value_fn.loss_fn] if isinstance(value_fn, Composite) else [value_fn]
+    taken = {name: p for part in parts for name, p in _data_names(part).items()}
+    unknown = sorted(set(data) - set(taken))
+    if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise TypeError(f"{caller} got data {unknown}, but value_fn takes only {sorted(taken)}")
 
 
 def require_params(params: Params | None, *, caller: str) -> None:
@@ -113,7 +130,7 @@ def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in _parameters(fn)[1:] if p.kind is not p.VAR_POSITIONAL}
 
 
-def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str) -> Callable[[Any], Any]:
+def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str, call: str) -> Callable[[Any], Any]:
     names = _data_names(fn)
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return functools.partial(fn, **data)
@@ -121,10 +138,8 @@ def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str) -> Calla
     if missing:
         name = getattr(fn, "__name__", "value_fn")
         given = ", ".join(f"{m}={m}" for m in missing)
-        raise TypeError(
-            f"{caller} cannot evaluate {name}: it requires {missing}; "
-            f"call `tx.update(grads, state, params, value_fn={name}, {given})`"
-        )
+        call = call.format(name=name, given=given)
+        raise TypeError(f"{caller} cannot evaluate {name}: it requires {missing}; call `{call}`")
     return functools.partial(fn, **{name: data[name] for name in names if name in data})
 
 
@@ -135,5 +150,15 @@ def _scalar(fn: Callable[[Any], Any], caller: str) -> ValueFn:
             got = "a tuple" if isinstance(value, tuple) else f"shape {jnp.shape(value)}"
             raise TypeError(f"{caller} needs value_fn to return a scalar, got {got}; auxiliary outputs are not taken")
         return value
+
+    return checked
+
+
+def _scalar_and_aux(fn: Callable[[Any], Any], caller: str) -> Callable[[Any], tuple[jax.Array, Any]]:
+    def checked(x: Any) -> tuple[jax.Array, Any]:
+        pair = fn(x)
+        if not isinstance(pair, tuple) or len(pair) != 2 or jnp.shape(pair[0]) != ():
+            raise TypeError(f"{caller} with has_aux=True needs value_fn to return (scalar, aux), got {type(pair)}")
+        return pair
 
     return checked

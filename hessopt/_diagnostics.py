@@ -1,0 +1,69 @@
+"""Any optimizer state as a flat mapping of named scalars, for a logger."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def diagnostics(state: optax.OptState) -> dict[str, jax.Array]:
+    """Collect the scalars of an optimizer's state: counters, rates, and what every `info` reports.
+
+    Args:
+      state: of any optax transformation, chained and wrapped in any way.
+
+    Returns:
+      `{name: scalar}`. A name is the transformation's, taken from its state's type (`NewtonState` gives `newton`,
+      `ScaleByAdamState` gives `adam`), then the field's: `newton.count`, `newton.status`. States inside others are
+      prefixed by these, and by the keys of mappings between; of equal names the later ones get a number. Arrays like
+      the parameters are left out. Works under jit.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> state = optax.chain(optax.clip(1.0), optax.scale_by_adam()).init(jnp.ones(3))
+      >>> {name: int(x) for name, x in diagnostics(state).items()}
+      {'adam.count': 0}
+    """
+    found: dict[str, jax.Array] = {}
+    _collect(state, "", found)
+    return found
+
+
+def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
+    if isinstance(node, dict):
+        for key, child in node.items():
+            _collect(child, f"{prefix}{key}.", found)
+    elif hasattr(node, "_fields"):  # the state of one transformation
+        prefix = _unused(prefix + _name(type(node)), found)
+        for field, child in zip(node._fields, node, strict=True):
+            if field in ("info", "hyperparams"):
+                found.update({f"{prefix}.{name}": x for name, x in _items(child) if _is_array(x)})
+            elif _is_array(child):
+                found.update({f"{prefix}.{field}": child} if jnp.ndim(child) == 0 else {})
+            else:
+                _collect(child, f"{prefix}.", found)
+    elif isinstance(node, tuple | list):
+        for child in node:
+            _collect(child, prefix, found)
+
+
+def _items(node: Any) -> list[tuple[str, Any]]:
+    return list((node if isinstance(node, dict) else node._asdict()).items())
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | float | int) or hasattr(x, "dtype")
+
+
+def _name(kind: type) -> str:
+    """`ScaleByZoomLinesearchState` -> `zoom_linesearch`."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__).lower()
+    return words.removeprefix("scale_by_").removesuffix("_state") or words
+
+
+def _unused(name: str, found: dict[str, jax.Array]) -> str:
+    """`name`, or the first of `name_2`, `name_3`, ... that no entry begins with."""
+    taken = {key.rsplit(".", 1)[0] for key in found}
+    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)

@@ -1,0 +1,187 @@
+"""The loop that `minimize` compiles: update, apply, evaluate, judge; what it carries, and when it ends."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt.calculus.flat import strongly_typed
+from hessopt.calculus.objective import bind, precompose
+from hessopt.calculus.recycling import accepted, counts_evaluations, evaluations
+from hessopt.typing import Params, Termination, ValueFn
+
+_CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
+
+PATIENCE = 10
+"""Steps without any change beyond rounding before the run counts as stalled: some methods recover from a few."""
+
+ABYSS = 1e20
+"""A fall of the objective, in units of its scale, that no objective with a minimum is expected to have."""
+
+
+class Point(NamedTuple):
+    params: Params
+    value: jax.Array
+    grad: Params
+    size: jax.Array  # scalar, largest magnitude in grad
+
+
+class Limits(NamedTuple):
+    max_steps: jax.Array
+    gtol: jax.Array
+    ftol: jax.Array
+    xtol: jax.Array
+
+
+class Run(NamedTuple):
+    """What the loop carries."""
+
+    here: Point
+    best: Point
+    state: optax.OptState
+    start_value: jax.Array
+    start_size: jax.Array
+    scale: jax.Array  # of the objective: |f| at the start, or the first change of f if that is larger
+    quiet: Point  # value and size at the last change beyond rounding; no trees
+    waited: jax.Array  # int32, steps since then
+    steps: jax.Array
+    evaluations: jax.Array
+    termination: jax.Array
+
+
+class Problem(NamedTuple):
+    """What shapes the program; compared by identity of the functions."""
+
+    value_fn: Callable[..., Any]
+    tx: optax.GradientTransformation
+    has_aux: bool
+
+
+def objective_and_aux(problem: Problem, data: Mapping[str, Any]) -> tuple[Any, Callable[[Params], Any]]:
+    """The objective as a function of params alone, and its auxiliary output likewise."""
+    bound = bind(problem.value_fn, data, caller="minimize", call=_CALL, has_aux=problem.has_aux)
+    if problem.has_aux:
+        return lambda params: bound(params)[0], lambda params: bound(params)[1]
+    return bound, lambda params: None
+
+
+def evaluate(objective: ValueFn, params: Params) -> Point:
+    value, grad = strongly_typed(jax.value_and_grad(objective)(params))
+    grad = jax.tree.map(jnp.conj, grad)
+    return Point(params, value, grad, _size(grad))
+
+
+def _size(tree: Params) -> jax.Array:
+    """The largest magnitude in a tree; NaN where there is one."""
+    sizes = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.maximum, sizes, jnp.zeros((), jnp.float32))
+
+
+def begin(problem: Problem, params: Params, state: optax.OptState, data: Mapping[str, Any], limits: Limits) -> Run:
+    here = evaluate(objective_and_aux(problem, data)[0], params)
+    run = Run(
+        here=here,
+        best=here,
+        state=state,
+        start_value=here.value,
+        start_size=here.size,
+        scale=jnp.abs(here.value),
+        quiet=here._replace(params=None, grad=None),
+        waited=jnp.zeros((), jnp.int32),
+        steps=jnp.zeros((), jnp.int32),
+        evaluations=jnp.ones((), jnp.int32),
+        termination=jnp.zeros((), jnp.int32),
+    )
+    nothing = jnp.zeros((), here.value.dtype)
+    return run._replace(termination=_judge(run, nothing, nothing, limits))
+
+
+def advance(problem: Problem, run: Run, data: Mapping[str, Any], limits: Limits, until: jax.Array) -> Run:
+    """Step until the run ends, or as many steps as `until` have been taken in all."""
+    objective, _ = objective_and_aux(problem, data)
+
+    def goes_on(run: Run) -> jax.Array:
+        return (run.termination == Termination.RUNNING) & (run.steps < jnp.minimum(until, limits.max_steps))
+
+    tx = optax.with_extra_args_support(problem.tx)
+    return jax.lax.while_loop(goes_on, functools.partial(_step, tx, objective, limits), run)
+
+
+def _step(tx: optax.GradientTransformationExtraArgs, objective: Any, limits: Limits, run: Run) -> Run:
+    asked: list[bool] = []  # whether tx evaluates the objective, which shows while it is traced
+    watched = precompose(objective, lambda params: asked.append(True) or params)
+    old = run.here
+    updates, state = tx.update(old.grad, run.state, old.params, value=old.value, grad=old.grad, value_fn=watched)
+    state = jax.tree.map(lambda new, kept: jnp.asarray(new, kept.dtype), state, run.state)
+    params = optax.apply_updates(old.params, updates)
+    move = _size(jax.tree.map(lambda new, kept: new - kept, params, old.params))
+
+    kept = accepted(state, params)
+    if kept is None:
+        here = evaluate(objective, params)
+    else:  # of the point before a step of zero the search need not know more than we do
+        value, grad = kept[0], jax.tree.map(jnp.conj, kept[1])
+        value, grad = jax.tree.map(
+            lambda new, kept: jnp.where(move > 0, new, kept).astype(kept.dtype), (value, grad), (old.value, old.grad)
+        )
+        here = Point(params, value, grad, _size(grad))
+    spent = evaluations(state) + (kept is None)
+
+    noise = _noise(here.value, run.best.value)
+    better = (here.value < run.best.value - noise) | (
+        (here.value <= run.best.value + noise) & (here.size < run.best.size)
+    )
+    better &= jnp.isfinite(here.value) & jnp.isfinite(here.size)
+    quiet = (jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)) & (
+        here.size > 0.9 * run.quiet.size
+    )
+    change = jnp.abs(here.value - old.value)
+    new = Run(
+        here=here,
+        best=jax.tree.map(lambda new, kept: jnp.where(better, new, kept), here, run.best),
+        state=state,
+        start_value=run.start_value,
+        start_size=run.start_size,
+        scale=jnp.where(old.value == run.start_value, jnp.maximum(run.scale, change), run.scale),
+        quiet=jax.tree.map(
+            lambda new, kept: jnp.where(quiet, kept, new), Point(None, here.value, None, here.size), run.quiet
+        ),
+        waited=jnp.where(quiet, run.waited + 1, 0),
+        steps=run.steps + 1,
+        evaluations=run.evaluations + spent if not asked or counts_evaluations(state) else jnp.full_like(run.steps, -1),
+        termination=run.termination,
+    )
+    return new._replace(termination=_judge(new, change, move, limits))
+
+
+def _noise(value: jax.Array, other: jax.Array) -> jax.Array:
+    """What two values of the objective may differ by for rounding alone."""
+    return 4 * jnp.finfo(value.dtype).eps * jnp.maximum(jnp.abs(value), jnp.abs(other))
+
+
+def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.Array:
+    """The first reason to stop that holds, else RUNNING. Tolerances are relative, so that no unit matters."""
+    value, size = run.here.value, run.here.size
+    fall = run.start_value - value
+    moved = move > 0
+    reasons = (
+        (Termination.UNBOUNDED, (value == -jnp.inf) | (fall > ABYSS * run.scale)),
+        (Termination.NONFINITE, ~jnp.isfinite(value) | ~jnp.isfinite(size)),
+        (Termination.GRADIENT, size <= limits.gtol * run.start_size),
+        (Termination.VALUE, moved & (limits.ftol > 0) & (change <= limits.ftol * jnp.abs(fall))),
+        (Termination.STEP, moved & (limits.xtol > 0) & (move <= limits.xtol * _size(run.here.params))),
+        (Termination.STALLED_AT_NOISE, run.waited >= PATIENCE),
+    )
+    termination = jnp.asarray(Termination.RUNNING, jnp.int32)
+    for reason, holds in reversed(reasons):
+        termination = jnp.where(holds, jnp.int32(reason), termination)
+    return termination
+
+
+def end(run: Run, reason: Termination) -> Run:
+    """End a run that is still going."""
+    going = run.termination == Termination.RUNNING
+    return run._replace(termination=jnp.where(going, jnp.int32(reason), run.termination))

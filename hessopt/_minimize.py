@@ -1,0 +1,220 @@
+"""The driver: update, apply, evaluate, judge, in one compiled loop, for any optax transformation.
+
+At a minimiser the gradient vanishes whatever the data, `g(params*(data), data) = 0`. Hence, by the implicit
+function theorem, `H d(params*) = -dg/d(data) d(data)`: that is how the solution is differentiated, by conjugate
+gradients at the solution and not through the steps that led there.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from hessopt._checks import check_count, check_range
+from hessopt._loop import Limits, Problem, Run, advance, begin, end, evaluate, objective_and_aux
+from hessopt.calculus.flat import real_leaves, strongly_typed
+from hessopt.calculus.objective import Composite, precompose, require_taken
+from hessopt.typing import Params, Termination
+
+
+class Solution(NamedTuple):
+    """Where a minimization ended. Every field but `params`, `grad`, `aux` and `state` is a scalar array."""
+
+    params: Params  # the point of lowest value seen; where termination is GRADIENT, the stationary point found
+    value: jax.Array  # objective there
+    grad: Params  # gradient there, in optax's convention for complex leaves
+    aux: Any  # auxiliary output there; None without has_aux
+    state: optax.OptState  # of the transformation after the last step, for a warm start
+    steps: jax.Array  # int32, updates applied
+    evaluations: jax.Array  # int32, of the value, with or without gradient; -1 where the transformation keeps no count
+    termination: jax.Array  # int32, Termination
+
+
+def minimize(
+    value_fn: Callable[..., Any],
+    params: Params,
+    tx: optax.GradientTransformation,
+    *,
+    data: Mapping[str, Any] | None = None,
+    state: optax.OptState | None = None,
+    max_steps: int = 1000,
+    gtol: float = 1e-6,
+    ftol: float = 0.0,
+    xtol: float = 0.0,
+    has_aux: bool = False,
+    progress: bool = False,
+    log_every: int = 50,
+    callback: Callable[[Solution], Any] | None = None,
+) -> Solution:
+    """Minimize an objective with any optax transformation, in one compiled loop.
+
+    Args:
+      value_fn: `value_fn(params, **data)`, a real scalar; `(value, aux)` with has_aux. Compiled once per function
+        object and transformation: pass what varies as `data`, not by closure.
+      params: where to start, a pytree of floating or complex arrays.
+      tx: a hessopt or optax optimizer; it is given value, grad and value_fn.
+      data: arrays, or pytrees of them, passed to value_fn by name.
+      state: of `tx`, for a warm start, as in `Solution.state`; fresh by default.
+      max_steps: bound on the number of updates.
+      gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start.
+      ftol: stop (VALUE) when a step changes the objective by at most ftol times its whole change since the start.
+      xtol: stop (STEP) when no entry moves by more than xtol times the largest entry.
+      has_aux: whether value_fn returns `(value, aux)`; aux is evaluated once, at the solution.
+      progress: whether to show a progress bar (needs tqdm). Runs compiled blocks of log_every steps, and Ctrl-C
+        between two of them returns the best point so far, as INTERRUPTED. Not under jit, vmap or grad.
+      log_every: steps per block, with progress or a callback.
+      callback: `callback(solution)` with the best point so far, after every block; a true value stops the run, as
+        INTERRUPTED.
+
+    Returns:
+      A `Solution`. `Termination(int(solution.termination))` says why the run ended; MAX_STEPS, STALLED_AT_NOISE,
+      UNBOUNDED, NONFINITE and INTERRUPTED are no convergence by the tolerances. A step of zero never counts as
+      convergence.
+
+      Under `jax.vmap` every lane has its own termination and stands still once it has ended, while the loop runs until
+      the last one ends. Derivatives with respect to `data`, of params, value, grad and aux, are those of the exact
+      stationary point near by; the start, the state and the counts have none.
+
+    Raises:
+      ValueError: for a negative tolerance or a count below 1.
+      TypeError: for data that value_fn requires and does not get, or gets and does not take; for progress or a
+        callback under a transformation of JAX.
+
+    Cost: per step one update of `tx`, and one value and gradient unless its line search kept them; memory for a
+    second set of params and gradient (the best). Derivatives: one conjugate gradient solve with the Hessian each.
+
+    Example:
+      >>> import jax.numpy as jnp, hessopt
+      >>> def loss(x, target):
+      ...     return jnp.sum((x - target) ** 4)
+      >>> solution = hessopt.minimize(loss, jnp.zeros(2), hessopt.newton(), data={"target": jnp.array([1.0, -2.0])})
+      >>> Termination(int(solution.termination)).name
+      'GRADIENT'
+    """
+    check_count("log_every", log_every)
+    for name, bound in (("max_steps", max_steps), ("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
+        check_range(name, bound, 0)
+    if has_aux and isinstance(value_fn, Composite):
+        raise TypeError("has_aux needs value_fn to return (value, aux); a composite returns its loss alone")
+    data = dict(data or {})
+    require_taken(value_fn, data, caller="minimize")
+
+    problem = Problem(_hashable(value_fn), tx, has_aux)
+    params = strongly_typed(params)
+    state = strongly_typed(tx.init(params) if state is None else state)
+    limits = Limits(jnp.asarray(max_steps, jnp.int32), *(jnp.asarray(t, float) for t in (gtol, ftol, xtol)))
+    if not progress and callback is None:
+        return _solve_jit(problem, params, state, data, limits)
+    return _in_blocks(problem, params, state, data, limits, log_every, _bar(max_steps) if progress else None, callback)
+
+
+def _hashable(value_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Functions identify a compiled program; callable objects that hold arrays cannot, but a wrapper of them can."""
+    try:
+        hash(value_fn)
+    except TypeError:
+        return functools.partial(value_fn)
+    return value_fn
+
+
+def _solution(problem: Problem, run: Run, data: Mapping[str, Any]) -> Solution:
+    stationary = run.termination == Termination.GRADIENT
+    end = jax.tree.map(lambda here, best: jnp.where(stationary, here, best), run.here, run.best)
+    aux = objective_and_aux(problem, data)[1](end.params)
+    return Solution(end.params, end.value, end.grad, aux, run.state, run.steps, run.evaluations, run.termination)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solve(
+    problem: Problem, params: Params, state: optax.OptState, data: Mapping[str, Any], limits: Limits
+) -> Solution:
+    run = begin(problem, params, state, data, limits)
+    run = advance(problem, run, data, limits, limits.max_steps)
+    return _solution(problem, end(run, Termination.MAX_STEPS), data)
+
+
+@_solve.defjvp
+def _solve_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Solution, Solution]:
+    solution = _solve(problem, *primals)
+    data, d_data = primals[2], tangents[2]
+    parts, restore = real_leaves(solution.params)
+
+    def gradient(parts: Any, data: Any) -> Any:
+        return jax.grad(precompose(objective_and_aux(problem, data)[0], restore))(parts)
+
+    _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
+    _, hessian = jax.linearize(lambda parts: gradient(parts, data), parts)
+    bound = 2 * sum(part.size for part in parts) + 10
+    tol = jnp.finfo(jnp.result_type(jnp.float32, *parts)).eps
+
+    def conjugate_gradients(matvec: Any, rhs: Any) -> Any:
+        return jax.scipy.sparse.linalg.cg(matvec, rhs, tol=tol, maxiter=bound)[0]
+
+    against = jax.tree.map(jnp.negative, shift)
+    d_parts = jax.lax.custom_linear_solve(hessian, against, conjugate_gradients, symmetric=True)
+
+    def outputs(parts: Any, data: Any) -> Any:
+        objective, aux = objective_and_aux(problem, data)
+        point = evaluate(objective, restore(parts))
+        return point.params, point.value, point.grad, aux(point.params)
+
+    _, (d_params, d_value, d_grad, d_aux) = jax.jvp(outputs, (parts, data), (d_parts, d_data))
+    rest = jax.tree.map(_no_tangent, (solution.state, solution.steps, solution.evaluations, solution.termination))
+    return solution, Solution(d_params, d_value, d_grad, d_aux, *rest)
+
+
+def _no_tangent(x: jax.Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+_solve_jit = jax.jit(_solve, static_argnums=0)
+_begin_jit = jax.jit(begin, static_argnums=0)
+_advance_jit = jax.jit(advance, static_argnums=0)
+_solution_jit = jax.jit(_solution, static_argnums=0)
+
+
+def _bar(total: int) -> Any:
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True shows a tqdm bar: pip install tqdm") from error
+    return tqdm(total=total, unit="step")
+
+
+def _in_blocks(
+    problem: Problem,
+    params: Params,
+    state: optax.OptState,
+    data: Mapping[str, Any],
+    limits: Limits,
+    log_every: int,
+    bar: Any,
+    callback: Callable[[Solution], Any] | None,
+) -> Solution:
+    """The same run, with a look at it after every `log_every` steps."""
+    run = _begin_jit(problem, params, state, data, limits)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(run)):
+        raise TypeError("minimize shows progress and calls back from a run of its own: not under jit, vmap or grad")
+    reason = Termination.MAX_STEPS
+    try:
+        while run.termination == Termination.RUNNING and run.steps < limits.max_steps:
+            run = _advance_jit(problem, run, data, limits, run.steps + log_every)
+            jax.block_until_ready(run)  # on its own line: an interruption here loses nothing
+            if bar is not None:
+                bar.update(int(run.steps) - bar.n)
+                bar.set_postfix(value=f"{run.here.value:.6g}", gradient=f"{run.here.size:.1e}")
+            if callback is not None and callback(_solution_jit(problem, run, data)):
+                reason = Termination.INTERRUPTED
+                break
+    except KeyboardInterrupt:
+        reason = Termination.INTERRUPTED
+    finally:
+        if bar is not None:
+            bar.close()
+    return _solution_jit(problem, end(run, reason), data)

@@ -1,0 +1,89 @@
+"""What a line search leaves in its state: the value and gradient at the step it accepted, and what they cost."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt.calculus.flat import strongly_typed
+from hessopt.typing import ValueFn
+
+SEARCH_STATES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+"""The states of line searches. They are found by type: a parameter may well be named `value` or `grad`."""
+
+
+def searches(state: optax.OptState) -> list[Any]:
+    """Return the states of the line searches inside an optimizer's state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, SEARCH_STATES))
+    return [node for node in nodes if isinstance(node, SEARCH_STATES)]
+
+
+def accepted(state: optax.OptState, params: Any) -> tuple[jax.Array, Any] | None:
+    """Return the value and gradient that the one search in `state` accepted; None when there is no such pair.
+
+    There is none without a search, with several, or when the search keeps no gradient or one of other parameters than
+    `params` (as inside `optax.masked`). What a search has not filled in yet is not finite.
+    """
+    found = searches(state)
+    if len(found) != 1 or found[0].grad is None:
+        return None
+    value, grad = found[0].value, found[0].grad
+    if jax.tree.structure(grad) != jax.tree.structure(params):
+        return None
+    return value, grad
+
+
+def evaluations(state: optax.OptState) -> jax.Array:
+    """Return how often the searches in `state` evaluated the objective during the last update, an int32 scalar."""
+    counts = [node.info.num_linesearch_steps for node in searches(state)]
+    return jnp.asarray(sum(counts), jnp.int32)
+
+
+def counts_evaluations(state: optax.OptState) -> bool:
+    """Whether `evaluations` sees all evaluations of the transformation that has this state.
+
+    What says so is a search, or a state of ours, which has a status and evaluates the objective in searches alone.
+    """
+
+    def is_ours(node: Any) -> bool:
+        return hasattr(getattr(node, "info", None), "status")
+
+    return bool(searches(state)) or any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours)))
+
+
+def value_and_grad_from_state(value_fn: ValueFn) -> Callable[..., tuple[jax.Array, Any]]:
+    """Differentiate the objective, or reuse what a line search has already computed.
+
+    Args:
+      value_fn: `value_fn(params, *args, **kwargs)`, a real scalar.
+
+    Returns:
+      A function `(params, *args, state, **kwargs) -> (value, grad)` in place of `jax.value_and_grad(value_fn)`, that
+      takes both from `state` where a search has left them. Only valid where `params` are the last update applied, on
+      the same data, with nothing behind the search in the chain.
+
+    Cost: nothing where a search kept the pair, else one value and gradient. Under `vmap` always one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = optax.lbfgs()
+      >>> x, value_fn = jnp.array([3.0, 4.0]), lambda x: jnp.sum(x**2)
+      >>> state = tx.init(x)
+      >>> value, grad = value_and_grad_from_state(value_fn)(x, state=state)
+      >>> float(value)
+      25.0
+    """
+    compute = jax.value_and_grad(value_fn)
+
+    def value_and_grad(params: Any, *args: Any, state: optax.OptState, **kwargs: Any) -> tuple[jax.Array, Any]:
+        found = accepted(state, params)
+        if found is None:
+            return compute(params, *args, **kwargs)
+        shapes = jax.eval_shape(compute, params, *args, **kwargs)
+        pair = jax.tree.map(lambda x, shape: jnp.asarray(x, shape.dtype), found, shapes)
+        finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(pair)]).all()
+        return jax.lax.cond(finite, lambda: pair, lambda: strongly_typed(compute(params, *args, **kwargs)))
+
+    return value_and_grad

@@ -1,0 +1,62 @@
+"""The table of transformations that the contract is swept over. A new method gets every law by one row."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import optax
+
+import hessopt
+
+
+class Case(NamedTuple):
+    """One transformation, and what its documentation claims about it."""
+
+    name: str
+    factory: Callable[..., optax.GradientTransformation]
+    arguments: Mapping[str, Any] = MappingProxyType({})
+    kind: str = "optimizer"  # "optimizer": gradient in, update out; "direction": +P g out; "rate": update in and out
+    needs: tuple[str, ...] = ()  # keywords of `update` that it cannot do without
+    injectable: tuple[str, ...] = ()  # numbers for `optax.inject_hyperparams`; all other arguments are static
+    composite: bool = False  # wants `hessopt.composite` for an objective
+    main: bool = False  # one that runs the costly laws in the fast suite too
+    fails: Mapping[str, str] = MappingProxyType({})  # law -> why this foreign transformation is known to break it
+
+    def make(self) -> optax.GradientTransformationExtraArgs:
+        """Build the transformation."""
+        return optax.with_extra_args_support(self.factory(**self.arguments))
+
+
+SEARCHED = ("value", "grad", "value_fn")
+
+
+def newton(name: str, **arguments: Any) -> Case:
+    return Case(f"newton, {name}", hessopt.newton, arguments, needs=SEARCHED, injectable=("damping",))
+
+
+def subsampled_newton(probability: float) -> optax.GradientTransformation:
+    return hessopt.subsampled(hessopt.scale_by_newton(), probability=probability)
+
+
+HESSOPT = (
+    newton("shift")._replace(main=True),
+    newton("absolute", positivity="absolute"),
+    newton("none", positivity="none"),
+    newton("leaf blocks", blocks="leaf", update_every=2)._replace(main=True),
+    newton("layer blocks", blocks="layer"),
+    newton("weights and biases", blocks="weights_biases"),
+    newton("Gauss-Newton", curvature="gauss_newton", damping=1e-3)._replace(composite=True),
+    newton("no search", damping=1e-3, learning_rate=0.5, linesearch=None)._replace(
+        needs=("value_fn",), injectable=("damping", "learning_rate")
+    ),
+    Case("scale_by_newton", hessopt.scale_by_newton, kind="direction", needs=("value_fn",), injectable=("damping",)),
+    Case(
+        "subsampled",
+        subsampled_newton,
+        {"probability": 0.5},
+        kind="direction",
+        needs=("value_fn",),
+        injectable=("probability",),
+        main=True,
+    ),
+)

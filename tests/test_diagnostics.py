@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import hessopt
+from hessopt import diagnostics
+
+PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+
+
+def loss(params):
+    return sum(jnp.sum(leaf**4) for leaf in jax.tree.leaves(params))
+
+
+def test_every_info_is_reported_under_its_transformations_name():
+    tx = hessopt.newton()
+    grad = jax.grad(loss)(PARAMS)
+    _, state = tx.update(grad, tx.init(PARAMS), PARAMS, value=loss(PARAMS), grad=grad, value_fn=loss)
+    found = diagnostics(state)
+    assert found["newton.status"] == hessopt.StepStatus.OK
+    assert (found["newton.count"], found["newton.attempts"]) == (1, 1)
+    assert found["backtracking_linesearch.learning_rate"] == 1.0
+    assert all(jnp.shape(x) == () for x in found.values())
+
+
+def test_wrapped_nested_and_repeated_states_keep_distinct_names():
+    inner = hessopt.subsampled(hessopt.scale_by_newton(), probability=1.0, blocks="leaf")
+    tx = optax.named_chain(
+        ("first", optax.scale_by_adam()), ("second", optax.inject_hyperparams(optax.sgd)(0.1)), ("third", inner)
+    )
+    found = diagnostics(tx.init(PARAMS))
+    assert {"first.adam.count", "third.subsampled.drawn", "third.subsampled.a.newton.status"} <= set(found)
+    assert float(next(x for name, x in found.items() if name.endswith("learning_rate"))) == pytest.approx(0.1)
+    twice = diagnostics(optax.chain(optax.scale_by_adam(), optax.scale_by_adam()).init(PARAMS))
+    assert set(twice) == {"adam.count", "adam_2.count"}
+
+
+def test_works_on_anything_under_jit_and_on_batches():
+    assert diagnostics(optax.sgd(0.1).init(PARAMS)) == {}
+    assert diagnostics(()) == {}
+    state = hessopt.scale_by_newton().init(PARAMS)
+    assert set(jax.jit(diagnostics)(state)) == set(diagnostics(state))
+    lanes = jax.vmap(hessopt.scale_by_newton().init)(jnp.ones((4, 2)))
+    assert diagnostics(lanes)["newton.status"].shape == (4,)

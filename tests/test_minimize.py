@@ -1,0 +1,288 @@
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+import hessopt
+from hessopt import Termination, minimize
+
+NEWTON = hessopt.newton()
+
+
+def rosenbrock(x):
+    return 100.0 * (x[1] - x[0] ** 2) ** 2 + (1.0 - x[0]) ** 2
+
+
+def ridge(w, A, b, penalty):
+    return 0.5 * jnp.sum((A @ w - b) ** 2) + 0.5 * penalty * jnp.sum(w**2)
+
+
+def ended(solution):
+    return Termination(int(solution.termination))
+
+
+@pytest.mark.parametrize(
+    ("tx", "recycles"),
+    [
+        (NEWTON, False),
+        (hessopt.newton(linesearch=None), False),
+        (hessopt.newton(linesearch=optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")), True),
+        (optax.lbfgs(), True),
+        (optax.adam(0.1), False),
+        (optax.inject_hyperparams(optax.adam)(learning_rate=0.1), False),
+        (optax.MultiSteps(optax.sgd(1e-3, momentum=0.9), 2), False),
+    ],
+    ids=["newton", "no search", "zoom", "lbfgs", "adam", "injected", "multi"],
+)
+def test_every_transformation_is_driven_to_scipys_minimum(tx, recycles):
+    solution = minimize(rosenbrock, jnp.array([-1.2, 1.0]), tx, max_steps=20_000, gtol=1e-7)
+    oracle = scipy.optimize.minimize(rosenbrock, [-1.2, 1.0], jac=jax.grad(rosenbrock), tol=1e-10)
+    assert ended(solution) == Termination.GRADIENT
+    np.testing.assert_allclose(solution.params, oracle.x, atol=1e-3)
+    np.testing.assert_allclose(solution.value, rosenbrock(solution.params), atol=1e-14)
+    np.testing.assert_allclose(solution.grad, jax.grad(rosenbrock)(solution.params), atol=1e-10)
+    searched = hasattr(tx, "update") and bool(hessopt.calculus.recycling.searches(solution.state))
+    if not searched:  # one value and gradient per step, and one at the start
+        assert solution.evaluations == solution.steps + 1
+    elif recycles:
+        assert solution.evaluations <= 4 * solution.steps + 1
+
+
+def test_a_foreign_transformation_that_evaluates_and_does_not_count_gives_minus_one():
+    def update(updates, state, params=None, *, value_fn, **_):
+        larger = value_fn(jax.tree.map(lambda p, u: p - 0.2 * u, params, updates)) > value_fn(params)
+        return jax.tree.map(lambda u: jnp.where(larger, 0.0, -0.1 * u), updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    assert minimize(lambda x: jnp.sum(x**2), jnp.ones(2), tx).evaluations == -1
+
+
+def test_evaluations_are_those_really_made():
+    made = []
+
+    def counted(x):
+        jax.debug.callback(lambda: made.append(1))
+        return rosenbrock(x)
+
+    tx = optax.chain(optax.scale(-1.0), optax.scale_by_backtracking_linesearch(20))
+    solution = minimize(counted, jnp.array([-1.2, 1.0]), tx, max_steps=10)
+    jax.effects_barrier()
+    assert solution.evaluations == len(made)
+
+
+def test_the_data_is_bound_by_name_and_a_change_of_it_does_not_recompile():
+    traces = []
+
+    def loss(x, target, weight=1.0):
+        traces.append(1)
+        return weight * jnp.sum((x - target) ** 2)
+
+    for target in (1.0, 2.0):
+        solution = minimize(loss, jnp.zeros(2), NEWTON, data={"target": jnp.full(2, target)}, gtol=1e-3 * target)
+        np.testing.assert_allclose(solution.params, target)
+        if target == 1.0:
+            first = len(traces)
+    assert len(traces) == first
+    with pytest.raises(TypeError, match=r"requires \['target'\]; call `hessopt.minimize\(loss, params, tx, data=dict"):
+        minimize(loss, jnp.zeros(2), NEWTON)
+    with pytest.raises(TypeError, match=r"got data \['wieght'\], but value_fn takes only \['target', 'weight'\]"):
+        minimize(loss, jnp.zeros(2), NEWTON, data={"target": 1.0, "wieght": 2.0})
+
+
+def test_wrong_arguments_are_named():
+    for name in ("gtol", "ftol", "xtol", "max_steps"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+            minimize(rosenbrock, jnp.zeros(2), NEWTON, **{name: -1})
+    with pytest.raises(ValueError, match="log_every must be an int, at least 1, got 0"):
+        minimize(rosenbrock, jnp.zeros(2), NEWTON, log_every=0)
+    with pytest.raises(TypeError, match="minimize needs value_fn to return a scalar, got a tuple"):
+        minimize(lambda x: (rosenbrock(x), 1), jnp.zeros(2), NEWTON)
+    with pytest.raises(TypeError, match=r"with has_aux=True needs value_fn to return \(scalar, aux\)"):
+        minimize(rosenbrock, jnp.zeros(2), NEWTON, has_aux=True)
+
+
+def test_aux_is_that_of_the_solution():
+    loss = lambda x, target: (jnp.sum((x - target) ** 2), {"residual": x - target, "n": x.size})
+    solution = minimize(loss, jnp.zeros(3), optax.sgd(0.1), data={"target": jnp.arange(3.0)}, has_aux=True)
+    np.testing.assert_allclose(solution.aux["residual"], solution.params - jnp.arange(3.0))
+    assert solution.aux["n"] == 3
+
+
+def test_a_warm_start_continues_where_the_state_left_off():
+    tx = optax.adam(1e-3)
+    start = jnp.array([-1.2, 1.0])
+    whole = minimize(rosenbrock, start, tx, max_steps=60, gtol=0.0)
+    half = minimize(rosenbrock, start, tx, max_steps=30, gtol=0.0)
+    rest = minimize(rosenbrock, half.params, tx, state=half.state, max_steps=30, gtol=0.0)
+    assert half.value > whole.value  # the best point is the last one here
+    np.testing.assert_array_equal(rest.params, whole.params)
+
+
+def test_the_best_point_is_returned_not_the_last():
+    loss = lambda x: jnp.sum(x**2)
+    grow = optax.chain(optax.scale(-1.0), optax.scale_by_schedule(lambda count: jnp.where(count < 3, 0.25, -2.0)))
+    solution = minimize(loss, jnp.ones(2), grow, max_steps=10)
+    assert ended(solution) == Termination.MAX_STEPS
+    np.testing.assert_allclose(solution.params, 0.5**3)
+    np.testing.assert_allclose(solution.value, loss(solution.params))
+    np.testing.assert_allclose(solution.grad, 2 * solution.params)
+
+
+CASES = {  # objective, start, transformation, options
+    Termination.GRADIENT: (rosenbrock, jnp.array([-1.2, 1.0]), NEWTON, {}),
+    Termination.VALUE: (rosenbrock, jnp.array([-1.2, 1.0]), optax.adam(1e-2), {"ftol": 1e-5, "gtol": 0.0}),
+    Termination.STEP: (rosenbrock, jnp.array([-1.2, 1.0]), NEWTON, {"xtol": 1e-2, "gtol": 0.0}),
+    Termination.MAX_STEPS: (rosenbrock, jnp.array([-1.2, 1.0]), optax.adam(1e-4), {"max_steps": 7}),
+    Termination.STALLED_AT_NOISE: (lambda x: 1.0 + jnp.sum(x**4) / 1e20, jnp.ones(2), optax.sgd(1.0), {}),
+    Termination.UNBOUNDED: (lambda x: -jnp.sum(x**2), jnp.ones(2), optax.sgd(1.0), {}),
+    Termination.NONFINITE: (lambda x: jnp.sum(x**4), jnp.full(2, 10.0), optax.sgd(1.0), {}),
+}
+
+
+@pytest.mark.parametrize("reason", CASES, ids=lambda reason: reason.name)
+def test_terminations(reason):
+    objective, start, tx, options = CASES[reason]
+    solution = minimize(objective, start, tx, **options)
+    assert ended(solution) == reason
+    chex.assert_tree_all_finite((solution.params, solution.value, solution.grad))
+    assert solution.value <= objective(start)
+    if reason == Termination.MAX_STEPS:
+        assert solution.steps == 7
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_nonfinite_start_takes_no_step_and_says_so(bad):
+    solution = minimize(lambda x: jnp.sum(x * bad), jnp.ones(2), NEWTON)
+    assert (ended(solution), int(solution.steps)) == (Termination.NONFINITE, 0)
+
+
+def test_a_stationary_start_and_an_empty_tree_are_converged():
+    assert ended(minimize(lambda x: jnp.sum(x**2), jnp.zeros(2), NEWTON)) == Termination.GRADIENT
+    assert ended(minimize(lambda _: jnp.asarray(1.0), {}, NEWTON)) == Termination.GRADIENT
+
+
+def test_a_step_of_zero_is_never_convergence():
+    loss = lambda x: jnp.sum(jnp.abs(x) ** 1.5)
+    solution = minimize(loss, jnp.ones(2), optax.scale(0.0), ftol=0.5, xtol=0.5)
+    assert ended(solution) == Termination.STALLED_AT_NOISE
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_no_decision_depends_on_the_units(factor):
+    start, tolerances = jnp.array([-1.2, 1.0]), {"ftol": 1e-9, "xtol": 1e-9, "gtol": 1e-9}
+    plain = minimize(rosenbrock, start, NEWTON, **tolerances)
+    scaled = minimize(lambda x: factor * rosenbrock(x / factor), factor * start, NEWTON, **tolerances)
+    assert (plain.steps, plain.termination) == (scaled.steps, scaled.termination)
+    np.testing.assert_allclose(factor * plain.params, scaled.params, rtol=1e-12)
+
+
+def test_vmapped_lanes_equal_the_loop_and_the_second_call_does_not_recompile():
+    traces = []
+
+    def counted(x):
+        traces.append(1)
+        return rosenbrock(x)
+
+    starts = jax.random.uniform(jax.random.key(0), (32, 2), minval=-2.0, maxval=2.0)
+    batched = jax.vmap(lambda start: minimize(counted, start, NEWTON, max_steps=17))
+    lanes = batched(starts)
+    first = len(traces)
+    alone = [minimize(counted, start, NEWTON, max_steps=17) for start in starts]
+    chex.assert_trees_all_equal(lanes.termination, jnp.array([int(s.termination) for s in alone]))
+    chex.assert_trees_all_equal(lanes.steps, jnp.array([int(s.steps) for s in alone]))
+    chex.assert_trees_all_close(lanes.params, jnp.stack([s.params for s in alone]), rtol=1e-12)
+    assert len(set(lanes.termination.tolist())) == 2  # some lanes run out of steps, some end before the others do
+    batched(starts + 0.1)
+    minimize(counted, starts[0], NEWTON, max_steps=13)
+    assert len(traces) == first  # one program serves lanes, loop and all later calls
+
+
+@pytest.mark.parametrize("jacobian", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_the_solution_is_differentiated_in_the_data(jacobian, argument):
+    rng = np.random.default_rng(0)
+    data = (jnp.asarray(rng.normal(size=(20, 4))), jnp.asarray(rng.normal(size=20)), jnp.asarray(0.7))
+
+    def solved(A, b, penalty):
+        solution = minimize(ridge, jnp.zeros(4), NEWTON, data={"A": A, "b": b, "penalty": penalty}, gtol=1e-12)
+        return solution.params, solution.value
+
+    def closed_form(A, b, penalty):
+        w = jnp.linalg.solve(A.T @ A + penalty * jnp.eye(4), A.T @ b)
+        return w, ridge(w, A, b, penalty)
+
+    ours, exact = jacobian(solved, argument)(*data), jacobian(closed_form, argument)(*data)
+    chex.assert_trees_all_close(ours, exact, rtol=1e-8, atol=1e-8)
+
+
+def test_derivatives_pass_jit_vmap_aux_and_integer_data_and_complex_parameters():
+    def loss(z, c, label):
+        return jnp.sum(jnp.abs(z - c) ** 2) * (1.0 + label), jnp.abs(z)
+
+    def solved(c, label):
+        start = jnp.zeros(2, jnp.complex128)
+        solution = minimize(loss, start, NEWTON, data={"c": c, "label": label}, has_aux=True, gtol=1e-12)
+        return jnp.real(solution.params), solution.aux
+
+    jacobian = jax.vmap(jax.jit(jax.jacfwd(solved)), in_axes=(0, None))(jnp.array([1.0, 2.0]), jnp.array(3))
+    chex.assert_trees_all_close(jacobian, (jnp.ones((2, 2)), jnp.ones((2, 2))), rtol=1e-10)
+
+
+def test_progress_and_callback_see_every_block_and_change_nothing(capsys):
+    seen = []
+    start = jnp.array([-1.2, 1.0])
+    solution = minimize(
+        rosenbrock, start, NEWTON, progress=True, log_every=4, callback=lambda s: seen.append(int(s.steps))
+    )
+    plain = minimize(rosenbrock, start, NEWTON)
+    chex.assert_trees_all_close(solution, plain, rtol=1e-12)
+    assert seen == [*range(4, int(plain.steps), 4), int(plain.steps)]
+    assert "value=" in capsys.readouterr().err
+
+
+def test_a_callback_may_end_the_run():
+    solution = minimize(rosenbrock, jnp.array([-1.2, 1.0]), NEWTON, log_every=5, callback=lambda s: s.value < 3.0)
+    assert (ended(solution), int(solution.steps)) == (Termination.INTERRUPTED, 5)
+
+
+def test_progress_needs_a_run_of_its_own():
+    for transform in (jax.jit, jax.vmap, jax.grad):
+        with pytest.raises(TypeError, match="not under jit, vmap or grad"):
+            transform(lambda x: minimize(lambda y: jnp.sum((y - x) ** 2), x, NEWTON, progress=True).value)(jnp.ones(2))
+
+
+def test_ctrl_c_returns_the_best_point_so_far():
+    program = textwrap.dedent(
+        """
+        import jax, jax.numpy as jnp, optax, hessopt
+        loss = lambda x: jnp.sum(jnp.cosh(x - 1.0))
+        options = dict(max_steps=10**9, gtol=0.0, progress=True, log_every=20_000)
+        started = lambda solution: print("running", flush=True)
+        solution = hessopt.minimize(loss, jnp.zeros(3), optax.sgd(1e-6), callback=started, **options)
+        print(hessopt.Termination(int(solution.termination)).name, int(solution.steps), float(solution.value) < 4.63)
+        """
+    )
+    root = pathlib.Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=root
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    reason, steps, better = output.split()[-3:]
+    assert (reason, better) == ("INTERRUPTED", "True")
+    assert int(steps) >= 20_000
+    assert process.returncode == 0
