@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from hessopt._checks import check_count, check_range
 from hessopt._loop import Limits, Problem, Run, advance, begin, end, evaluate, objective_and_aux
@@ -105,11 +106,13 @@ def minimize(
 
     problem = Problem(_hashable(value_fn), tx, has_aux)
     params = strongly_typed(params)
-    state = strongly_typed(tx.init(params) if state is None else state)
+    opt_state = strongly_typed(tx.init(params) if state is None else state)
     limits = Limits(jnp.asarray(max_steps, jnp.int32), *(jnp.asarray(t, float) for t in (gtol, ftol, xtol)))
     if not progress and callback is None:
-        return _solve_jit(problem, params, state, data, limits)
-    return _in_blocks(problem, params, state, data, limits, log_every, _bar(max_steps) if progress else None, callback)
+        return _solve_jit(problem, params, opt_state, data, limits)
+    return _in_blocks(
+        problem, params, opt_state, data, limits, log_every, _bar(max_steps) if progress else None, callback
+    )
 
 
 def _hashable(value_fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +152,7 @@ def _solve_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Solution,
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
     _, hessian = jax.linearize(lambda parts: gradient(parts, data), parts)
     bound = 2 * sum(part.size for part in parts) + 10
-    tol = jnp.finfo(jnp.result_type(jnp.float32, *parts)).eps
+    tol = float(jnp.finfo(jnp.result_type(jnp.float32, *parts)).eps)
 
     def conjugate_gradients(matvec: Any, rhs: Any) -> Any:
         return jax.scipy.sparse.linalg.cg(matvec, rhs, tol=tol, maxiter=bound)[0]
@@ -199,7 +202,7 @@ def _in_blocks(
 ) -> Solution:
     """The same run, with a look at it after every `log_every` steps."""
     run = _begin_jit(problem, params, state, data, limits)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(run)):
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
         raise TypeError("minimize shows progress and calls back from a run of its own: not under jit, vmap or grad")
     reason = Termination.MAX_STEPS
     try:

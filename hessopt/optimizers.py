@@ -84,7 +84,8 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
 
     It gets the bound objective and nothing else, since optax's reject keywords that they do not know; a strongly typed
     state, since theirs starts weakly typed and makes a jitted step compile twice; and its old state back when it gives
-    no step, since theirs do not recover from a step of length zero.
+    no step, since theirs do not recover from a step of length zero. No step is taken from a value that is not finite:
+    every trial would be a decrease.
     """
     linesearch = optax.with_extra_args_support(linesearch)
 
@@ -115,7 +116,8 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
             return updates, state
         array_params = jax.tree.map(jnp.asarray, params)
         step, new_state = linesearch.update(updates, state, array_params, value=value, grad=grad, value_fn=objective)
-        moved = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]))
+        moved = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)])) & jnp.isfinite(value)
+        step = jax.tree.map(lambda leaf: jnp.where(moved, leaf, 0), step)
         kept: Any = jax.tree.map(lambda new, old: jnp.where(moved, new, old), new_state, state)
         return step, kept._replace(info=getattr(new_state, "info", None)) if hasattr(kept, "info") else kept
 

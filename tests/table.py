@@ -19,7 +19,8 @@ class Case(NamedTuple):
     needs: tuple[str, ...] = ()  # keywords of `update` that it cannot do without
     injectable: tuple[str, ...] = ()  # numbers for `optax.inject_hyperparams`; all other arguments are static
     composite: bool = False  # wants `hessopt.composite` for an objective
-    main: bool = False  # one that runs the costly laws in the fast suite too
+    unitless: bool = False  # its first step is the same in whatever unit the objective is measured
+    main: bool = False  # one that runs the costly sweeps in the fast suite too
     fails: Mapping[str, str] = MappingProxyType({})  # law -> why this foreign transformation is known to break it
 
     def make(self) -> optax.GradientTransformationExtraArgs:
@@ -31,7 +32,14 @@ SEARCHED = ("value", "grad", "value_fn")
 
 
 def newton(name: str, **arguments: Any) -> Case:
-    return Case(f"newton, {name}", hessopt.newton, arguments, needs=SEARCHED, injectable=("damping",))
+    return Case(
+        f"newton, {name}",
+        hessopt.newton,
+        arguments,
+        needs=SEARCHED,
+        injectable=("damping",),
+        unitless="damping" not in arguments,
+    )
 
 
 def subsampled_newton(probability: float) -> optax.GradientTransformation:
@@ -58,5 +66,29 @@ HESSOPT = (
         needs=("value_fn",),
         injectable=("probability",),
         main=True,
+    ),
+)
+
+NO_STATUS = {"reports_a_status": "optax has no statuses"}
+NAN_THROUGH = {"survives_what_is_not_finite": "optax leaves that to apply_if_finite"}
+
+FOREIGN = (
+    Case("adam", optax.adam, {"learning_rate": 0.1}, injectable=("learning_rate",), fails=NO_STATUS | NAN_THROUGH),
+    Case("scale", optax.scale, {"step_size": 0.5}, "rate", injectable=("step_size",), fails=NO_STATUS | NAN_THROUGH),
+    Case(
+        "lbfgs",
+        optax.lbfgs,
+        needs=SEARCHED,
+        fails=NO_STATUS
+        | {
+            "has_a_stable_strongly_typed_state": "the search's state starts weakly typed",
+            "is_traced_and_compiled_once": "therefore its second step compiles anew",
+            "continues_from_a_checkpoint_bit_for_bit": "therefore a restored one does too",
+            "shares_no_buffer": "fresh leaves share one array of zeros",
+            "starts_abstractly": "the search looks for a leaf in optax's placeholder",
+            "ignores_unknown_keywords": "the search refuses them",
+            "names_what_is_missing": "the missing keyword is named, the call to write is not",
+            "survives_what_is_not_finite": "the memory takes in the step",
+        },
     ),
 )

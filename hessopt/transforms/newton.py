@@ -27,7 +27,8 @@ from hessopt.numerics.positivity import POSITIVITIES, Positivity
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "scale_by_newton"
-_NOT_REUSED = StepStatus.FACTORIZATION_FAILED | StepStatus.UNBOUNDED_MODEL  # what the next update tries again
+# what the next update tries again
+_NOT_REUSED = StepStatus.FACTORIZATION_FAILED | StepStatus.UNBOUNDED_MODEL | StepStatus.NONFINITE
 
 
 class NewtonInfo(NamedTuple):
@@ -77,8 +78,9 @@ def scale_by_newton(
       the objective. Its status is `state.info.status`.
 
       A block whose curvature is not finite keeps its older factor, or does not move (FACTORIZATION_FAILED); one
-      whose gradient is not finite does not move (NONFINITE); one without any curvature moves along its gradient by a
-      unit length (UNBOUNDED_MODEL). The state is then as before, but for count and info.
+      whose gradient is not finite does not move (NONFINITE), and none does where the value is given and not finite;
+      one without any curvature moves along its gradient by a unit length (UNBOUNDED_MODEL). The state is then as
+      before, but for count and info.
 
     Raises:
       ValueError: for damping < 0, update_every < 1 or an unknown word.
@@ -131,15 +133,16 @@ def scale_by_newton(
         state: Any,
         params: Params | None = None,
         *,
-        value_fn: ValueFn | None = None,
+        value: Any = 0.0,
         grad: optax.Updates | None = None,
+        value_fn: ValueFn | None = None,
         **data: Any,
     ) -> tuple[optax.Updates, NewtonState]:
         require_params(params, caller=_NAME)
         objective = bind(value_fn, data, caller=_NAME)
         labels, names = group_labels(params, blocks)
         parts = [take(updates, labels, group) for group in range(len(names))]
-        gradients = [ravel(part) for part in parts]
+        gradients = [jnp.where(jnp.isfinite(value), ravel(part), jnp.nan) for part in parts]
         dtype = solve_dtype(params)
         lam = jnp.asarray(damping(state.count) if callable(damping) else damping, dtype)
 
@@ -212,8 +215,9 @@ def _factorize_block(
         condition=jnp.where(new.ok, jnp.max(new.pivots, initial=0.0) / smallest, jnp.inf),
         attempts=new.attempts,
     )
-    factor = jax.tree.map(lambda n, o: jnp.where(new.ok, n, o), new.factor, old_factor)
-    return factor, jnp.where(new.ok, new.shift, old_shift), info
+    sound = new.ok & jnp.isfinite(length)
+    factor = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new.factor, old_factor)
+    return factor, jnp.where(sound, new.shift, old_shift), info
 
 
 def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:

@@ -141,7 +141,7 @@ def subsampled(
         dtype = state.ratio.dtype
         lengths = jnp.array([norm(ravel(part)) for part, _ in steps], dtype)
         before = jnp.array([norm(ravel(take(updates, labels, group))) for group in range(len(names))], dtype)
-        usable = drawn & (before > 0) & jnp.isfinite(lengths)
+        usable = drawn & (before > 0) & (lengths > 0) & jnp.isfinite(before) & jnp.isfinite(lengths)
         ratios = jnp.where(usable, lengths / jnp.where(usable, before, 1.0), 0.0)
         ratio = jnp.where(usable.any(), ratios.sum() / jnp.maximum(usable.sum(), 1), state.ratio)
 
