@@ -31,7 +31,7 @@ def halving(**faults: bool) -> optax.GradientTransformationExtraArgs:
 
     def init(params: Any) -> HalvingState:
         spare = params if faulty("aliased") else jax.tree.map(jnp.zeros_like, params)
-        return HalvingState(jnp.zeros((), jnp.int32), jnp.full((), 0.1), spare, Info(jnp.zeros((), jnp.int32)))
+        return HalvingState(jnp.zeros((), jnp.int32), jnp.full((), 0.1, float), spare, Info(jnp.zeros((), jnp.int32)))
 
     def update(updates: Any, state: Any, params: Any = None, *, value: Any, value_fn: Any = None, **data: Any) -> Any:
         if value_fn is None and faulty("goes_without"):
