@@ -186,7 +186,7 @@ def _bar(total: int) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress=True shows a tqdm bar: pip install tqdm") from error
+        raise ImportError("progress=True shows a tqdm bar: pip install hessopt[progress]") from error
     return tqdm(total=total, unit="step")
 
 

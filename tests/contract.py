@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import chex
 import flax.serialization
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax

@@ -14,6 +14,7 @@ import scipy.optimize
 
 import hessopt
 from hessopt import Termination, minimize
+from hessopt.calculus.recycling import searches
 
 NEWTON = hessopt.newton()
 
@@ -50,8 +51,7 @@ def test_every_transformation_is_driven_to_scipys_minimum(tx, recycles):
     np.testing.assert_allclose(solution.params, oracle.x, atol=1e-3)
     np.testing.assert_allclose(solution.value, rosenbrock(solution.params), atol=1e-14)
     np.testing.assert_allclose(solution.grad, jax.grad(rosenbrock)(solution.params), atol=1e-10)
-    searched = hasattr(tx, "update") and bool(hessopt.calculus.recycling.searches(solution.state))
-    if not searched:  # one value and gradient per step, and one at the start
+    if not searches(solution.state):  # one value and gradient per step, and one at the start
         assert solution.evaluations == solution.steps + 1
     elif recycles:
         assert solution.evaluations <= 4 * solution.steps + 1
@@ -263,12 +263,15 @@ def test_progress_needs_a_run_of_its_own():
 def test_ctrl_c_returns_the_best_point_so_far():
     program = textwrap.dedent(
         """
+        import signal
         import jax, jax.numpy as jnp, optax, hessopt
+        jax.config.update("jax_enable_x64", True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # some parents have it ignored
         loss = lambda x: jnp.sum(jnp.cosh(x - 1.0))
         options = dict(max_steps=10**9, gtol=0.0, progress=True, log_every=20_000)
         started = lambda solution: print("running", flush=True)
-        solution = hessopt.minimize(loss, jnp.zeros(3), optax.sgd(1e-6), callback=started, **options)
-        print(hessopt.Termination(int(solution.termination)).name, int(solution.steps), float(solution.value) < 4.63)
+        solution = hessopt.minimize(loss, jnp.zeros(3), optax.sgd(1e-8), callback=started, **options)
+        print(hessopt.Termination(int(solution.termination)).name, int(solution.steps), float(solution.value) < 4.6292)
         """
     )
     root = pathlib.Path(__file__).parent.parent

@@ -103,11 +103,11 @@ def _optax_tests() -> Any:
 def _runs():
     """One run per generated method: those of the main cases, and in the slow sweep all others."""
     for test in (name for name in dir(_optax_tests()) if name.startswith("test_") and "explicit_dtype" not in name):
-        arguments = getattr(_optax_tests(), test).__x_params_repr__
-        name = next(name for name in CASES if f"opt_name='{name}'" in arguments)
-        marks = [] if CASES[name].main else [pytest.mark.slow]
-        arguments = re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", arguments)  # no addresses in the names
-        yield pytest.param(test, id=f"{test.rstrip('0123456789')}{arguments}", marks=marks)
+        # where optax uses variants of chex, the method's name has the arguments; else an attribute has
+        label = test.rstrip("0123456789") + getattr(_optax_tests(), test).__x_params_repr__
+        case = next(case for name, case in CASES.items() if f"opt_name='{name}'" in label)
+        label = re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", label)  # no addresses in the names
+        yield pytest.param(test, id=label, marks=[] if case.main else [pytest.mark.slow])
 
 
 @pytest.fixture(autouse=True)

@@ -197,5 +197,5 @@ def _fill_rows(matrix: Matrix, linear: Any, leaf: jax.Array, row: int, columns: 
         return matrix, None
 
     # the last chunk starts early enough to be full: one compiled body, a few rows written twice
-    starts = jnp.minimum(jnp.arange(0, leaf.size, chunk), leaf.size - chunk)
+    starts = jnp.minimum(jnp.arange(0, leaf.size, chunk, dtype=jnp.int32), leaf.size - chunk)
     return jax.lax.scan(fill, matrix, starts)[0]

@@ -1,0 +1,1 @@
+"""What hessopt costs beside its peers: `python -m benchmarks kernels`."""

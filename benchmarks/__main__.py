@@ -1,0 +1,22 @@
+"""`python -m benchmarks SUITE`: measure, print the table, and keep it with a figure."""
+
+import argparse
+import pathlib
+
+from benchmarks import harness, kernels
+
+SUITES = {"kernels": kernels.run}
+
+
+def main() -> None:
+    """Parse the command line and run the suite."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure hessopt beside its peers.")
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--quick", action="store_true", help="small and few: a test that it runs, no measurement")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    options = parser.parse_args()
+    print(harness.write(options.out, options.suite, SUITES[options.suite](options.quick)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""The kernels: dense Hessians in chunks, products, the ends of the spectrum."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+import hessopt
+from benchmarks.harness import Contender, Table, compare, compiled
+from benchmarks.problems import mlp
+
+
+def run(quick: bool) -> Sequence[Table]:
+    """All tables; `quick` for a test that it runs."""
+    rounds, settle, batch = (2, 0.0, 100) if quick else (9, 0.4, 1500)
+    problems = [
+        mlp.digits((64, 32, 10), batch),
+        mlp.digits((64, 16, 10), batch),
+        mlp.regression((3, 20, 20, 1), min(batch, 1000)),
+    ]
+    return [
+        *(compare(f"Hessian, {p.name}", hessians(p), rounds, settle) for p in problems),
+        *(compare(f"Hessian times vector, {p.name}", products(p), 5 * rounds, 0.0) for p in problems[:1]),
+        *(compare(f"extreme eigenvalues, {p.name}", spectra(p), rounds, settle) for p in problems[1:2]),
+    ]
+
+
+def hessians(problem: mlp.Problem) -> list[Contender]:
+    """`jax.hessian` of the raveled parameters, then ours, equal to 1e-5 or an error."""
+    flat, restore = ravel_pytree(problem.params)
+    reference = compiled("jax.hessian", jax.hessian(lambda v: problem.value_fn(restore(v))), flat)
+
+    def ours(name: str, **options: Any) -> Contender:
+        return compiled(name, lambda p: hessopt.hessian(problem.value_fn, p, **options), problem.params)
+
+    whole = ours("hessopt.hessian")
+    exact, computed = reference.run(), whole.run()
+    error = float(jnp.max(jnp.abs(computed - exact)) / jnp.max(jnp.abs(exact)))
+    if not error <= 1e-5:
+        raise ValueError(f"hessopt.hessian differs from jax.hessian by {error:.1e} on {problem.name}")
+    return [
+        reference,
+        whole._replace(facts=whole.facts | {"relative error": error}),
+        ours("hessopt.hessian, layer blocks", blocks="layer"),
+        ours("hessopt.hessian, leaf blocks", blocks="leaf"),
+        ours("hessopt.hessian, Gauss-Newton", curvature="gauss_newton"),
+        compiled("one value and gradient", jax.value_and_grad(problem.value_fn), problem.params),
+    ]
+
+
+def products(problem: mlp.Problem) -> list[Contender]:
+    """One value and gradient, then one product."""
+    vector = jax.tree.map(jnp.ones_like, problem.params)
+    return [
+        compiled("one value and gradient", jax.value_and_grad(problem.value_fn), problem.params),
+        compiled("hessopt.hvp", lambda p, v: hessopt.hvp(problem.value_fn, p, v), problem.params, vector),
+    ]
+
+
+def spectra(problem: mlp.Problem) -> list[Contender]:
+    """All eigenvalues of the matrix, then the ends alone."""
+    return [
+        compiled(
+            "hessopt.hessian and eigvalsh",
+            lambda p: jnp.linalg.eigvalsh(hessopt.hessian(problem.value_fn, p)),
+            problem.params,
+        ),
+        compiled("hessopt.spectrum", lambda p: hessopt.spectrum(problem.value_fn, p), problem.params),
+    ]

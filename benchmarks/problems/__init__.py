@@ -1,0 +1,1 @@
+"""Objectives that the suites share."""
