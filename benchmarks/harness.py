@@ -46,16 +46,13 @@ class Table(NamedTuple):
 
 
 def compiled(name: str, fun: Callable[..., Any], *args: Any) -> Contender:
-    """Compile `fun` for `args`; its facts are compile seconds, temporary MB and GFLOP, where the backend knows them."""
+    """Compile `fun` for `args`; its facts are compile seconds and, where the backend knows it, temporary MB."""
     start = time.perf_counter()
     program = jax.jit(fun).lower(*args).compile()
     facts = {"compile s": time.perf_counter() - start}
-    memory, cost = program.memory_analysis(), program.cost_analysis()
+    memory = program.memory_analysis()
     if memory is not None:
         facts["temporary MB"] = memory.temp_size_in_bytes / 1e6
-    cost = cost[0] if isinstance(cost, list) else cost
-    if cost and "flops" in cost:
-        facts["GFLOP"] = cost["flops"] / 1e9
     return Contender(name, lambda: program(*args), facts)
 
 
