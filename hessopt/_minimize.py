@@ -55,7 +55,8 @@ def minimize(
 
     Args:
       value_fn: `value_fn(params, **data)`, a real scalar; `(value, aux)` with has_aux. Compiled once per function
-        object and transformation: pass what varies as `data`, not by closure.
+        object and transformation: pass what varies as `data`, not by closure. JAX raises where a closure holds what
+        is being differentiated.
       params: where to start, a pytree of floating or complex arrays.
       tx: a hessopt or optax optimizer; it is given value, grad and value_fn.
       data: arrays, or pytrees of them, passed to value_fn by name.
@@ -82,8 +83,8 @@ def minimize(
 
     Raises:
       ValueError: for a negative tolerance or a count below 1.
-      TypeError: for data that value_fn requires and does not get, or gets and does not take; for progress or a
-        callback under a transformation of JAX.
+      TypeError: for data that value_fn requires and does not get, or gets and does not take; for params that are
+        not floating; for progress or a callback under a transformation of JAX.
 
     Cost: per step one update of `tx`, and one value and gradient unless its line search kept them; memory for a
     second set of params and gradient (the best). Derivatives: one conjugate gradient solve with the Hessian each.
@@ -101,6 +102,12 @@ def minimize(
         check_range(name, bound, 0)
     if has_aux and isinstance(value_fn, Composite):
         raise TypeError("has_aux needs value_fn to return (value, aux); a composite returns its loss alone")
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"tx must be an optax transformation, with init and update, got {tx!r}")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            name = jax.tree_util.keystr(path)
+            raise TypeError(f"params{name} must be floating or complex, got {jnp.result_type(leaf)}")
     data = dict(data or {})
     require_taken(value_fn, data, caller="minimize")
 

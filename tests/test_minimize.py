@@ -110,6 +110,13 @@ def test_wrong_arguments_are_named():
         minimize(rosenbrock, jnp.zeros(2), NEWTON, has_aux=True)
 
 
+def test_what_cannot_be_minimized_over_is_named():
+    with pytest.raises(TypeError, match=r"params\['a'\] must be floating or complex, got int"):
+        minimize(rosenbrock, {"a": jnp.zeros(2, int)}, NEWTON)
+    with pytest.raises(TypeError, match="tx must be an optax transformation, with init and update, got <function sgd"):
+        minimize(rosenbrock, jnp.zeros(2), optax.sgd)
+
+
 def test_aux_is_that_of_the_solution():
     loss = lambda x, target: (jnp.sum((x - target) ** 2), {"residual": x - target, "n": x.size})
     solution = minimize(loss, jnp.zeros(3), optax.sgd(0.1), data={"target": jnp.arange(3.0)}, has_aux=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 
 JIT = ("jit", "pjit")
 """What a jitted call is named in a program, by version of JAX; it is entered, and its equations taken one by one."""
@@ -27,7 +27,7 @@ def stacked(fun: Callable[[jax.Array], list[jax.Array]], example: jax.Array) -> 
     def mapped(batch: jax.Array) -> list[jax.Array]:
         size = batch.shape[0]
         operand = jnp.moveaxis(batch, 0, _axis(example))
-        outputs = _evaluate(program.jaxpr, program.consts, [(operand, True)])
+        outputs = _evaluate(program, [(operand, True)])
         return [
             jnp.moveaxis(value, _axis(variable.aval), 0) if is_mapped else jnp.broadcast_to(value, (size, *value.shape))
             for variable, (value, is_mapped) in zip(program.jaxpr.outvars, outputs, strict=True)
@@ -41,9 +41,10 @@ def _axis(array: Any) -> int:
     return min(1, len(array.shape))
 
 
-def _evaluate(jaxpr: Any, consts: Any, operands: Any) -> list[tuple[Any, bool]]:
+def _evaluate(program: Any, operands: Any) -> list[tuple[Any, bool]]:
     """Evaluate equation by equation; every value comes with whether it is mapped."""
-    known: dict[Any, tuple[Any, bool]] = {v: (c, False) for v, c in zip(jaxpr.constvars, consts, strict=True)}
+    jaxpr = program.jaxpr
+    known: dict[Any, tuple[Any, bool]] = {v: (c, False) for v, c in zip(jaxpr.constvars, program.consts, strict=True)}
     known |= zip(jaxpr.invars, operands, strict=True)
 
     def read(variable: Any) -> tuple[Any, bool]:
@@ -51,21 +52,20 @@ def _evaluate(jaxpr: Any, consts: Any, operands: Any) -> list[tuple[Any, bool]]:
 
     for equation in jaxpr.eqns:
         if equation.primitive.name in JIT:
-            inner = equation.params["jaxpr"]
-            results = _evaluate(inner.jaxpr, inner.consts, [read(v) for v in equation.invars])
+            results = _evaluate(equation.params["jaxpr"], [read(v) for v in equation.invars])
         else:
-            results = _apply(jaxpr, equation, read)
+            results = _apply(program, equation, read)
         known |= zip(equation.outvars, results, strict=True)
     return [read(v) for v in jaxpr.outvars]
 
 
-def _apply(jaxpr: Any, equation: Any, read: Callable[[Any], tuple[Any, bool]]) -> list[tuple[Any, bool]]:
+def _apply(program: Any, equation: Any, read: Callable[[Any], tuple[Any, bool]]) -> list[tuple[Any, bool]]:
     """One equation, through its own batching rule, with the axis put back where it belongs."""
     variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
     values = [read(v)[0] for v in variables]
     mapped = [read(v)[1] for v in variables]
-    single = jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
-    fun = jaxpr_as_fun(ClosedJaxpr(single, ()))
+    single = program.jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
+    fun = jaxpr_as_fun(program.replace(jaxpr=single, consts=()))
     if not any(mapped):
         return [(value, False) for value in fun(*values)]
     if _contracts_data(equation, mapped):
