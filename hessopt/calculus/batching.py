@@ -79,8 +79,10 @@ def _contracts_data(equation: Any, mapped: list[bool]) -> bool:
     """A plain matrix product over the first axis of a mapped left with a fixed right factor."""
     if equation.primitive.name != "dot_general" or mapped != [True, False]:
         return False
-    (left_axes, _), kept_in_step = equation.params["dimension_numbers"]
-    return 0 in left_axes and kept_in_step == ((), ()) and equation.params.get("out_sharding") is None
+    params = equation.params
+    (left_axes, _), kept_in_step = params["dimension_numbers"]
+    symmetric = params["precision"] in (None, *((p, p) for p in jax.lax.Precision))  # alike for both factors
+    return 0 in left_axes and kept_in_step == ((), ()) and symmetric and params.get("out_sharding") is None
 
 
 def _fixed_factor_first(params: dict[str, Any]) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:

@@ -32,6 +32,9 @@ PROGRAMS = {
     "data first": lambda x: DATA @ x,
     "contracts the data": lambda x: (DATA @ x).T @ DATA,
     "contracts the data, fixed on the left": lambda x: DATA.T @ (DATA @ x),
+    "contracts the data, at two precisions": lambda x: jax.lax.dot_general(
+        DATA @ x, DATA, (((0,), (0,)), ((), ())), precision=(jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT)
+    ),
     "contracts everything": lambda x: jnp.tensordot(DATA @ x, jnp.ones((7, 3)), 2),
     "axes kept in step": lambda x: jnp.einsum("bi,bj->bij", DATA @ x, DATA),
     "both mapped": lambda x: (DATA @ x) @ x.T,
