@@ -125,7 +125,7 @@ def _step(tx: optax.GradientTransformationExtraArgs, objective: Any, limits: Lim
     else:  # of the point before a step of zero the search need not know more than we do
         value, grad = kept[0], jax.tree.map(jnp.conj, kept[1])
         value, grad = jax.tree.map(
-            lambda new, kept: jnp.where(move > 0, new, kept).astype(kept.dtype), (value, grad), (old.value, old.grad)
+            lambda new, kept: jnp.where(move == 0, kept, new).astype(kept.dtype), (value, grad), (old.value, old.grad)
         )
         here = Point(params, value, grad, _size(grad))
     spent = evaluations(state) + (kept is None)
@@ -134,7 +134,7 @@ def _step(tx: optax.GradientTransformationExtraArgs, objective: Any, limits: Lim
     better = (here.value < run.best.value - noise) | (
         (here.value <= run.best.value + noise) & (here.size < run.best.size)
     )
-    better &= jnp.isfinite(here.value) & jnp.isfinite(here.size)
+    better &= jnp.isfinite(here.value) & jnp.isfinite(here.size) & jnp.isfinite(move)
     quiet = (jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)) & (
         here.size > 0.9 * run.quiet.size
     )
@@ -169,9 +169,9 @@ def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.
     moved = move > 0
     reasons = (
         (Termination.UNBOUNDED, (value == -jnp.inf) | (fall > ABYSS * run.scale)),
-        (Termination.NONFINITE, ~jnp.isfinite(value) | ~jnp.isfinite(size)),
+        (Termination.NONFINITE, ~(jnp.isfinite(value) & jnp.isfinite(size) & jnp.isfinite(move))),
         (Termination.GRADIENT, size <= limits.gtol * run.start_size),
-        (Termination.VALUE, moved & (limits.ftol > 0) & (change <= limits.ftol * jnp.abs(fall))),
+        (Termination.VALUE, moved & (limits.ftol > 0) & (fall > 0) & (change <= limits.ftol * fall)),
         (Termination.STEP, moved & (limits.xtol > 0) & (move <= limits.xtol * _size(run.here.params))),
         (Termination.STALLED_AT_NOISE, run.waited >= PATIENCE),
     )

@@ -82,7 +82,7 @@ def minimize(
       stationary point near by; the start, the state and the counts have none.
 
     Raises:
-      ValueError: for a negative tolerance or a count below 1.
+      ValueError: for a negative tolerance or max_steps, or log_every below 1.
       TypeError: for data that value_fn requires and does not get, or gets and does not take; for params that are
         not floating; for progress or a callback under a transformation of JAX.
 

@@ -117,6 +117,15 @@ def test_what_cannot_be_minimized_over_is_named():
         minimize(rosenbrock, jnp.zeros(2), optax.sgd)
 
 
+def test_what_stands_behind_a_search_is_seen():
+    loss = lambda x: jnp.sum((x - jnp.array([1.0, -2.0])) ** 2)
+    behind = minimize(loss, jnp.full(2, 3.0), optax.chain(optax.lbfgs(), optax.keep_params_nonnegative()))
+    np.testing.assert_allclose(behind.value, loss(behind.params))
+    assert ended(behind) != Termination.GRADIENT
+    poison = optax.stateless(lambda updates, _: jax.tree.map(lambda u: u * jnp.nan, updates))
+    assert ended(minimize(loss, jnp.full(2, 3.0), optax.chain(optax.lbfgs(), poison))) == Termination.NONFINITE
+
+
 def test_aux_is_that_of_the_solution():
     loss = lambda x, target: (jnp.sum((x - target) ** 2), {"residual": x - target, "n": x.size})
     solution = minimize(loss, jnp.zeros(3), optax.sgd(0.1), data={"target": jnp.arange(3.0)}, has_aux=True)

@@ -21,18 +21,19 @@ def searches(state: optax.OptState) -> list[Any]:
 
 
 def accepted(state: optax.OptState, params: Any) -> tuple[jax.Array, Any] | None:
-    """Return the value and gradient that the one search in `state` accepted; None when there is no such pair.
+    """Return the value and gradient that the search at the end of a chain accepted; None when there is no such pair.
 
-    There is none without a search, with several, or when the search keeps no gradient or one of other parameters than
-    `params` (as inside `optax.masked`). What a search has not filled in yet is not finite.
+    There is none when anything stands behind the search, since the step was then changed, and when the search keeps no
+    gradient or one of other parameters than `params`. What a search has not filled in yet is not finite.
     """
-    found = searches(state)
-    if len(found) != 1 or found[0].grad is None:
+    while type(state) is tuple and state:
+        state = state[-1]
+    if not isinstance(state, SEARCH_STATES) or state.grad is None:
         return None
-    value, grad = found[0].value, found[0].grad
-    if jax.tree.structure(grad) != jax.tree.structure(params):
+    same_tree = jax.tree.structure(state.grad) == jax.tree.structure(params)
+    if not same_tree or jax.tree.map(jnp.shape, state.grad) != jax.tree.map(jnp.shape, params):
         return None
-    return value, grad
+    return jnp.asarray(state.value), state.grad
 
 
 def evaluations(state: optax.OptState) -> jax.Array:
@@ -61,8 +62,8 @@ def value_and_grad_from_state(value_fn: ValueFn) -> Callable[..., tuple[jax.Arra
 
     Returns:
       A function `(params, *args, state, **kwargs) -> (value, grad)` in place of `jax.value_and_grad(value_fn)`, that
-      takes both from `state` where a search has left them. Only valid where `params` are the last update applied, on
-      the same data, with nothing behind the search in the chain.
+      takes both from `state` where a search at the end of the chain has left them. Only valid where `params` are the
+      last update applied, on the same data.
 
     Cost: nothing where a search kept the pair, else one value and gradient. Under `vmap` always one.
 
