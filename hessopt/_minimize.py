@@ -55,8 +55,8 @@ def minimize(
 
     Args:
       value_fn: `value_fn(params, **data)`, a real scalar; `(value, aux)` with has_aux. Compiled once per function
-        object and transformation: pass what varies as `data`, not by closure. JAX raises where a closure holds what
-        is being differentiated.
+        object and transformation: pass what varies as `data`, not by closure. (A plain function may close over what
+        is being differentiated; a composite may not.)
       params: where to start, a pytree of floating or complex arrays.
       tx: a hessopt or optax optimizer; it is given value, grad and value_fn.
       data: arrays, or pytrees of them, passed to value_fn by name.
@@ -111,6 +111,7 @@ def minimize(
     data = dict(data or {})
     require_taken(value_fn, data, caller="minimize")
 
+    value_fn, data = _open_closure(value_fn, params, data)
     problem = Problem(_hashable(value_fn), tx, has_aux)
     params = strongly_typed(params)
     opt_state = strongly_typed(tx.init(params) if state is None else state)
@@ -120,6 +121,30 @@ def minimize(
     return _in_blocks(
         problem, params, opt_state, data, limits, log_every, _bar(max_steps) if progress else None, callback
     )
+
+
+def _open_closure(value_fn: Callable[..., Any], params: Params, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Turn what value_fn closes over while JAX traces it into data, or its derivatives would be lost."""
+    if isinstance(value_fn, Composite) or not _holds_tracers(value_fn):
+        return value_fn, data
+    opened, hoisted = jax.closure_convert(lambda params, data: value_fn(params, **data), params, data)
+
+    def with_hoisted(params: Params, hoisted: Any, **data: Any) -> Any:
+        return opened(params, data, *hoisted)
+
+    return with_hoisted, data | {"hoisted": hoisted}
+
+
+def _holds_tracers(thing: Any, depth: int = 4) -> bool:
+    """Whether a function closes over a traced value, itself or in the functions that it closes over."""
+    if isinstance(thing, Tracer):
+        return True
+    if depth == 0 or not callable(thing):
+        return False
+    held = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
+    if isinstance(thing, functools.partial):
+        held += [thing.func, thing.args, thing.keywords]
+    return any(_holds_tracers(leaf, depth - 1) for leaf in jax.tree.leaves(held))
 
 
 def _hashable(value_fn: Callable[..., Any]) -> Callable[..., Any]:

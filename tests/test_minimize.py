@@ -253,6 +253,15 @@ def test_derivatives_pass_jit_vmap_aux_and_integer_data_and_complex_parameters()
     chex.assert_trees_all_close(jacobian, (jnp.ones((2, 2)), jnp.ones((2, 2))), rtol=1e-10)
 
 
+@pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_what_value_fn_closes_over_is_differentiated_too(through):
+    def solved(target):
+        return minimize(lambda x: jnp.sum((x - target) ** 2), jnp.zeros(2), NEWTON).params.sum()
+
+    for derivative in (jax.grad, jax.jacfwd):
+        np.testing.assert_allclose(through(derivative(solved))(1.0), 2.0)
+
+
 def test_progress_and_callback_see_every_block_and_change_nothing(capsys):
     seen = []
     start = jnp.array([-1.2, 1.0])
