@@ -1,6 +1,7 @@
 """Range checks of hyperparameters."""
 
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ def check_range(name: str, value: Any, low: float, high: float = math.inf) -> No
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is a Python int of at least 1; it shapes the program."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    """Raise `ValueError` unless `value` is an int of at least 1; it shapes the program."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         hint = "; under optax.inject_hyperparams, list it in static_args" if isinstance(value, jax.Array) else ""
         raise ValueError(f"{name} must be an int, at least 1, got {value!r}{hint}")
 

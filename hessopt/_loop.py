@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.calculus.flat import strongly_typed
-from hessopt.calculus.objective import bind, precompose
+from hessopt.calculus.objective import bind, informed_update, precompose
 from hessopt.calculus.recycling import accepted, counts_evaluations, evaluations
 from hessopt.typing import Params, Termination, ValueFn
 
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
 
 PATIENCE = 10
-"""Steps without any change beyond rounding before the run counts as stalled: some methods recover from a few."""
+"""Steps without any change beyond rounding before the run counts as stalled: some methods recover from a few. Steps of
+zero count only where the transformation has evaluated the objective, and so has tried."""
 
 ABYSS = 1e20
 """A fall of the objective, in units of its scale, that no objective with a minimum is expected to have."""
@@ -60,12 +61,17 @@ class Problem(NamedTuple):
     has_aux: bool
 
 
+def bound(problem: Problem, data: Mapping[str, Any]) -> Any:
+    """value_fn as a function of params alone."""
+    return bind(problem.value_fn, data, caller="minimize", call=_CALL, has_aux=problem.has_aux)
+
+
 def objective_and_aux(problem: Problem, data: Mapping[str, Any]) -> tuple[Any, Callable[[Params], Any]]:
     """The objective as a function of params alone, and its auxiliary output likewise."""
-    bound = bind(problem.value_fn, data, caller="minimize", call=_CALL, has_aux=problem.has_aux)
+    both = bound(problem, data)
     if problem.has_aux:
-        return lambda params: bound(params)[0], lambda params: bound(params)[1]
-    return bound, lambda params: None
+        return lambda params: both(params)[0], lambda params: both(params)[1]
+    return both, lambda params: None
 
 
 def evaluate(objective: ValueFn, params: Params) -> Point:
@@ -106,26 +112,27 @@ def advance(problem: Problem, run: Run, data: Mapping[str, Any], limits: Limits,
     def goes_on(run: Run) -> jax.Array:
         return (run.termination == Termination.RUNNING) & (run.steps < jnp.minimum(until, limits.max_steps))
 
-    tx = optax.with_extra_args_support(problem.tx)
-    return jax.lax.while_loop(goes_on, functools.partial(_step, tx, objective, limits), run)
+    update = informed_update(problem.tx)
+    return jax.lax.while_loop(goes_on, functools.partial(_step, update, objective, limits), run)
 
 
-def _step(tx: optax.GradientTransformationExtraArgs, objective: Any, limits: Limits, run: Run) -> Run:
+def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) -> Run:
     asked: list[bool] = []  # whether tx evaluates the objective, which shows while it is traced
     watched = precompose(objective, lambda params: asked.append(True) or params)
     old = run.here
-    updates, state = tx.update(old.grad, run.state, old.params, value=old.value, grad=old.grad, value_fn=watched)
+    updates, state = update(old.grad, run.state, old.params, value=old.value, grad=old.grad, value_fn=watched)
     state = jax.tree.map(lambda new, kept: jnp.asarray(new, kept.dtype), state, run.state)
-    params = optax.apply_updates(old.params, updates)
+    # behind a barrier, or XLA evaluates half precision parameters before it has rounded them
+    params = jax.lax.optimization_barrier(optax.apply_updates(old.params, updates))
     move = _size(jax.tree.map(lambda new, kept: new - kept, params, old.params))
 
-    kept = accepted(state, params)
+    kept = accepted(state, (old.value, old.grad))
     if kept is None:
         here = evaluate(objective, params)
     else:  # of the point before a step of zero the search need not know more than we do
         value, grad = kept[0], jax.tree.map(jnp.conj, kept[1])
         value, grad = jax.tree.map(
-            lambda new, kept: jnp.where(move == 0, kept, new).astype(kept.dtype), (value, grad), (old.value, old.grad)
+            lambda new, kept: jnp.where(move == 0, kept, new), (value, grad), (old.value, old.grad)
         )
         here = Point(params, value, grad, _size(grad))
     spent = evaluations(state) + (kept is None)
@@ -138,6 +145,7 @@ def _step(tx: optax.GradientTransformationExtraArgs, objective: Any, limits: Lim
     quiet = (jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)) & (
         here.size > 0.9 * run.quiet.size
     )
+    waiting = (_size(updates) == 0) & (not asked)  # gradients are accumulated, or a schedule starts at zero
     change = jnp.abs(here.value - old.value)
     new = Run(
         here=here,
@@ -149,7 +157,7 @@ def _step(tx: optax.GradientTransformationExtraArgs, objective: Any, limits: Lim
         quiet=jax.tree.map(
             lambda new, kept: jnp.where(quiet, kept, new), Point(None, here.value, None, here.size), run.quiet
         ),
-        waited=jnp.where(quiet, run.waited + 1, 0),
+        waited=jnp.where(waiting, run.waited, jnp.where(quiet, run.waited + 1, 0)),
         steps=run.steps + 1,
         evaluations=run.evaluations + spent if not asked or counts_evaluations(state) else jnp.full_like(run.steps, -1),
         termination=run.termination,
@@ -166,13 +174,13 @@ def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.
     """The first reason to stop that holds, else RUNNING. Tolerances are relative, so that no unit matters."""
     value, size = run.here.value, run.here.size
     fall = run.start_value - value
-    moved = move > 0
+    settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))  # no worse than any before
     reasons = (
         (Termination.UNBOUNDED, (value == -jnp.inf) | (fall > ABYSS * run.scale)),
         (Termination.NONFINITE, ~(jnp.isfinite(value) & jnp.isfinite(size) & jnp.isfinite(move))),
         (Termination.GRADIENT, size <= limits.gtol * run.start_size),
-        (Termination.VALUE, moved & (limits.ftol > 0) & (fall > 0) & (change <= limits.ftol * fall)),
-        (Termination.STEP, moved & (limits.xtol > 0) & (move <= limits.xtol * _size(run.here.params))),
+        (Termination.VALUE, settled & (limits.ftol > 0) & (fall > 0) & (change <= limits.ftol * fall)),
+        (Termination.STEP, settled & (limits.xtol > 0) & (move <= limits.xtol * _size(run.here.params))),
         (Termination.STALLED_AT_NOISE, run.waited >= PATIENCE),
     )
     termination = jnp.asarray(Termination.RUNNING, jnp.int32)

@@ -1,8 +1,8 @@
 """The driver: update, apply, evaluate, judge, in one compiled loop, for any optax transformation.
 
 At a minimiser the gradient vanishes whatever the data, `g(params*(data), data) = 0`. Hence, by the implicit
-function theorem, `H d(params*) = -dg/d(data) d(data)`: that is how the solution is differentiated, by conjugate
-gradients at the solution and not through the steps that led there.
+function theorem, `H d(params*) = -dg/d(data) d(data)`: that is how the solution is differentiated, by a linear solve
+at the solution and not through the steps that led there.
 """
 
 import functools
@@ -16,10 +16,16 @@ import optax
 from jax.core import Tracer
 
 from hessopt._checks import check_count, check_range
+from hessopt._closure import identified, open_closure
 from hessopt._loop import Limits, Problem, Run, advance, begin, end, evaluate, objective_and_aux
-from hessopt.calculus.flat import real_leaves, strongly_typed
+from hessopt.calculus.curvature import block_hessians
+from hessopt.calculus.flat import ravel, real_leaves, solve_dtype, strongly_typed, unravel
 from hessopt.calculus.objective import Composite, precompose, require_taken
-from hessopt.typing import Params, Termination
+from hessopt.numerics.norms import norm
+from hessopt.typing import Matrix, Params, Termination
+
+DENSE = 512
+"""Real parameters up to which derivatives come from the dense Hessian; conjugate gradients take as many products."""
 
 
 class Solution(NamedTuple):
@@ -55,13 +61,13 @@ def minimize(
 
     Args:
       value_fn: `value_fn(params, **data)`, a real scalar; `(value, aux)` with has_aux. Compiled once per function
-        object and transformation: pass what varies as `data`, not by closure. (A plain function may close over what
-        is being differentiated; a composite may not.)
+        object and transformation, with what the object then holds, as by `jax.jit`: pass what varies as `data`.
       params: where to start, a pytree of floating or complex arrays.
       tx: a hessopt or optax optimizer; it is given value, grad and value_fn.
-      data: arrays, or pytrees of them, passed to value_fn by name.
+      data: arrays, or pytrees of them, passed to value_fn by name. What is no array is bound beforehand, by
+        `functools.partial`.
       state: of `tx`, for a warm start, as in `Solution.state`; fresh by default.
-      max_steps: bound on the number of updates.
+      max_steps: bound on the number of updates, below 2^31.
       gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start.
       ftol: stop (VALUE) when a step changes the objective by at most ftol times its whole change since the start.
       xtol: stop (STEP) when no entry moves by more than xtol times the largest entry.
@@ -78,16 +84,18 @@ def minimize(
       convergence.
 
       Under `jax.vmap` every lane has its own termination and stands still once it has ended, while the loop runs until
-      the last one ends. Derivatives with respect to `data`, of params, value, grad and aux, are those of the exact
-      stationary point near by; the start, the state and the counts have none.
+      the last one ends. Derivatives with respect to `data`, and to what value_fn closes over, of params, value, grad
+      and aux, are those of the exact stationary point near by; the start, the state and the counts have none. Where
+      the Hessian is singular, or conjugate gradients do not solve with it, derivatives are NaN.
 
     Raises:
-      ValueError: for a negative tolerance or max_steps, or log_every below 1.
+      ValueError: for a negative tolerance, a max_steps that is negative or no whole number, or log_every below 1.
       TypeError: for data that value_fn requires and does not get, or gets and does not take; for params that are
         not floating; for progress or a callback under a transformation of JAX.
 
     Cost: per step one update of `tx`, and one value and gradient unless its line search kept them; memory for a
-    second set of params and gradient (the best). Derivatives: one conjugate gradient solve with the Hessian each.
+    second set of params and gradient (the best). Derivatives: the dense Hessian and its factorisation up to 512 real
+    parameters, else one conjugate gradient solve with it each, of at most 10 000 products.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -98,7 +106,10 @@ def minimize(
       'GRADIENT'
     """
     check_count("log_every", log_every)
-    for name, bound in (("max_steps", max_steps), ("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
+    check_range("max_steps", max_steps, 0, np.iinfo(np.int32).max)
+    if isinstance(max_steps, float) and not max_steps.is_integer():
+        raise ValueError(f"max_steps must be a whole number, got {max_steps}")
+    for name, bound in (("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
         check_range(name, bound, 0)
     if has_aux and isinstance(value_fn, Composite):
         raise TypeError("has_aux needs value_fn to return (value, aux); a composite returns its loss alone")
@@ -109,10 +120,12 @@ def minimize(
             name = jax.tree_util.keystr(path)
             raise TypeError(f"params{name} must be floating or complex, got {jnp.result_type(leaf)}")
     data = dict(data or {})
+    for path, leaf in jax.tree_util.tree_leaves_with_path(data):
+        if isinstance(leaf, str | bytes) or not (isinstance(leaf, complex | float | int) or hasattr(leaf, "dtype")):
+            raise TypeError(f"data{jax.tree_util.keystr(path)} must be an array, got {leaf!r}: bind it to value_fn")
     require_taken(value_fn, data, caller="minimize")
 
-    value_fn, data = _open_closure(value_fn, params, data)
-    problem = Problem(_hashable(value_fn), tx, has_aux)
+    problem, data = open_closure(Problem(identified(value_fn), tx, has_aux), params, data)
     params = strongly_typed(params)
     opt_state = strongly_typed(tx.init(params) if state is None else state)
     limits = Limits(jnp.asarray(max_steps, jnp.int32), *(jnp.asarray(t, float) for t in (gtol, ftol, xtol)))
@@ -121,39 +134,6 @@ def minimize(
     return _in_blocks(
         problem, params, opt_state, data, limits, log_every, _bar(max_steps) if progress else None, callback
     )
-
-
-def _open_closure(value_fn: Callable[..., Any], params: Params, data: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Turn what value_fn closes over while JAX traces it into data, or its derivatives would be lost."""
-    if isinstance(value_fn, Composite) or not _holds_tracers(value_fn):
-        return value_fn, data
-    opened, hoisted = jax.closure_convert(lambda params, data: value_fn(params, **data), params, data)
-
-    def with_hoisted(params: Params, hoisted: Any, **data: Any) -> Any:
-        return opened(params, data, *hoisted)
-
-    return with_hoisted, data | {"hoisted": hoisted}
-
-
-def _holds_tracers(thing: Any, depth: int = 4) -> bool:
-    """Whether a function closes over a traced value, itself or in the functions that it closes over."""
-    if isinstance(thing, Tracer):
-        return True
-    if depth == 0 or not callable(thing):
-        return False
-    held = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    if isinstance(thing, functools.partial):
-        held += [thing.func, thing.args, thing.keywords]
-    return any(_holds_tracers(leaf, depth - 1) for leaf in jax.tree.leaves(held))
-
-
-def _hashable(value_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Functions identify a compiled program; callable objects that hold arrays cannot, but a wrapper of them can."""
-    try:
-        hash(value_fn)
-    except TypeError:
-        return functools.partial(value_fn)
-    return value_fn
 
 
 def _solution(problem: Problem, run: Run, data: Mapping[str, Any]) -> Solution:
@@ -182,15 +162,13 @@ def _solve_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Solution,
         return jax.grad(precompose(objective_and_aux(problem, data)[0], restore))(parts)
 
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
-    _, hessian = jax.linearize(lambda parts: gradient(parts, data), parts)
-    bound = 2 * sum(part.size for part in parts) + 10
-    tol = float(jnp.finfo(jnp.result_type(jnp.float32, *parts)).eps)
-
-    def conjugate_gradients(matvec: Any, rhs: Any) -> Any:
-        return jax.scipy.sparse.linalg.cg(matvec, rhs, tol=tol, maxiter=bound)[0]
-
     against = jax.tree.map(jnp.negative, shift)
-    d_parts = jax.lax.custom_linear_solve(hessian, against, conjugate_gradients, symmetric=True)
+    if sum(part.size for part in parts) <= DENSE:
+        restored = precompose(objective_and_aux(problem, data)[0], restore)
+        d_parts = _solve_dense(block_hessians(restored, parts, [0] * len(parts), 1)[0], against)
+    else:
+        _, hessian = jax.linearize(lambda parts: gradient(parts, data), parts)
+        d_parts = jax.lax.custom_linear_solve(hessian, against, _conjugate_gradients, symmetric=True)
 
     def outputs(parts: Any, data: Any) -> Any:
         objective, aux = objective_and_aux(problem, data)
@@ -200,6 +178,23 @@ def _solve_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Solution,
     _, (d_params, d_value, d_grad, d_aux) = jax.jvp(outputs, (parts, data), (d_parts, d_data))
     rest = jax.tree.map(_no_tangent, (solution.state, solution.steps, solution.evaluations, solution.termination))
     return solution, Solution(d_params, d_value, d_grad, d_aux, *rest)
+
+
+def _solve_dense(H: Matrix, rhs: Any) -> Any:
+    """`H^-1 rhs`, NaN where H is singular to working precision."""
+    eigenvalues = jnp.abs(jnp.linalg.eigvalsh(jax.lax.stop_gradient(H)))
+    regular = jnp.min(eigenvalues) > len(H) * jnp.finfo(H.dtype).eps * jnp.max(eigenvalues)
+    linear = jnp.where(regular, 1.0, jnp.nan).astype(H.dtype) * ravel(rhs)  # a factor, so that it transposes
+    return unravel(jnp.linalg.solve(H, linear), rhs)
+
+
+def _conjugate_gradients(matvec: Any, rhs: Any) -> Any:
+    """The solution of `matvec(x) = rhs`, NaN where the iteration does not find it."""
+    eps = float(jnp.finfo(solve_dtype(rhs)).eps)
+    x = jax.scipy.sparse.linalg.cg(matvec, rhs, tol=eps, maxiter=10_000)[0]
+    residual = norm(ravel(rhs) - ravel(matvec(x)))
+    solved = residual <= eps**0.5 * norm(ravel(rhs))
+    return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x)
 
 
 def _no_tangent(x: jax.Array) -> Any:

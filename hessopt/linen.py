@@ -1,6 +1,5 @@
 """Flax linen: a train state whose optimizer sees the objective (`pip install hessopt[flax]`)."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -8,7 +7,7 @@ import jax
 import optax
 from flax.training import train_state
 
-from hessopt.calculus.objective import Composite
+from hessopt.calculus.objective import Composite, informed_update
 from hessopt.typing import ValueFn
 
 
@@ -50,14 +49,10 @@ class TrainState(train_state.TrainState):
         """
         given = {"value": value, "value_fn": value_fn}
         extra = {name: thing for name, thing in given.items() if thing is not None}
-        kinds = [p.kind for p in inspect.signature(self.tx.update).parameters.values()]
-        inner = (
-            self.tx.update if inspect.Parameter.VAR_KEYWORD in kinds else optax.with_extra_args_support(self.tx).update
-        )
+        inner = informed_update(self.tx)
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
-            # pyright sees the plain transformation's type, not the keywords found in the signature above
-            return inner(updates, state, params, grad=updates, **extra)  # pyright: ignore[reportCallIssue]
+            return inner(updates, state, params, grad=updates, **extra)
 
         informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         new = train_state.TrainState.apply_gradients(informed, grads=grads)

@@ -15,7 +15,8 @@ ALLOWED = {
     "optimizers": {"typing", "_checks", "numerics", "calculus", "transforms"},
     "linen": {"typing", "calculus"},
     "_loop": {"typing", "_checks", "calculus"},
-    "_minimize": {"typing", "_checks", "calculus", "_loop"},
+    "_closure": {"typing", "calculus", "_loop"},
+    "_minimize": {"typing", "_checks", "numerics", "calculus", "_loop", "_closure"},
     "_diagnostics": set(),
     "__init__": {"typing", "calculus", "transforms", "optimizers", "_minimize", "_diagnostics"},
 }

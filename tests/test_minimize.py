@@ -1,4 +1,7 @@
+import dataclasses
+import functools
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -99,9 +102,19 @@ def test_the_data_is_bound_by_name_and_a_change_of_it_does_not_recompile():
 
 
 def test_wrong_arguments_are_named():
-    for name in ("gtol", "ftol", "xtol", "max_steps"):
+    for name in ("gtol", "ftol", "xtol"):
         with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
             minimize(rosenbrock, jnp.zeros(2), NEWTON, **{name: -1})
+    for steps, says in (
+        (-1, "in [0, 2147483647], got -1"),
+        (2.7, "a whole number, got 2.7"),
+        (2**31, "in [0, 2147483647]"),
+        (np.inf, "in [0, "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"max_steps must be {says}")):
+            minimize(rosenbrock, jnp.zeros(2), NEWTON, max_steps=steps)
+    with pytest.raises(TypeError, match=r"data\['mode'\] must be an array, got 'train': bind it to value_fn"):
+        minimize(lambda x, mode: rosenbrock(x), jnp.zeros(2), NEWTON, data={"mode": "train"})
     with pytest.raises(ValueError, match="log_every must be an int, at least 1, got 0"):
         minimize(rosenbrock, jnp.zeros(2), NEWTON, log_every=0)
     with pytest.raises(TypeError, match="minimize needs value_fn to return a scalar, got a tuple"):
@@ -155,7 +168,7 @@ def test_the_best_point_is_returned_not_the_last():
 
 CASES = {  # objective, start, transformation, options
     Termination.GRADIENT: (rosenbrock, jnp.array([-1.2, 1.0]), NEWTON, {}),
-    Termination.VALUE: (rosenbrock, jnp.array([-1.2, 1.0]), optax.adam(1e-2), {"ftol": 1e-5, "gtol": 0.0}),
+    Termination.VALUE: (rosenbrock, jnp.array([-1.2, 1.0]), optax.sgd(1e-3), {"ftol": 1e-4, "gtol": 0.0}),
     Termination.STEP: (rosenbrock, jnp.array([-1.2, 1.0]), NEWTON, {"xtol": 1e-2, "gtol": 0.0}),
     Termination.MAX_STEPS: (rosenbrock, jnp.array([-1.2, 1.0]), optax.adam(1e-4), {"max_steps": 7}),
     Termination.STALLED_AT_NOISE: (lambda x: 1.0 + jnp.sum(x**4) / 1e20, jnp.ones(2), optax.sgd(1.0), {}),
@@ -189,7 +202,9 @@ def test_a_stationary_start_and_an_empty_tree_are_converged():
 def test_a_step_of_zero_is_never_convergence():
     loss = lambda x: jnp.sum(jnp.abs(x) ** 1.5)
     solution = minimize(loss, jnp.ones(2), optax.scale(0.0), ftol=0.5, xtol=0.5)
-    assert ended(solution) == Termination.STALLED_AT_NOISE
+    assert ended(solution) == Termination.MAX_STEPS
+    uphill = optax.chain(optax.scale(1.0), optax.scale_by_backtracking_linesearch(5))
+    assert ended(minimize(loss, jnp.ones(2), uphill, ftol=0.5, xtol=0.5)) == Termination.STALLED_AT_NOISE
 
 
 @pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
@@ -253,13 +268,108 @@ def test_derivatives_pass_jit_vmap_aux_and_integer_data_and_complex_parameters()
     chex.assert_trees_all_close(jacobian, (jnp.ones((2, 2)), jnp.ones((2, 2))), rtol=1e-10)
 
 
+class Residual:
+    def __init__(self, target):
+        self.target = target
+
+    def __call__(self, x):
+        return x - self.target
+
+
+CLOSED_OVER = {
+    "function": lambda target: lambda x: jnp.sum((x - target) ** 2),
+    "partial": lambda target: functools.partial(lambda x, t: jnp.sum((x - t) ** 2), t=target),
+    "composite": lambda target: hessopt.composite(lambda x: x - target, lambda r: jnp.sum(r**2)),
+    "composite's loss": lambda target: hessopt.composite(lambda x: x, lambda x: jnp.sum((x - target) ** 2)),
+    "object": lambda target: hessopt.composite(Residual(target), lambda r: jnp.sum(r**2)),
+}
+
+
 @pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_what_value_fn_closes_over_is_differentiated_too(through):
+@pytest.mark.parametrize("kind", CLOSED_OVER)
+def test_what_value_fn_closes_over_is_differentiated_too(kind, through):
+    tx = optax.sgd(0.5)
+
     def solved(target):
-        return minimize(lambda x: jnp.sum((x - target) ** 2), jnp.zeros(2), NEWTON).params.sum()
+        return minimize(CLOSED_OVER[kind](target), jnp.zeros(2), tx).params.sum()
 
     for derivative in (jax.grad, jax.jacfwd):
         np.testing.assert_allclose(through(derivative(solved))(1.0), 2.0)
+
+
+def test_derivatives_of_ill_conditioned_problems_are_right_or_nan():
+    curvatures = jnp.logspace(0, 9, 30)
+    loss = lambda x, target, weights: 0.5 * jnp.sum(weights * x**2) - jnp.sum(x) * target
+    solved = lambda weights, copies=1: jax.grad(
+        lambda t: minimize(
+            lambda x, t: loss(x, t, weights), jnp.zeros(weights.size), optax.scale(0.0), data={"t": t}, max_steps=1
+        ).params.sum()
+    )(1.0)
+    np.testing.assert_allclose(solved(curvatures), jnp.sum(1 / curvatures), rtol=1e-6)
+    assert jnp.isnan(solved(curvatures.at[3].set(0.0)))  # singular
+    large = jnp.tile(jnp.logspace(0, 3, 20), 30)  # by conjugate gradients
+    np.testing.assert_allclose(solved(large), jnp.sum(1 / large), rtol=1e-6)
+    assert jnp.isnan(solved(large.at[3].set(0.0)))
+
+
+def test_an_objective_without_a_hash_is_compiled_once():
+    traces = []
+
+    @dataclasses.dataclass
+    class Quadratic:
+        target: jax.Array
+
+        def __call__(self, x):
+            traces.append(1)
+            return jnp.sum((x - self.target) ** 2)
+
+    with pytest.raises(TypeError):
+        hash(Quadratic(jnp.ones(2)))
+    tx, one = optax.sgd(0.5), Quadratic(jnp.ones(2))
+    for value_fn in (one, hessopt.composite(one, lambda x: x), hessopt.composite(lambda x: x, one)):
+        np.testing.assert_allclose(minimize(value_fn, jnp.zeros(2), tx).params, 1.0)
+    first = len(traces)
+    minimize(one, jnp.ones(2), tx)
+    assert len(traces) == first
+
+
+def test_steps_of_zero_that_only_wait_are_no_stall():
+    slow = optax.MultiSteps(optax.sgd(0.5), 25)
+    assert ended(minimize(lambda x: jnp.sum(x**2), jnp.ones(2), slow)) == Termination.GRADIENT
+    late = optax.sgd(lambda count: jnp.where(count < 30, 0.0, 0.5))
+    assert ended(minimize(lambda x: jnp.sum(x**2), jnp.ones(2), late)) == Termination.GRADIENT
+
+
+def test_wrapped_objects_and_transformations_with_few_keywords_get_what_they_take():
+    loss = lambda x: jnp.sum((x - 1.0) ** 2)
+    wrapped = optax.MultiSteps(optax.chain(optax.scale(-1.0), optax.scale_by_backtracking_linesearch(20)), 2)
+    assert ended(minimize(loss, jnp.zeros(2), wrapped)) == Termination.GRADIENT
+    seen = []
+
+    def update(updates, state, params=None, *, value):
+        seen.append(value)
+        return jax.tree.map(lambda u: -0.5 * u, updates), state
+
+    few = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+    assert ended(minimize(loss, jnp.zeros(2), few)) == Termination.GRADIENT
+    assert seen
+
+
+def test_convergence_is_not_claimed_at_a_point_worse_than_an_earlier_one():
+    loss = lambda x: jnp.sum(jnp.where(x < 5.0, x**2, 4.0 + 1e-9 * x))
+    leap = optax.scale_by_schedule(lambda count: jnp.where(count == 1, 10.0, -0.25))
+    solution = minimize(loss, jnp.full(1, 2.1), leap, ftol=1e-3, gtol=0.0, max_steps=30)
+    assert ended(solution) != Termination.VALUE
+    assert solution.value < 1.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_value_is_that_of_the_rounded_parameters_in_the_precision_of_the_loss(dtype):
+    x0 = jnp.full(4, 3.0, dtype)
+    loss = lambda x: jnp.sum((x.astype(jnp.float32) - 1.001) ** 2)
+    solution = minimize(loss, x0, optax.chain(optax.scale(-1.0), optax.scale_by_zoom_linesearch(10)), max_steps=5)
+    np.testing.assert_allclose(solution.value, loss(solution.params), rtol=1e-6)
+    assert solution.value.dtype == jnp.float32
 
 
 def test_progress_and_callback_see_every_block_and_change_nothing(capsys):

@@ -110,6 +110,16 @@ def require_params(params: Params | None, *, caller: str) -> None:
         raise TypeError(f"{caller} needs the parameters: call `tx.update(grads, state, params, ...)`")
 
 
+def informed_update(tx: Any) -> Callable[..., Any]:
+    """Return `tx.update` for any set of keywords, of which it gets those that it takes."""
+    taken = {p.name: p for p in _parameters(tx.update)}
+    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        return tx.update
+    return lambda updates, state, params=None, **data: tx.update(
+        updates, state, params, **{name: thing for name, thing in data.items() if name in taken}
+    )
+
+
 def precompose(value_fn: Any, inner: Callable[..., Params]) -> Any:
     """Return `value_fn(inner(.))`; of a `Composite`, the model is what is precomposed."""
     if isinstance(value_fn, Composite):

@@ -20,20 +20,24 @@ def searches(state: optax.OptState) -> list[Any]:
     return [node for node in nodes if isinstance(node, SEARCH_STATES)]
 
 
-def accepted(state: optax.OptState, params: Any) -> tuple[jax.Array, Any] | None:
+def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
     """Return the value and gradient that the search at the end of a chain accepted; None when there is no such pair.
 
-    There is none when anything stands behind the search, since the step was then changed, and when the search keeps no
-    gradient or one of other parameters than `params`. What a search has not filled in yet is not finite.
+    There is none when anything stands behind the search, since the step was then changed, and when what the search
+    keeps has not the tree, shapes and dtypes of `like`, a value and a gradient. What it has not filled in yet is not
+    finite.
     """
     while type(state) is tuple and state:
         state = state[-1]
     if not isinstance(state, SEARCH_STATES) or state.grad is None:
         return None
-    same_tree = jax.tree.structure(state.grad) == jax.tree.structure(params)
-    if not same_tree or jax.tree.map(jnp.shape, state.grad) != jax.tree.map(jnp.shape, params):
-        return None
-    return jnp.asarray(state.value), state.grad
+    pair = jnp.asarray(state.value), state.grad
+    return pair if _description(pair) == _description(like) else None
+
+
+def _description(tree: Any) -> tuple[Any, list[Any]]:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def evaluations(state: optax.OptState) -> jax.Array:
@@ -79,11 +83,10 @@ def value_and_grad_from_state(value_fn: ValueFn) -> Callable[..., tuple[jax.Arra
     compute = jax.value_and_grad(value_fn)
 
     def value_and_grad(params: Any, *args: Any, state: optax.OptState, **kwargs: Any) -> tuple[jax.Array, Any]:
-        found = accepted(state, params)
-        if found is None:
+        pair = accepted(state, jax.eval_shape(compute, params, *args, **kwargs))
+        if pair is None:
             return compute(params, *args, **kwargs)
-        shapes = jax.eval_shape(compute, params, *args, **kwargs)
-        pair = jax.tree.map(lambda x, shape: jnp.asarray(x, shape.dtype), found, shapes)
+        pair = strongly_typed(pair)
         finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(pair)]).all()
         return jax.lax.cond(finite, lambda: pair, lambda: strongly_typed(compute(params, *args, **kwargs)))
 
