@@ -37,7 +37,7 @@ class Solution(NamedTuple):
     aux: Any  # auxiliary output there; None without has_aux
     state: optax.OptState  # of the transformation after the last step, for a warm start
     steps: jax.Array  # int32, updates applied
-    evaluations: jax.Array  # int32, of the value, with or without gradient; -1 where the transformation keeps no count
+    evaluations: jax.Array  # int32, of the value, with or without gradient, outside of Hessians; -1 where not counted
     termination: jax.Array  # int32, Termination
 
 

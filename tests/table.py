@@ -16,6 +16,7 @@ class Case(NamedTuple):
     factory: Callable[..., optax.GradientTransformation]
     arguments: Mapping[str, Any] = MappingProxyType({})
     kind: str = "optimizer"  # "optimizer": gradient in, update out; "direction": +P g out; "rate": update in and out
+    rate: float = 1.0  # of a direction, where it trains optax's test problems
     needs: tuple[str, ...] = ()  # keywords of `update` that it cannot do without
     injectable: tuple[str, ...] = ()  # numbers for `optax.inject_hyperparams`; all other arguments are static
     composite: bool = False  # wants `hessopt.composite` for an objective
@@ -63,6 +64,7 @@ HESSOPT = (
         subsampled_newton,
         {"probability": 0.5},
         kind="direction",
+        rate=1e-3,  # for the gradients that it mixes in
         needs=("value_fn",),
         injectable=("probability",),
         main=True,

@@ -38,7 +38,7 @@ def _objective(updates: Any, params: Any) -> Any:
 def _informed(case: Case, **arguments: Any) -> optax.GradientTransformationExtraArgs:
     tx = optax.with_extra_args_support(case.factory(**arguments))
     if case.kind == "direction":
-        tx = optax.chain(tx, optax.scale(-1e-3))  # a rate for the gradients that `subsampled` mixes in
+        tx = optax.chain(tx, optax.scale(-case.rate))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         value_fn = _objective(updates, params)
