@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.calculus.flat import strongly_typed
+from hessopt.calculus.flat import applied, strongly_typed
 from hessopt.calculus.objective import bind, informed_update, precompose
 from hessopt.calculus.recycling import accepted, counts_evaluations, evaluations
 from hessopt.typing import Params, Termination, ValueFn
@@ -122,8 +122,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
     old = run.here
     updates, state = update(old.grad, run.state, old.params, value=old.value, grad=old.grad, value_fn=watched)
     state = jax.tree.map(lambda new, kept: jnp.asarray(new, kept.dtype), state, run.state)
-    # behind a barrier, or XLA evaluates half precision parameters before it has rounded them
-    params = jax.lax.optimization_barrier(optax.apply_updates(old.params, updates))
+    params = applied(old.params, updates)
     move = _size(jax.tree.map(lambda new, kept: new - kept, params, old.params))
 
     kept = accepted(state, (old.value, old.grad))

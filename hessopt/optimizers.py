@@ -1,6 +1,5 @@
 """Ready-made optimizers: every one a chain of a direction, a sign and, if any, a line search."""
 
-import math
 from typing import Any
 
 import jax
@@ -10,15 +9,15 @@ import optax
 from hessopt.calculus.curvature import CurvatureFn
 from hessopt.calculus.flat import strongly_typed
 from hessopt.calculus.groups import Groups
-from hessopt.calculus.objective import bind, require_params
+from hessopt.calculus.objective import bind, require_given, require_params
+from hessopt.calculus.recycling import LinesearchState
 from hessopt.numerics.positivity import Positivity
+from hessopt.transforms.lbfgs import scale_by_lbfgs
+from hessopt.transforms.linesearch import scale_by_wolfe_linesearch
 from hessopt.transforms.newton import scale_by_newton
 from hessopt.typing import Params, ValueFn
 
-DEFAULT_LINESEARCH = optax.scale_by_backtracking_linesearch(
-    max_backtracking_steps=30, decrease_factor=0.5, increase_factor=math.inf, max_learning_rate=1.0
-)
-"""Halves the step until the objective decreases enough, starting from the full step every time."""
+DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
 
 
 def newton(
@@ -68,6 +67,44 @@ def newton(
     return _descend(direction, learning_rate, linesearch)
 
 
+def lbfgs(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    memory_size: int = 10,
+    same_batch_pairs: bool = False,
+    memory_dtype: Any = None,
+    linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
+) -> optax.GradientTransformationExtraArgs:
+    """L-BFGS with a line search.
+
+    Args:
+      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
+      memory_size, same_batch_pairs, memory_dtype: see `scale_by_lbfgs`.
+      linesearch: a line search that takes the additive update, or None for none.
+
+    Returns:
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs value, gradient and
+      objective for its line search.
+
+    Raises:
+      ValueError, TypeError: see `scale_by_lbfgs`; TypeError also when a line search misses value, grad or value_fn.
+
+    Cost per step: that of `scale_by_lbfgs`, and one value and gradient per trial step of the search, mostly one.
+
+    Example:
+      >>> import jax.numpy as jnp, hessopt
+      >>> def rosenbrock(x):
+      ...     return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+      >>> solution = hessopt.minimize(rosenbrock, jnp.zeros(10), lbfgs())
+      >>> jnp.round(solution.params, 2).tolist()
+      [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+    Source: see `scale_by_lbfgs`.
+    """
+    direction = scale_by_lbfgs(memory_size, same_batch_pairs=same_batch_pairs, memory_dtype=memory_dtype)
+    return _descend(direction, learning_rate, linesearch)
+
+
 def _descend(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule | None,
@@ -80,7 +117,7 @@ def _descend(
 
 
 def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Fit one of optax's line searches into any chain.
+    """Fit one of optax's line searches into any chain; ours fits as it is.
 
     It gets the bound objective and nothing else, since optax's reject keywords that they do not know; a strongly typed
     state, since theirs starts weakly typed and makes a jitted step compile twice; and its old state back when it gives
@@ -104,14 +141,11 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
         value_fn: ValueFn | None = None,
         **data: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
+        if isinstance(state, LinesearchState):
+            return linesearch.update(updates, state, params, value=value, grad=grad, value_fn=value_fn, **data)
         require_params(params, caller="the line search")
         objective = bind(value_fn, data, caller="the line search")
-        for name, given in (("value", value), ("grad", grad)):
-            if given is None:
-                raise TypeError(
-                    f"the line search needs {name}: call `tx.update(grads, state, params, value=value, grad=grads, "
-                    "value_fn=value_fn, ...)`"
-                )
+        require_given(value=value, grad=grad, caller="the line search")
         if not jax.tree.leaves(updates):
             return updates, state
         array_params = jax.tree.map(jnp.asarray, params)

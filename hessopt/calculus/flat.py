@@ -1,10 +1,12 @@
 """A pytree of parameters as one real vector; a complex leaf counts as its real and imaginary parts."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hessopt.typing import Params, Vector
 
@@ -52,6 +54,29 @@ def unravel(vector: Vector, like: Params) -> Params:
         pieces.append(vector[start : start + part.size].reshape(part.shape).astype(part.dtype))
         start += part.size
     return restore(pieces)
+
+
+def inner(a: Params, b: Params) -> jax.Array:
+    """The real inner product of two trees, leaf by leaf as they lie, in `solve_dtype`."""
+    dtype = solve_dtype((a, b))
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(dtype, jnp.result_type(x, y))
+        x, y = jnp.asarray(x, wide), jnp.asarray(y, wide)
+        return jnp.real(jnp.tensordot(jnp.conj(x), y, jnp.ndim(x), precision="highest"))
+
+    return sum(jax.tree.leaves(jax.tree.map(product, a, b)), jnp.zeros((), dtype))
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no entry of any leaf is inf or NaN."""
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_and, leaves, jnp.ones((), bool))
+
+
+def applied(params: Params, updates: Params) -> Params:
+    """Return `params + updates`, rounded to the dtypes of params: XLA by itself goes on with the unrounded sum."""
+    return jax.lax.optimization_barrier(optax.apply_updates(params, updates))
 
 
 def strongly_typed(tree: Any) -> Any:

@@ -110,6 +110,16 @@ def require_params(params: Params | None, *, caller: str) -> None:
         raise TypeError(f"{caller} needs the parameters: call `tx.update(grads, state, params, ...)`")
 
 
+def require_given(*, caller: str, **things: Any) -> None:
+    """Raise `TypeError` when one of these keywords of `update` was left out."""
+    for name, given in things.items():
+        if given is None:
+            raise TypeError(
+                f"{caller} needs {name}: call `tx.update(grads, state, params, value=value, grad=grads, "
+                "value_fn=value_fn, ...)`"
+            )
+
+
 def informed_update(tx: Any) -> Callable[..., Any]:
     """Return `tx.update` for any set of keywords, of which it gets those that it takes."""
     taken = {p.name: p for p in _parameters(tx.update)}

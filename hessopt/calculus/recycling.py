@@ -1,16 +1,39 @@
 """What a line search leaves in its state: the value and gradient at the step it accepted, and what they cost."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from hessopt.calculus.flat import strongly_typed
-from hessopt.typing import ValueFn
+from hessopt.typing import Params, ValueFn
 
-SEARCH_STATES = (optax.ScaleByBacktrackingLinesearchState, optax.ScaleByZoomLinesearchState)
+
+class LinesearchInfo(NamedTuple):
+    """What the last search found."""
+
+    status: jax.Array  # int32 scalar, StepStatus
+    rate: jax.Array  # scalar, t accepted; 0 where there was none
+    trials: jax.Array  # int32 scalar, values and gradients evaluated
+
+
+class LinesearchState(NamedTuple):
+    """State of `scale_by_wolfe_linesearch`."""
+
+    count: jax.Array  # int32 scalar, updates so far
+    value: jax.Array  # scalar, objective at the point last accepted; inf at the start
+    grad: Params  # what `jax.grad` gives there, a tree like params
+    fall: jax.Array  # scalar, what the objective fell by in the last step that was taken; 0 at the start
+    info: LinesearchInfo
+
+
+SEARCH_STATES = (
+    LinesearchState,
+    optax.ScaleByBacktrackingLinesearchState,
+    optax.ScaleByZoomLinesearchState,
+)
 """The states of line searches. They are found by type: a parameter may well be named `value` or `grad`."""
 
 
@@ -24,25 +47,26 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
     """Return the value and gradient that the search at the end of a chain accepted; None when there is no such pair.
 
     There is none when anything stands behind the search, since the step was then changed, and when what the search
-    keeps has not the tree, shapes and dtypes of `like`, a value and a gradient. What it has not filled in yet is not
-    finite.
+    keeps has not the tree and shapes of `like`, a value and a gradient, or less precise dtypes. What it has not filled
+    in yet is not finite.
     """
     while type(state) is tuple and state:
         state = state[-1]
     if not isinstance(state, SEARCH_STATES) or state.grad is None:
         return None
     pair = jnp.asarray(state.value), state.grad
-    return pair if _description(pair) == _description(like) else None
-
-
-def _description(tree: Any) -> tuple[Any, list[Any]]:
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(leaf.shape, leaf.dtype) for leaf in leaves]
+    if jax.tree.structure(pair) != jax.tree.structure(like):
+        return None
+    holds = lambda kept, x: kept.shape == x.shape and jnp.promote_types(kept.dtype, x.dtype) == kept.dtype
+    if not all(map(holds, *map(jax.tree.leaves, (pair, like)))):
+        return None
+    return jax.tree.map(lambda kept, x: kept.astype(x.dtype), pair, like)
 
 
 def evaluations(state: optax.OptState) -> jax.Array:
     """Return how often the searches in `state` evaluated the objective during the last update, an int32 scalar."""
-    counts = [node.info.num_linesearch_steps for node in searches(state)]
+    infos = [node.info for node in searches(state)]
+    counts = [info.trials if isinstance(info, LinesearchInfo) else info.num_linesearch_steps for info in infos]
     return jnp.asarray(sum(counts), jnp.int32)
 
 

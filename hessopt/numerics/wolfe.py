@@ -1,0 +1,142 @@
+"""The Wolfe search over scalars: a bracket of trial rates that shrinks, one trial at a time.
+
+In units of the start, `psi(t) = (phi(t) - phi(0)) / |phi'(0)|`, so that `psi(0) = 0` and `psi'(0) = -1`. A rate t is
+accepted by the strong Wolfe conditions, or where values can no longer tell, by Hager and Zhang's approximate ones,
+which look at slopes:
+
+    psi(t) <= -c1 t  and  |psi'(t)| <= c2,        or        psi(t) <= noise  and  -c2 <= psi'(t) <= 1 - 2 c1.
+
+The bracket `[low, high]` contains a minimiser: psi falls at `low`, and at `high` it rises, is higher, or not finite.
+
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.5; Hager and Zhang, "A new conjugate gradient
+method with guaranteed descent and an efficient line search", 2005, section 4.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+SEARCHING, ACCEPTED, FAILED = 0, 1, 2
+
+NOISE = 8.0
+"""Rounding errors in a value of the objective, in units of its machine epsilon."""
+
+
+class Trial(NamedTuple):
+    """One point of psi."""
+
+    rate: jax.Array
+    value: jax.Array
+    slope: jax.Array
+
+
+class Bracket(NamedTuple):
+    """The search between two trials; scalars of one dtype, and two int32."""
+
+    low: Trial
+    high: Trial  # its rate is inf as long as nothing bounds the search
+    best: Trial  # the accepted trial, or the one of largest decrease so far; of rate 0 while there is none
+    trial: jax.Array  # rate to try next
+    width: jax.Array  # of the bracket one trial ago
+    older_width: jax.Array  # and two trials ago
+    noise: jax.Array  # change of psi that may be rounding
+    trials: jax.Array  # int32, trials so far
+    outcome: jax.Array  # int32, SEARCHING, ACCEPTED or FAILED
+
+
+class Conditions(NamedTuple):
+    """What is accepted and how far the search goes."""
+
+    slope_rtol: jax.Array  # c1
+    curv_rtol: jax.Array  # c2
+    max_rate: jax.Array
+    max_steps: jax.Array
+
+
+def begin(first: jax.Array, noise: jax.Array, max_rate: jax.Array) -> Bracket:
+    """Open a bracket whose first trial is the rate `first`; all in units of psi."""
+    zero, one = jnp.zeros_like(first), jnp.ones_like(first)
+    infinite = jnp.full_like(first, jnp.inf)
+    start = Trial(zero, zero, -one)
+    return Bracket(
+        low=start,
+        high=Trial(infinite, infinite, infinite),
+        best=start,
+        trial=jnp.minimum(first, max_rate).astype(first.dtype),
+        width=infinite,
+        older_width=infinite,
+        noise=jnp.asarray(noise, first.dtype),
+        trials=jnp.zeros((), jnp.int32),
+        outcome=jnp.full((), SEARCHING, jnp.int32),
+    )
+
+
+def advance(bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Conditions) -> Bracket:
+    """Take in psi and psi' at `bracket.trial`, and choose what to try next."""
+    c1, c2, max_rate, max_steps = conditions
+    low, high, noise, t = bracket.low, bracket.high, bracket.noise, bracket.trial
+    finite = jnp.isfinite(value) & jnp.isfinite(slope)
+    here = Trial(t, jnp.where(finite, value, jnp.inf), jnp.where(finite, slope, jnp.inf))
+
+    decreased = here.value <= -c1 * t
+    strong = decreased & (jnp.abs(here.slope) <= c2)
+    approximate = (here.value <= noise) & (-c2 <= here.slope) & (here.slope <= 1 - 2 * c1)
+    capped = decreased & (here.slope < 0) & (t >= max_rate)
+    accepted = strong | approximate | capped
+
+    beyond = (here.value > low.value + noise) | (here.slope >= 0)  # of a minimiser
+    new_low, new_high = _where(beyond, low, here), _where(beyond, here, high)
+    width = new_high.rate - new_low.rate
+    bounded = jnp.isfinite(width)
+    inside = new_low.rate + width * _fraction(new_low, new_high, noise)
+    middle = new_low.rate + 0.5 * width
+    slow = width > 0.66 * bracket.older_width
+    trial = jnp.where(bounded, jnp.where(slow, middle, inside), jnp.minimum(_extrapolation(low, here), max_rate))
+    collapsed = bounded & ((trial <= new_low.rate) | (trial >= new_high.rate))
+
+    better = finite & (here.value < jnp.minimum(bracket.best.value, 0.0))
+    trials = bracket.trials + 1
+    failed = collapsed | (trials >= max_steps) | (~bounded & (t >= max_rate))
+    return Bracket(
+        low=new_low,
+        high=new_high,
+        best=_where(accepted | better, here, bracket.best),
+        trial=trial,
+        width=width,
+        older_width=bracket.width,
+        noise=noise,
+        trials=trials,
+        outcome=jnp.where(accepted, ACCEPTED, jnp.where(failed, FAILED, SEARCHING)).astype(jnp.int32),
+    )
+
+
+def _where(condition: jax.Array, a: Trial, b: Trial) -> Trial:
+    return Trial(*(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True)))
+
+
+def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
+    """Where between the ends to try: the minimiser of the cubic that interpolates them, or what replaces it.
+
+    In `u = (t - low) / width` the cubic is `a u^3 + b u^2 + c u` above psi(low), and c < 0. Where the values differ by
+    rounding alone, the root of the line through the slopes.
+    """
+    width = jnp.where(jnp.isfinite(high.rate), high.rate - low.rate, 1.0)
+    finite = jnp.isfinite(high.value)
+    rise = jnp.where(finite, high.value - low.value, 1.0)
+    c, e = low.slope * width, jnp.where(finite, high.slope, 1.0) * width
+    a, b = c + e - 2 * rise, 3 * rise - 2 * c - e
+    root = jnp.sqrt(jnp.maximum(b * b - 3 * a * c, 0.0))
+    cubic = -c / jnp.where(b + root > 0, b + root, jnp.inf)
+    secant = -c / jnp.where(e > 0, e - c, jnp.inf)
+    chosen = jnp.where((jnp.abs(rise) <= noise) & (e > 0), secant, cubic)
+    sound = jnp.isfinite(chosen) & (chosen > 0)
+    return jnp.where(finite, jnp.where(sound, jnp.clip(chosen, 0.05, 0.9), 0.5), 0.1)
+
+
+def _extrapolation(low: Trial, here: Trial) -> jax.Array:
+    """The root of the line through the slopes of two descending trials, 2 to 10 times as far as the second."""
+    bend = here.slope - low.slope
+    ahead = -here.slope * (here.rate - low.rate) / jnp.where(bend > 0, bend, 1.0)
+    root = here.rate + jnp.where(bend > 0, ahead, jnp.inf)
+    return jnp.clip(root, 2 * here.rate, 10 * here.rate)
