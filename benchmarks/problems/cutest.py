@@ -57,7 +57,7 @@ def _class(name: str) -> Any:
     """The class of a problem, from its own module: to import all of sif2jax takes a minute."""
     folder = _packages()
     for file in sorted(folder.glob("*.py")):
-        if file.name != "__init__.py" and re.search(rf"^class {name}\b", file.read_text(), re.MULTILINE):
+        if not file.name.startswith("_") and re.search(rf"^class {name}\b", file.read_text(), re.MULTILINE):
             return getattr(importlib.import_module(f"{PACKAGE}.{file.stem}"), name)
     raise LookupError(f"sif2jax has no unconstrained problem {name}")
 
