@@ -15,9 +15,12 @@ from hessopt.typing import Params, Termination, ValueFn
 
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
 
-PATIENCE = 10
-"""Steps without any change beyond rounding before the run counts as stalled: some methods recover from a few. Steps of
-zero count only where the transformation has evaluated the objective, and so has tried."""
+PATIENCE = 60
+"""Steps without any change beyond rounding before the run counts as stalled: methods creep over plateaus."""
+
+FRUITLESS = 20
+"""What a step of zero counts for, if the transformation has evaluated the objective, and so has tried. Other steps of
+zero count for nothing: gradients are accumulated, or a schedule starts at zero."""
 
 ABYSS = 1e20
 """A fall of the objective, in units of its scale, that no objective with a minimum is expected to have."""
@@ -144,7 +147,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
     quiet = (jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)) & (
         here.size > 0.9 * run.quiet.size
     )
-    waiting = (_size(updates) == 0) & (not asked)  # gradients are accumulated, or a schedule starts at zero
+    counts = jnp.where(_size(updates) == 0, FRUITLESS if asked else 0, 1)
     change = jnp.abs(here.value - old.value)
     new = Run(
         here=here,
@@ -156,7 +159,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         quiet=jax.tree.map(
             lambda new, kept: jnp.where(quiet, kept, new), Point(None, here.value, None, here.size), run.quiet
         ),
-        waited=jnp.where(waiting, run.waited, jnp.where(quiet, run.waited + 1, 0)),
+        waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
         steps=run.steps + 1,
         evaluations=run.evaluations + spent if not asked or counts_evaluations(state) else jnp.full_like(run.steps, -1),
         termination=run.termination,

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 SEARCHING, ACCEPTED, FAILED = 0, 1, 2
 
-NOISE = 8.0
-"""Rounding errors in a value of the objective, in units of its machine epsilon."""
+NOISE = 0.75
+"""Values of the objective are trusted to its machine epsilon to this power, relative: sums of large terms cancel."""
 
 
 class Trial(NamedTuple):

@@ -150,7 +150,7 @@ def scale_by_wolfe_linesearch(
             return bracket, kept
 
         eps = jnp.finfo(value_dtype).eps
-        noise = wolfe.NOISE * eps * jnp.abs(value) / unit
+        noise = eps**wolfe.NOISE * jnp.abs(value) / unit
         first = jnp.asarray(guess(state.fall.astype(dtype), -unit), dtype)
         bracket = wolfe.begin(first, noise, limit)
         bracket, (new_value, new_grad) = jax.lax.while_loop(searching, try_next, (bracket, (state.value, state.grad)))
