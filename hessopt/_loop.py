@@ -48,7 +48,7 @@ class Run(NamedTuple):
     state: optax.OptState
     start_value: jax.Array
     start_size: jax.Array
-    scale: jax.Array  # of the objective: |f| at the start, or the first change of f if that is larger
+    scale: jax.Array  # of the objective at the start: |f|, or |g| |x| if that is larger
     quiet: Point  # value and size at the last change beyond rounding; no trees
     waited: jax.Array  # int32, steps since then
     steps: jax.Array
@@ -90,14 +90,14 @@ def _size(tree: Params) -> jax.Array:
 
 
 def begin(problem: Problem, params: Params, state: optax.OptState, data: Mapping[str, Any], limits: Limits) -> Run:
-    here = evaluate(objective_and_aux(problem, data)[0], params)
+    here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
     run = Run(
         here=here,
         best=here,
         state=state,
         start_value=here.value,
         start_size=here.size,
-        scale=jnp.abs(here.value),
+        scale=jnp.maximum(jnp.abs(here.value), here.size * jnp.where(extent > 0, extent, 1.0)).astype(here.value.dtype),
         quiet=here._replace(params=None, grad=None),
         waited=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
@@ -155,7 +155,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         state=state,
         start_value=run.start_value,
         start_size=run.start_size,
-        scale=jnp.where(old.value == run.start_value, jnp.maximum(run.scale, change), run.scale),
+        scale=run.scale,
         quiet=jax.tree.map(
             lambda new, kept: jnp.where(quiet, kept, new), Point(None, here.value, None, here.size), run.quiet
         ),

@@ -125,6 +125,8 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
     every trial would be a decrease.
     """
     linesearch = optax.with_extra_args_support(linesearch)
+    if isinstance(jax.eval_shape(linesearch.init, jnp.zeros(())), LinesearchState):
+        return linesearch
 
     def init(params: Params) -> optax.OptState:
         array_params = jax.tree.map(jnp.asarray, params)
@@ -141,8 +143,6 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
         value_fn: ValueFn | None = None,
         **data: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        if isinstance(state, LinesearchState):
-            return linesearch.update(updates, state, params, value=value, grad=grad, value_fn=value_fn, **data)
         require_params(params, caller="the line search")
         objective = bind(value_fn, data, caller="the line search")
         require_given(value=value, grad=grad, caller="the line search")

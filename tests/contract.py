@@ -348,18 +348,26 @@ def passes_data_on_to_the_objective(case: Case) -> None:
 
 
 def survives_what_is_not_finite(case: Case) -> None:
-    """In value, gradient or probes: parameters stay finite, the memory stays as it was, and the next step is sound."""
+    """In value, gradient or probes: parameters stay finite, the next step is sound, and the memory stays as it was.
+
+    What a direction has taken in before a search behind it met trouble in its probes may also be as after a sound step.
+    """
     run = stepper(case).run
     params, state = walk(case, 1)
+    sound_memory = _memory(run(params, state).state)
     for bad in (np.nan, np.inf):
         for trouble in (Trouble(value=bad), Trouble(grad=bad), Trouble(probe=bad)):
             result = run(params, state, trouble)
             chex.assert_tree_all_finite(result.params)
             if "value" in case.needs or trouble.value == 0.0:  # a direction does without the value
-                chex.assert_trees_all_equal(_memory(result.state), _memory(state))
+                jax.tree.map(_is_one_of, _memory(result.state), _memory(state), sound_memory)
             sound = run(result.params, result.state)
             chex.assert_tree_all_finite(sound.params)
             assert inner(sound.grad, sound.updates) != 0
+
+
+def _is_one_of(leaf: jax.Array, before: jax.Array, sound: jax.Array) -> None:
+    assert np.array_equal(leaf, before) or np.array_equal(leaf, sound)
 
 
 def _memory(state: Any) -> Any:

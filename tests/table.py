@@ -71,6 +71,27 @@ HESSOPT = (
     ),
 )
 
+HESSOPT += (
+    Case("lbfgs", hessopt.lbfgs, needs=SEARCHED, unitless=True, main=True),
+    Case("lbfgs, same batch", hessopt.lbfgs, {"same_batch_pairs": True, "memory_size": 3}, needs=SEARCHED),
+    Case(
+        "lbfgs, no search",
+        hessopt.lbfgs,
+        {"learning_rate": 0.3, "linesearch": None, "memory_size": 2},
+        injectable=("learning_rate",),
+        unitless=True,
+    ),
+    Case("scale_by_lbfgs", hessopt.scale_by_lbfgs, kind="direction", rate=0.1, unitless=True),
+    Case(
+        "scale_by_wolfe_linesearch",
+        hessopt.scale_by_wolfe_linesearch,
+        {"max_rate": 2.0},
+        kind="rate",
+        needs=SEARCHED,
+        injectable=("slope_rtol", "curv_rtol", "max_rate"),
+    ),
+)
+
 NO_STATUS = {"reports_a_status": "optax has no statuses"}
 NAN_THROUGH = {"survives_what_is_not_finite": "optax leaves that to apply_if_finite"}
 

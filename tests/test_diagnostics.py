@@ -20,7 +20,7 @@ def test_every_info_is_reported_under_its_transformations_name():
     found = diagnostics(state)
     assert found["newton.status"] == hessopt.StepStatus.OK
     assert (found["newton.count"], found["newton.attempts"]) == (1, 1)
-    assert found["backtracking_linesearch.learning_rate"] == 1.0
+    assert (found["linesearch.status"], found["linesearch.rate"]) == (hessopt.StepStatus.OK, 1.0)
     assert all(jnp.shape(x) == () for x in found.values())
 
 

@@ -54,12 +54,14 @@ def test_the_learning_rate_scales_the_step_and_may_be_a_schedule():
 
 
 def test_the_search_needs_value_and_grad_and_says_so():
-    tx, x = hessopt.newton(), jnp.ones(2)
+    x = jnp.ones(2)
     g = jax.grad(f)(x, 0.0)
-    with pytest.raises(TypeError, match="the line search needs value: call"):
-        tx.update(g, tx.init(x), x, grad=g, value_fn=f, target=0.0)
-    with pytest.raises(TypeError, match="the line search needs grad: call"):
-        tx.update(g, tx.init(x), x, value=f(x, 0.0), value_fn=f, target=0.0)
+    ours, foreign = hessopt.newton(), hessopt.newton(linesearch=optax.scale_by_backtracking_linesearch(20))
+    for tx, name in ((ours, "scale_by_wolfe_linesearch"), (foreign, "the line search")):
+        with pytest.raises(TypeError, match=f"{name} needs value: call"):
+            tx.update(g, tx.init(x), x, grad=g, value_fn=f, target=0.0)
+        with pytest.raises(TypeError, match=f"{name} needs grad: call"):
+            tx.update(g, tx.init(x), x, value=f(x, 0.0), value_fn=f, target=0.0)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])

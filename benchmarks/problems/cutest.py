@@ -1,8 +1,9 @@
 """Unconstrained CUTEst problems, as `sif2jax` defines them, in float64, each from its own start.
 
-`cutest.json` holds, per problem, the lowest value `f_ref` and the smallest gradient `g_floor` (largest entry) that tight
-reference runs reached. A run has solved a problem by criterion (a) if `max|g| <= max(1e-6 max(1, |f_ref|), 10 g_floor)`,
-and by (b) if `f - f_best <= 1e-6 max(1, |f_best|)`, with f_best the lowest of f_ref and all runs.
+`cutest.json` holds, per problem, the lowest value `f_ref` and the smallest gradient `g_floor` (largest entry) that
+tight reference runs reached. A run has solved a problem by criterion (a) if
+`max|g| <= max(1e-6 max(1, |f_ref|), 10 g_floor)`, and by (b) if `f - f_best <= 1e-6 max(1, |f_best|)`, with f_best the
+lowest of f_ref and all runs.
 """
 
 import functools

@@ -57,9 +57,9 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
     pair = jnp.asarray(state.value), state.grad
     if jax.tree.structure(pair) != jax.tree.structure(like):
         return None
-    holds = lambda kept, x: kept.shape == x.shape and jnp.promote_types(kept.dtype, x.dtype) == kept.dtype
-    if not all(map(holds, *map(jax.tree.leaves, (pair, like)))):
-        return None
+    for kept, x in zip(*map(jax.tree.leaves, (pair, like)), strict=True):
+        if kept.shape != x.shape or jnp.promote_types(kept.dtype, x.dtype) != kept.dtype:
+            return None
     return jax.tree.map(lambda kept, x: kept.astype(x.dtype), pair, like)
 
 

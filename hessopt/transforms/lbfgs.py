@@ -7,6 +7,7 @@ Source: Liu and Nocedal, "On the limited memory BFGS method for large scale opti
 Schnabel, 1994.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +23,8 @@ from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_sta
 _NAME = "scale_by_lbfgs"
 
 UNROLLED = 2**16
-"""Entries of a leaf from which on the combination of its pairs is written out, term by term. XLA then fuses it with what
-follows, which saves the last two of some 70 passes over n numbers; small leaves are better served by small programs."""
+"""Entries of a leaf from which on the combination of its pairs is written out, term by term. XLA then fuses it with
+what follows, which saves two of some 70 passes over n numbers; small leaves are better served by small programs."""
 
 
 class LbfgsInfo(NamedTuple):
@@ -43,7 +44,7 @@ class LbfgsState(NamedTuple):
     grad: Params  # gradient there; None with same_batch_pairs
     pairs: Params  # per leaf (2m + 2, ...): s and y of slot 0, of slot 1, ...
     gg: jax.Array  # scalar, |grad|^2
-    products: Matrix  # (2, m + 1), S'grad and Y'grad; None with same_batch_pairs
+    products: Matrix | None  # (2, m + 1), S'grad and Y'grad; None with same_batch_pairs
     compact: compact.Compact  # products among the pairs
     info: LbfgsInfo
 
@@ -68,8 +69,8 @@ def scale_by_lbfgs(
       A pair enters the memory iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, else it is skipped and
       counted (PAIR_SKIPPED). Without any pair the direction is of unit length. Parameters that have not moved since the
       last update tell of a failed search, and empty the memory (MEMORY_RESET), as does a direction that would not
-      descend. A gradient or value that is not finite gives an update of zero (NONFINITE). The state is then as before,
-      but for info.
+      descend. A value, or a squared gradient, that is not finite gives an update of zero (NONFINITE). The state is
+      then as before, but for info.
 
     Raises:
       ValueError: for memory_size < 1.
@@ -104,21 +105,20 @@ def scale_by_lbfgs(
     def init(params: Params) -> LbfgsState:
         params = jax.tree.map(jnp.asarray, params)
         dtype = solve_dtype(params)
-        zeros = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
         return LbfgsState(
-            count=jnp.zeros((), jnp.int32),
-            params=jax.tree.map(zeros, params),
-            grad=None if same_batch_pairs else jax.tree.map(zeros, params),
+            count=_count(),
+            params=_zeros(params),
+            grad=None if same_batch_pairs else _zeros(params),
             pairs=jax.tree.map(lambda leaf: jnp.zeros((2 * memory_size + 2, *leaf.shape), kept_dtype(leaf)), params),
             gg=jnp.zeros((), dtype),
             products=None if same_batch_pairs else jnp.zeros((2, memory_size + 1), dtype),
             compact=compact.empty(memory_size + 1, dtype),
-            info=LbfgsInfo(*(jnp.zeros((), jnp.int32) for _ in range(3)), jnp.zeros((), dtype)),
+            info=LbfgsInfo(_count(), _count(), _count(), jnp.zeros((), dtype)),
         )
 
     def update(
         updates: optax.Updates,
-        state: LbfgsState,
+        state: Any,
         params: Params | None = None,
         *,
         value: Any = 0.0,
@@ -149,9 +149,10 @@ def scale_by_lbfgs(
             return jnp.where(jnp.arange(slots) == k, own[:, None], g_products - state.products)
 
         def direct() -> Matrix:
-            return _products(pairs, jax.tree.map(lambda rows: _read(rows, 2 * k + 1), pairs), slots)
+            stored = jax.tree.map(lambda rows, y: _read(rows, 2 * k + 1).astype(y.dtype), pairs, y)
+            return _products(pairs, stored, slots)
 
-        if same_batch_pairs:
+        if same_batch_pairs or memory_dtype is not None:
             y_products = direct()
         else:  # y'x = g'x - g_old'x, unless y is so small that rounding would show
             y_products = jax.lax.cond(yy > 0.5 * (gg + gg_old), from_differences, direct)
@@ -193,7 +194,7 @@ def scale_by_lbfgs(
             params=_select(finite, params, state.params),
             grad=None if same_batch_pairs else _select(finite, grad, old_grad),
             pairs=pairs,
-            gg=gg if same_batch_pairs else _select(finite, gg, gg_old),
+            gg=_select(finite, gg, state.gg),
             products=None if same_batch_pairs else _select(finite, g_products, state.products),
             compact=small,
             info=LbfgsInfo(
@@ -205,6 +206,14 @@ def scale_by_lbfgs(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _count() -> jax.Array:
+    return jnp.zeros((), jnp.int32)
+
+
+def _zeros(tree: Params) -> Params:
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def _select(condition: jax.Array, a: Any, b: Any) -> Any:
@@ -224,9 +233,9 @@ def _eps(leaf: jax.Array) -> float:
 
 
 def _write(rows: jax.Array, k: jax.Array, s: jax.Array, y: jax.Array, finite: jax.Array) -> jax.Array:
-    """Put s and y of a leaf into slot k, in place; zeros where they are not finite."""
+    """Put s and y of a leaf into slot k, in place, unless they are not finite."""
     for i, x in ((2 * k, s), (2 * k + 1, y)):
-        x = jnp.where(finite, x, 0.0).astype(rows.dtype)
+        x = jnp.where(finite, x.astype(rows.dtype), _read(rows, i))
         rows = jax.lax.dynamic_update_index_in_dim(rows, x, i, axis=0)
     return jax.lax.optimization_barrier(rows)  # or XLA writes into copies, one for each use
 
@@ -254,4 +263,5 @@ def _combination(rows: jax.Array, v: Vector, w: Vector) -> jax.Array:
     wide = jnp.promote_types(rows.dtype, weights.dtype)
     if rows[0].size < UNROLLED and rows.dtype == wide:
         return jnp.tensordot(weights, rows, 1, precision="highest")
-    return sum(weights[i] * rows[i].astype(wide) for i in range(len(weights)))
+    terms = [weights[i] * rows[i].astype(wide) for i in range(len(weights))]
+    return functools.reduce(jnp.add, terms)

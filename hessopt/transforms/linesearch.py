@@ -50,7 +50,7 @@ def scale_by_wolfe_linesearch(
     slope_rtol: float = 1e-4,
     curv_rtol: float = 0.9,
     max_rate: float | None = None,
-    initial_guess: str | InitialGuess = "quadratic",
+    initial_guess: str | InitialGuess = "one",
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the update to a step that satisfies the Wolfe conditions.
 
@@ -61,8 +61,9 @@ def scale_by_wolfe_linesearch(
       slope_rtol: c1 in (0, 1/2), the part of the initial slope by which the objective falls per unit of t.
       curv_rtol: c2 in (c1, 1), the part of the initial slope that may remain.
       max_rate: largest t, unbounded by default.
-      initial_guess: the first t. `"quadratic"`: from the fall of the last step, at most 1; `"one"`; or a callable
-        `(fall, slope) -> t` of that fall (0 at the start) and the slope, a negative scalar.
+      initial_guess: the first t. `"one"`, for updates that know their length; `"quadratic"`, for those that do not:
+        from the fall of the last step, at most 1; or a callable `(fall, slope) -> t` of that fall (0 at the start) and
+        the slope, a negative scalar.
 
     Returns:
       A transformation whose `update(updates, state, params, *, value, grad, value_fn, **data)` needs the objective,
@@ -110,7 +111,7 @@ def scale_by_wolfe_linesearch(
 
     def update(
         updates: optax.Updates,
-        state: LinesearchState,
+        state: Any,
         params: Params | None = None,
         *,
         value: Any = None,

@@ -1,0 +1,65 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hessopt.numerics import compact
+
+
+def curved_pairs(count, n=6, seed=0):
+    """Pairs of a convex quadratic."""
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(n, n))
+    steps = rng.normal(size=(count, n))
+    return [(s, (root @ root.T + np.eye(n)) @ s) for s in steps]
+
+
+def inverse_bfgs(pairs, gamma):
+    """The textbook product form, from the oldest pair to the newest."""
+    n = len(pairs[0][0]) if pairs else 6
+    H = gamma * np.eye(n)
+    for s, y in pairs:
+        rho = 1 / (s @ y)
+        V = np.eye(n) - rho * np.outer(y, s)
+        H = V.T @ H @ V + rho * np.outer(s, s)
+    return H
+
+
+def filled(pairs, memory):
+    """The compact form after these pairs, and its slots."""
+    small, S, Y = compact.empty(memory + 1, float), np.zeros((memory + 1, 6)), np.zeros((memory + 1, 6))
+    for s, y in pairs:
+        S[small.slot], Y[small.slot] = s, y
+        small = compact.append(small, jnp.asarray(S @ y), jnp.asarray(Y @ y))
+    return small, S, Y
+
+
+@pytest.mark.parametrize("memory", [1, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+def test_the_product_is_that_of_the_product_form_over_the_last_pairs(memory, count):
+    pairs, g = curved_pairs(count), np.arange(1.0, 7.0)
+    small, S, Y = filled(pairs, memory)
+    gamma = pairs[-1][0] @ pairs[-1][1] / (pairs[-1][1] @ pairs[-1][1]) if pairs else 0.3
+    v, w = compact.coefficients(small, jnp.asarray(S @ g), jnp.asarray(Y @ g), jnp.asarray(gamma))
+    np.testing.assert_allclose(gamma * g + v @ S + w @ Y, inverse_bfgs(pairs[-memory:], gamma) @ g, rtol=1e-10)
+    assert int(compact.used(small).sum()) == min(memory, count)
+    if count:
+        np.testing.assert_allclose(small.gamma, gamma)
+
+
+def test_an_emptied_memory_keeps_its_scale_once():
+    small, S, Y = filled(curved_pairs(3), 5)
+    once = compact.emptied(small)
+    assert not compact.used(once).any()
+    assert once.gamma == small.gamma
+    assert compact.emptied(once).gamma == 0.0
+    v, w = compact.coefficients(once, jnp.asarray(S @ S[0]), jnp.asarray(Y @ S[0]), once.gamma)
+    assert not v.any()
+    assert not w.any()
+
+
+def test_what_stands_in_a_free_slot_is_ignored():
+    small, S, Y = filled(curved_pairs(2), 3)
+    garbage = jnp.where(compact.used(small), 1.0, jnp.inf)
+    v, w = compact.coefficients(small, garbage * (S @ S[0]), garbage * (Y @ S[0]), small.gamma)
+    assert np.isfinite(v).all()
+    assert np.isfinite(w).all()
