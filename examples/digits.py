@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 import hessopt
 from hessopt.linen import TrainState
-from hessopt.optimizers import DEFAULT_LINESEARCH
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
@@ -65,13 +64,14 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": lambda: optax.sgd(0.5),
     "adam": lambda: optax.adam(1e-2),
     "optax-lbfgs": lambda: optax.lbfgs(),
+    "lbfgs": lambda: hessopt.lbfgs(),
     "newton": lambda: hessopt.newton(),
     "newton-layers": lambda: hessopt.newton(blocks="layer"),
     "newton-gauss": lambda: hessopt.newton(damping=1e-4, curvature="gauss_newton"),
     "newton-subsampled": lambda: optax.chain(
         hessopt.subsampled(hessopt.scale_by_newton(), probability=0.5),
         optax.scale(-1.0),
-        DEFAULT_LINESEARCH,
+        hessopt.scale_by_wolfe_linesearch(),
     ),
 }
 
@@ -86,13 +86,9 @@ class Run(NamedTuple):
 
 
 def gradients_of_step(opt_state: Any) -> int:
-    """Gradients that the last step evaluated: one, and one per trial of a search that looks at slopes."""
-    searches = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_zoom) if _is_zoom(s)]
-    return 1 + sum(int(search.info.num_linesearch_steps) for search in searches)
-
-
-def _is_zoom(state: Any) -> bool:
-    return isinstance(state, optax.ScaleByZoomLinesearchState)
+    """Gradients that the last step evaluated: one per trial of a line search, of which the last is reused, else one."""
+    found = hessopt.diagnostics(opt_state)
+    return int(found.get("linesearch.trials", found.get("zoom_linesearch.num_linesearch_steps", 1)))
 
 
 def train(name: str, data: tuple[jax.Array, ...], seed: int, max_steps: int, max_seconds: float) -> Run:
@@ -101,12 +97,19 @@ def train(name: str, data: tuple[jax.Array, ...], seed: int, max_steps: int, max
     state = TrainState.create(
         apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(seed), x[:1]), tx=OPTIMIZERS[name]()
     )
-    step = jax.jit(lambda state: state.step_with(loss_fn, x, y)[:2])
-    evaluate = jax.jit(loss_fn)
-    # two steps compile everything: some of optax's states change type once
-    jax.block_until_ready((step(step(state)[0]), evaluate(state.params, x, y)))
+    objective = loss_fn.close(x, y)
+    value_and_grad = hessopt.value_and_grad_from_state(objective)
 
-    losses, seconds, gradients = [], [], 0
+    @jax.jit
+    def step(state: TrainState) -> tuple[TrainState, jax.Array]:
+        value, grads = value_and_grad(state.params, state=state.opt_state)  # full batch: what a search found is valid
+        return state.apply_gradients(grads=grads, value=value, value_fn=objective), value
+
+    evaluate = jax.jit(objective)
+    # two steps compile everything: some of optax's states change type once
+    jax.block_until_ready((step(step(state)[0]), evaluate(state.params)))
+
+    losses, seconds, gradients = [], [], 1
     with tqdm(total=max_seconds, desc=f"{name:>18}", bar_format="{desc} {percentage:3.0f}%|{bar}|{postfix}") as bar:
         start = time.perf_counter()
         while len(losses) < max_steps and (elapsed := time.perf_counter() - start) < max_seconds:
@@ -118,7 +121,7 @@ def train(name: str, data: tuple[jax.Array, ...], seed: int, max_steps: int, max
             bar.update(round(elapsed - bar.n, 3))
         seconds.append(time.perf_counter() - start)
         bar.update(max_seconds - bar.n)
-    losses.append(float(evaluate(state.params, x, y)))
+    losses.append(float(evaluate(state.params)))
     logits, _ = model_fn(state.params, x_test)
     predicted = jnp.argmax(logits, axis=1)
     return Run(losses, seconds, gradients, float(jnp.mean(predicted == y_test)))

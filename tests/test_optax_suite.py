@@ -39,6 +39,8 @@ def _informed(case: Case, **arguments: Any) -> optax.GradientTransformationExtra
     tx = optax.with_extra_args_support(case.factory(**arguments))
     if case.kind == "direction":
         tx = optax.chain(tx, optax.scale(-case.rate))
+    if case.kind == "rate":
+        tx = optax.chain(optax.scale(-1.0), tx)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
         value_fn = _objective(updates, params)

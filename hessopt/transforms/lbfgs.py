@@ -44,7 +44,7 @@ class LbfgsState(NamedTuple):
     grad: Params  # gradient there; None with same_batch_pairs
     pairs: Params  # per leaf (2m + 2, ...): s and y of slot 0, of slot 1, ...
     gg: jax.Array  # scalar, |grad|^2
-    products: Matrix | None  # (2, m + 1), S'grad and Y'grad; None with same_batch_pairs
+    products: Any  # matrix (2, m + 1), S'grad and Y'grad; None with same_batch_pairs
     compact: compact.Compact  # products among the pairs
     info: LbfgsInfo
 
