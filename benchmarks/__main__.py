@@ -3,9 +3,12 @@
 import argparse
 import pathlib
 
-from benchmarks import harness, kernels
+from benchmarks import cutest, harness, kernels
 
-SUITES = {"kernels": kernels.run}
+SUITES = {
+    "kernels": lambda quick, out: harness.write(out, "kernels", kernels.run(quick)),
+    "cutest": cutest.run,
+}
 
 
 def main() -> None:
@@ -15,7 +18,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small and few: a test that it runs, no measurement")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     options = parser.parse_args()
-    print(harness.write(options.out, options.suite, SUITES[options.suite](options.quick)))
+    print(SUITES[options.suite](options.quick, options.out))
 
 
 if __name__ == "__main__":

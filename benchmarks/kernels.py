@@ -1,10 +1,11 @@
-"""The kernels: dense Hessians in chunks, products, the ends of the spectrum."""
+"""The kernels: dense Hessians in chunks, products, the ends of the spectrum, L-BFGS directions."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 
 import hessopt
@@ -14,7 +15,7 @@ from benchmarks.problems import mlp
 
 def run(quick: bool) -> Sequence[Table]:
     """All tables; `quick` for a test that it runs."""
-    rounds, settle, batch = (2, 0.0, 100) if quick else (9, 0.4, 1500)
+    rounds, settle, batch, size = (2, 0.0, 100, 1000) if quick else (9, 0.4, 1500, 1_000_000)
     problems = [
         mlp.digits((64, 32, 10), batch),
         mlp.digits((64, 16, 10), batch),
@@ -24,6 +25,7 @@ def run(quick: bool) -> Sequence[Table]:
         *(compare(f"Hessian, {p.name}", hessians(p), rounds, settle) for p in problems),
         *(compare(f"Hessian times vector, {p.name}", products(p), 5 * rounds, 0.0) for p in problems[:1]),
         *(compare(f"extreme eigenvalues, {p.name}", spectra(p), rounds, settle) for p in problems[1:2]),
+        compare(f"L-BFGS direction, n = {size:.0e}, m = 10, float32", lbfgs_directions(size), 5 * rounds, 0.0),
     ]
 
 
@@ -68,4 +70,31 @@ def spectra(problem: mlp.Problem) -> list[Contender]:
             problem.params,
         ),
         compiled("hessopt.spectrum", lambda p: hessopt.spectrum(problem.value_fn, p), problem.params),
+    ]
+
+
+def lbfgs_directions(size: int) -> list[Contender]:
+    """One update with its state donated: optax's, then ours; and what the memory takes to read twice."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    points = [jax.random.normal(key, (size,)) for key in keys]
+    curvature = jnp.linspace(1.0, 10.0, size)
+
+    def updates(name: str, tx: optax.GradientTransformation) -> Contender:
+        state = jax.tree.map(jnp.copy, tx.init(points[0]))  # optax's fresh leaves share a buffer
+        step = jax.jit(lambda x, state: tx.update(curvature * x, state, x), donate_argnums=1)
+        contender = compiled(name, lambda x, state: tx.update(curvature * x, state, x), points[0], state)
+        turn = [0, state]
+
+        def run() -> Any:
+            turn[0] += 1
+            direction, turn[1] = step(points[turn[0] % len(points)], turn[1])
+            return direction
+
+        return contender._replace(run=run)
+
+    memory = jnp.stack([*points, *points, *points[:4]])
+    return [
+        updates("optax.scale_by_lbfgs", optax.scale_by_lbfgs(10)),
+        updates("hessopt.scale_by_lbfgs", hessopt.scale_by_lbfgs(10)),
+        compiled("reading the memory twice", lambda m, x: (m @ x) @ m, memory, points[0]),
     ]

@@ -89,12 +89,14 @@ def _size(tree: Params) -> jax.Array:
     return functools.reduce(jnp.maximum, sizes, jnp.zeros((), jnp.float32))
 
 
-def begin(problem: Problem, params: Params, state: optax.OptState, data: Mapping[str, Any], limits: Limits) -> Run:
+def begin(
+    problem: Problem, params: Params, state: optax.OptState | None, data: Mapping[str, Any], limits: Limits
+) -> Run:
     here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
     run = Run(
         here=here,
         best=here,
-        state=state,
+        state=strongly_typed(problem.tx.init(params)) if state is None else state,
         start_value=here.value,
         start_size=here.size,
         scale=jnp.maximum(jnp.abs(here.value), here.size * jnp.where(extent > 0, extent, 1.0)).astype(here.value.dtype),

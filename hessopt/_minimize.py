@@ -127,13 +127,19 @@ def minimize(
 
     problem, data = open_closure(Problem(identified(value_fn), tx, has_aux), params, data)
     params = strongly_typed(params)
-    opt_state = strongly_typed(tx.init(params) if state is None else state)
-    limits = Limits(jnp.asarray(max_steps, jnp.int32), *(jnp.asarray(t, float) for t in (gtol, ftol, xtol)))
+    opt_state = None if state is None else strongly_typed(state)  # a fresh one is part of the program
+    real = jax.dtypes.canonicalize_dtype(float)
+    limits = Limits(_scalar(max_steps, np.int32), *(_scalar(tolerance, real) for tolerance in (gtol, ftol, xtol)))
     if not progress and callback is None:
         return _solve_jit(problem, params, opt_state, data, limits)
     return _in_blocks(
         problem, params, opt_state, data, limits, log_every, _bar(max_steps) if progress else None, callback
     )
+
+
+def _scalar(x: Any, dtype: Any) -> Any:
+    """A strongly typed scalar, which costs nothing to make of a Python number."""
+    return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
 
 
 def _solution(problem: Problem, run: Run, data: Mapping[str, Any]) -> Solution:
@@ -145,7 +151,7 @@ def _solution(problem: Problem, run: Run, data: Mapping[str, Any]) -> Solution:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solve(
-    problem: Problem, params: Params, state: optax.OptState, data: Mapping[str, Any], limits: Limits
+    problem: Problem, params: Params, state: optax.OptState | None, data: Mapping[str, Any], limits: Limits
 ) -> Solution:
     run = begin(problem, params, state, data, limits)
     run = advance(problem, run, data, limits, limits.max_steps)
@@ -220,7 +226,7 @@ def _bar(total: int) -> Any:
 def _in_blocks(
     problem: Problem,
     params: Params,
-    state: optax.OptState,
+    state: optax.OptState | None,
     data: Mapping[str, Any],
     limits: Limits,
     log_every: int,

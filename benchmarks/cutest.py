@@ -1,0 +1,183 @@
+"""The CUTEst suite: 63 small unconstrained problems, every solver from the same start, stopped by the same criterion.
+
+Each run has a process to itself and a limit of time, so that a hang or a crash is a failure and not a hole.
+"""
+
+import json
+import multiprocessing
+import pathlib
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # the backend comes first
+
+from benchmarks import harness
+from benchmarks.problems import cutest
+
+TIME_LIMIT = 60.0
+"""Seconds for one run with its compilation and its repetition."""
+
+QUICK = (("ROSENBR", "BARD"), ("hessopt lbfgs", "SciPy L-BFGS-B"))
+
+
+def run(quick: bool, out: pathlib.Path) -> str:
+    """Run the suite, write JSON, Markdown and figure, and return the Markdown."""
+    from benchmarks.solvers import SOLVERS
+
+    names, solvers = QUICK if quick else (cutest.names(), tuple(SOLVERS))
+    worker, rows = _Worker(), []
+    for name in names:
+        for solver in solvers:
+            rows.append({"problem": name, "solver": solver} | worker.ask(solver, name))
+        _judge([row for row in rows if row["problem"] == name])
+        print(f"{name:12}", *(f"{r['solver']} {_mark(r)}" for r in rows if r["problem"] == name), sep="  ", flush=True)
+    worker.close()
+    place = harness.folder(out)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "cutest.json").write_text(json.dumps({"machine": harness.machine(), "runs": rows}, indent=1) + "\n")
+    text = _markdown(rows, solvers)
+    (place / "cutest.md").write_text(text)
+    _figure(rows, solvers).savefig(place / "cutest.png", dpi=150)
+    return text
+
+
+class _Worker:
+    """A process that runs one solver on one problem at a time, and is replaced when it does not answer."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def ask(self, solver: str, problem: str) -> dict[str, Any]:
+        if self._process is None or not self._process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            self._pipe.recv()  # it has imported everything
+        self._pipe.send((solver, problem))
+        try:
+            if self._pipe.poll(TIME_LIMIT):
+                return self._pipe.recv()
+        except EOFError:
+            return {"error": "crash"}
+        self.close()
+        return {"error": "time limit"}
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(pipe: Any) -> None:
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    import jax.numpy as jnp
+
+    from benchmarks.solvers import SOLVERS
+
+    pipe.send("ready")
+    while True:
+        solver, name = pipe.recv()
+        jax.clear_caches()  # programs pile up otherwise until memory cannot be mapped
+        try:
+            problem = cutest.load(name)
+            outcome = SOLVERS[solver](problem.value_fn, problem.start, problem.gradient)
+            x = jnp.asarray(outcome.x)
+            value, grad = jax.value_and_grad(problem.value_fn)(x)
+            row = outcome._asdict() | {"x": None, "n": x.size, "f_ref": problem.f_ref, "bound": problem.gradient}
+            row |= {"f": float(value), "g": float(jnp.max(jnp.abs(grad)))}
+        except Exception as error:
+            row = {"error": traceback.format_exception_only(error)[-1].strip()[:200]}
+        pipe.send(row)
+
+
+def _judge(rows: Sequence[dict[str, Any]]) -> None:
+    """Add both criteria to the runs of one problem."""
+    values = [row["f"] for row in rows if "f" in row and np.isfinite(row["f"])]
+    for row in rows:
+        row["a"] = row["b"] = False
+        if "f" in row:
+            best = min([row["f_ref"], *values])
+            row["a"] = bool(row["g"] <= row["bound"])
+            row["b"] = bool(row["f"] - best <= 1e-6 * max(1.0, abs(best)))
+
+
+def _mark(row: dict[str, Any]) -> str:
+    return row.get("error", "")[:12] or ("a" if row["a"] else "-") + ("b" if row["b"] else "-")
+
+
+def _both(row: dict[str, Any]) -> bool:
+    return row["a"] and row["b"]
+
+
+def _mean_ratio(rows: Sequence[dict[str, Any]], ours: str, theirs: str, what: str) -> str:
+    """The geometric mean of ours over theirs, over the problems that both have solved."""
+    found = {(row["problem"], row["solver"]): row for row in rows if _both(row)}
+    shared = [name for name, solver in found if solver == ours and (name, theirs) in found]
+    ratios = [found[name, ours][what] / max(found[name, theirs][what], 1e-9) for name in shared]
+    return f"{np.exp(np.mean(np.log(ratios))):.2f} ({len(ratios)})" if ratios else ""
+
+
+def _markdown(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> str:
+    facts = harness.machine()
+    lines = ["# cutest", "", "Written by `python -m benchmarks cutest`, not by hand.", ""]
+    lines += [", ".join(f"{name} {what}" for name, what in facts.items()) + ".", ""]
+    lines += ["Criteria: (a) gradient, (b) value, as in `benchmarks/problems/cutest.py`. 2000 iterations at most and "]
+    lines[-1] += f"{TIME_LIMIT:.0f} s per run. Ratios are geometric means of `hessopt lbfgs` over the solver, over the "
+    lines[-1] += (
+        "problems that both solve by both criteria (their number in brackets); seconds are those of a second run."
+    )
+    lines += ["", "| | (a) | (b) | both | evaluations ratio | warm seconds ratio | median compile s |"]
+    lines += ["|---" + "|---:" * 6 + "|"]
+    for solver in solvers:
+        own = [row for row in rows if row["solver"] == solver]
+        counts = [sum(row["a"] for row in own), sum(row["b"] for row in own), sum(map(_both, own))]
+        compile_s = [row["compile_s"] for row in own if "compile_s" in row]
+        ratios = [_mean_ratio(rows, "hessopt lbfgs", solver, what) for what in ("evaluations", "warm_s")]
+        cells = [*map(str, counts), *ratios, f"{np.median(compile_s):.2f}" if compile_s else ""]
+        lines += [f"| {solver} | " + " | ".join(cells) + " |"]
+    for solver in solvers:
+        if solver.startswith("hessopt"):
+            lines += [
+                "",
+                f"## Not solved by {solver}",
+                "",
+                "| | f | lowest known | max abs g | bound | ended | solved by |",
+            ]
+            lines += ["|---" + "|---:" * 4 + "|---|---|"]
+            for row in rows:
+                if row["solver"] == solver and not _both(row):
+                    peers = [r["solver"] for r in rows if r["problem"] == row["problem"] and _both(r)]
+                    numbers = [f"{row[key]:.6g}" if key in row else "" for key in ("f", "f_ref", "g", "bound")]
+                    ended = row.get("said") or row.get("error", "")
+                    lines += [f"| {row['problem']} | {' | '.join(numbers)} | {ended} | {', '.join(peers) or 'none'} |"]
+    return "\n".join([*lines, ""])
+
+
+def _figure(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> Any:
+    """Performance profile (evaluations over the fewest) and data profile (evaluations per n + 1)."""
+    names = list(dict.fromkeys(row["problem"] for row in rows))
+    spent = {(row["problem"], row["solver"]): row["evaluations"] for row in rows if _both(row)}
+    size = {row["problem"]: row["n"] for row in rows if "n" in row}
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    fewest = {name: min((spent.get((name, s), np.inf) for s in solvers), default=np.inf) for name in names}
+    scales: tuple[Callable[[str], float], ...] = (lambda name: fewest[name], lambda name: size.get(name, 1) + 1)
+    for axis, scale in zip(axes, scales, strict=True):
+        for solver in solvers:
+            costs = sorted(spent[name, solver] / scale(name) for name in names if (name, solver) in spent)
+            width = 2.5 if solver.startswith("hessopt") else 1.2
+            axis.step(costs, np.arange(1, len(costs) + 1) / len(names), where="post", label=solver, linewidth=width)
+        axis.set_xscale("log")
+        axis.grid(alpha=0.3)
+    axes[0].set(xlabel="evaluations over the fewest of any solver", ylabel="problems solved by both criteria")
+    axes[1].set(xlabel="evaluations per n + 1")
+    axes[1].legend(fontsize=8)
+    figure.suptitle(f"CUTEst, {len(names)} unconstrained problems")
+    return figure

@@ -1,0 +1,164 @@
+"""Minimizers side by side: each is given an objective, a start and a bound on the gradient, and tells what it spent."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import hessopt
+
+MAX_ITERATIONS = 2000
+
+
+class Outcome(NamedTuple):
+    """Where a run ended, and what it spent."""
+
+    x: Any  # (n,)
+    iterations: int
+    evaluations: int  # of the value, with or without gradient
+    compile_s: float  # seconds of the first run beyond those of the second
+    warm_s: float  # seconds of the second run
+    said: str  # the solver's own verdict
+
+
+Solver = Callable[[Any, Any, float], Outcome]
+"""`(value_fn, start, bound) -> Outcome`; to stop at `max|g| <= bound`, after 2000 iterations, or on giving up."""
+
+
+def _timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    middle = time.perf_counter()
+    result = jax.block_until_ready(run())
+    warm = time.perf_counter() - middle
+    return result, max(middle - start - warm, 0.0), warm
+
+
+def driven(make: Callable[[], optax.GradientTransformation]) -> Solver:
+    """An optax transformation in `hessopt.minimize`."""
+
+    def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
+        tx = make()
+        gtol = bound / float(jnp.max(jnp.abs(jax.grad(value_fn)(start))))
+        solution, cold, warm = _timed(
+            lambda: hessopt.minimize(value_fn, start, tx, max_steps=MAX_ITERATIONS, gtol=gtol)
+        )
+        said = hessopt.Termination(int(solution.termination)).name
+        return Outcome(solution.params, int(solution.steps), int(solution.evaluations), cold, warm, said)
+
+    return solve
+
+
+def jaxopt_solver(name: str) -> Solver:
+    """A solver of jaxopt, stepped in one compiled loop."""
+
+    def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
+        import jaxopt
+
+        solver = getattr(jaxopt, name)(value_fn, maxiter=MAX_ITERATIONS, tol=0.0)
+
+        @jax.jit
+        def run(x: Any) -> Any:
+            def goes_on(carry: Any) -> Any:
+                state = carry[1]
+                return (jnp.max(jnp.abs(state.grad)) > bound) & (state.iter_num < MAX_ITERATIONS)
+
+            return jax.lax.while_loop(goes_on, lambda carry: tuple(solver.update(*carry)), (x, solver.init_state(x)))
+
+        (x, state), cold, warm = _timed(lambda: run(start))
+        said = "failed search" if bool(getattr(state, "failed_linesearch", False)) else ""
+        return Outcome(x, int(state.iter_num), int(state.num_fun_eval), cold, warm, said)
+
+    return solve
+
+
+def optimistix_solver(name: str) -> Solver:
+    """A solver of optimistix, with the bound on the gradient for its criterion. It evaluates once per step."""
+
+    def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
+        import optimistix
+
+        class Bounded(getattr(optimistix, name)):
+            def terminate(self, fn: Any, y: Any, args: Any, options: Any, state: Any, tags: Any) -> Any:
+                flat = jnp.max(jnp.abs(state.f_info.grad)) <= bound
+                return flat & ~state.first_step, optimistix.RESULTS.successful
+
+        solver = Bounded(rtol=0.0, atol=0.0)
+        run = jax.jit(
+            lambda x: optimistix.minimise(
+                lambda y, _: value_fn(y), solver, x, max_steps=20 * MAX_ITERATIONS, throw=False
+            ).__getattribute__("value")
+        )
+        steps = jax.jit(
+            lambda x: optimistix.minimise(
+                lambda y, _: value_fn(y), solver, x, max_steps=20 * MAX_ITERATIONS, throw=False
+            ).stats["num_steps"]
+        )
+        x, cold, warm = _timed(lambda: run(start))
+        count = int(steps(start))
+        return Outcome(x, count, count, cold, warm, "")
+
+    return solve
+
+
+def jax_scipy(value_fn: Any, start: Any, bound: float) -> Outcome:
+    """BFGS of `jax.scipy.optimize`."""
+    import jax.scipy.optimize
+
+    run = jax.jit(
+        lambda x: jax.scipy.optimize.minimize(
+            value_fn, x, method="BFGS", options={"gtol": bound, "maxiter": MAX_ITERATIONS}
+        )
+    )
+    result, cold, warm = _timed(lambda: run(start))
+    return Outcome(result.x, int(result.nit), int(result.nfev), cold, warm, f"status {int(result.status)}")
+
+
+def scipy_solver(method: str) -> Solver:
+    """A solver of SciPy over one compiled value and gradient."""
+    options = {"BFGS": {}, "L-BFGS-B": {"ftol": 0.0, "maxcor": 10, "maxfun": 100 * MAX_ITERATIONS}}[method]
+
+    def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
+        import scipy.optimize
+
+        compiled = jax.jit(jax.value_and_grad(value_fn))
+
+        def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
+            value, grad = compiled(x)
+            return float(value), np.asarray(grad)
+
+        def run() -> Any:
+            return scipy.optimize.minimize(
+                value_and_grad,
+                np.asarray(start),
+                jac=True,
+                method=method,
+                options={"gtol": bound, "maxiter": MAX_ITERATIONS} | options,
+            )
+
+        began = time.perf_counter()
+        compiled(start)[0].block_until_ready()
+        cold = time.perf_counter() - began
+        began = time.perf_counter()
+        result = run()
+        return Outcome(result.x, result.nit, result.nfev, cold, time.perf_counter() - began, str(result.message))
+
+    return solve
+
+
+SOLVERS: dict[str, Solver] = {
+    "hessopt lbfgs": driven(hessopt.lbfgs),
+    "hessopt newton": driven(hessopt.newton),
+    "optax lbfgs": driven(optax.lbfgs),
+    "jaxopt LBFGS": jaxopt_solver("LBFGS"),
+    "jaxopt BFGS": jaxopt_solver("BFGS"),
+    "optimistix LBFGS": optimistix_solver("LBFGS"),
+    "optimistix BFGS": optimistix_solver("BFGS"),
+    "jax.scipy BFGS": jax_scipy,
+    "SciPy BFGS": scipy_solver("BFGS"),
+    "SciPy L-BFGS-B": scipy_solver("L-BFGS-B"),
+}
