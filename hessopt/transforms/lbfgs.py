@@ -22,9 +22,10 @@ from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_sta
 
 _NAME = "scale_by_lbfgs"
 
-UNROLLED = 2**16
-"""Entries of a leaf from which on the combination of its pairs is written out, term by term. XLA then fuses it with
-what follows, which saves two of some 70 passes over n numbers; small leaves are better served by small programs."""
+LARGE = 2**16
+"""Entries from which on passes over the memory count for more than operations. Products with y are then taken from
+those with the gradients, where that is exact enough, and the combination of the pairs is written out, term by term,
+for XLA to fuse it with what follows."""
 
 
 class LbfgsInfo(NamedTuple):
@@ -152,7 +153,8 @@ def scale_by_lbfgs(
             stored = jax.tree.map(lambda rows, y: _read(rows, 2 * k + 1).astype(y.dtype), pairs, y)
             return _products(pairs, stored, slots)
 
-        if same_batch_pairs or memory_dtype is not None:
+        large = sum(leaf.size for leaf in jax.tree.leaves(y)) >= LARGE
+        if not large or same_batch_pairs or memory_dtype is not None:
             y_products = direct()
         else:  # y'x = g'x - g_old'x, unless y is so small that rounding would show
             y_products = jax.lax.cond(yy > 0.5 * (gg + gg_old), from_differences, direct)
@@ -261,7 +263,7 @@ def _combination(rows: jax.Array, v: Vector, w: Vector) -> jax.Array:
     """`S v + Y w` of a leaf."""
     weights = jnp.stack([v, w], axis=1).ravel()
     wide = jnp.promote_types(rows.dtype, weights.dtype)
-    if rows[0].size < UNROLLED and rows.dtype == wide:
+    if rows[0].size < LARGE and rows.dtype == wide:
         return jnp.tensordot(weights, rows, 1, precision="highest")
     terms = [weights[i] * rows[i].astype(wide) for i in range(len(weights))]
     return functools.reduce(jnp.add, terms)

@@ -8,6 +8,7 @@ import pytest
 
 import hessopt
 from hessopt import StepStatus, Termination, minimize, scale_by_lbfgs
+from hessopt.transforms import lbfgs
 from tests.problems import digits, init_mlp
 
 
@@ -52,6 +53,14 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
+@pytest.fixture(params=[False, True], ids=["small", "large"])
+def _as_if_large(request, monkeypatch):
+    """The program for many parameters, on few."""
+    if request.param:
+        monkeypatch.setattr(lbfgs, "LARGE", 0)
+
+
+@pytest.mark.usefixtures("_as_if_large")
 @pytest.mark.parametrize("memory", [1, 7, 50])
 def test_directions_are_those_of_the_two_loop_recursion(memory):
     rows, state = walk(scale_by_lbfgs(memory), np.float64, 40, memory)
@@ -60,6 +69,7 @@ def test_directions_are_those_of_the_two_loop_recursion(memory):
     assert int(state.info.status) == StepStatus.OK
 
 
+@pytest.mark.usefixtures("_as_if_large")
 def test_in_single_precision_they_err_no_more_than_the_recursion_does():
     rows, _ = walk(scale_by_lbfgs(7), np.float32, 40, 7)
     ours = [relative(p, exact) for p, exact, _ in rows]
@@ -140,7 +150,7 @@ def test_pairs_of_the_same_batch_hold_no_noise_of_the_batches():
 
 
 def test_nothing_of_the_memorys_size_is_copied():
-    n = 10_000
+    n = 100_000
     tx, x = scale_by_lbfgs(10), jnp.ones(n, jnp.float32)
     program = jax.jit(tx.update, donate_argnums=1).lower(x, tx.init(x), x).compile()
     assert program.memory_analysis().temp_size_in_bytes < 6 * 4 * n
