@@ -88,18 +88,16 @@ def optimistix_solver(name: str) -> Solver:
                 return flat & ~state.first_step, optimistix.RESULTS.successful
 
         solver = Bounded(rtol=0.0, atol=0.0)
-        run = jax.jit(
-            lambda x: optimistix.minimise(
+
+        @jax.jit
+        def run(x: Any) -> Any:
+            solution = optimistix.minimise(
                 lambda y, _: value_fn(y), solver, x, max_steps=20 * MAX_ITERATIONS, throw=False
-            ).__getattribute__("value")
-        )
-        steps = jax.jit(
-            lambda x: optimistix.minimise(
-                lambda y, _: value_fn(y), solver, x, max_steps=20 * MAX_ITERATIONS, throw=False
-            ).stats["num_steps"]
-        )
-        x, cold, warm = _timed(lambda: run(start))
-        count = int(steps(start))
+            )
+            return solution.value, solution.stats["num_steps"]
+
+        (x, steps), cold, warm = _timed(lambda: run(start))
+        count = int(steps)
         return Outcome(x, count, count, cold, warm, "")
 
     return solve
