@@ -9,7 +9,7 @@ import pytest
 import hessopt
 from hessopt import StepStatus, Termination, minimize, scale_by_lbfgs
 from hessopt.transforms import lbfgs
-from tests.problems import digits, init_mlp
+from tests.problems import cross_entropy, digits, init_mlp
 
 
 def two_loop(g, pairs):
@@ -183,6 +183,32 @@ def test_a_training_step_traces_the_objective_twice_and_compiles_once():
     assert len(traces) <= 3  # the caller's, its shapes, the search's
     assert step._cache_size() == 1
     assert values[-1] < 0.5 * values[0]
+
+
+@pytest.mark.slow
+def test_batches_of_digits_train_with_pairs_of_the_same_batch():
+    data, tx = digits(np.float32), hessopt.lbfgs(0.1, same_batch_pairs=True, linesearch=None)
+
+    @jax.jit
+    def epoch(params, state, key):
+        def step(carry, chosen):
+            params, state = carry
+            x, y = data.x[chosen], data.y[chosen]
+            grad = jax.grad(cross_entropy)(params, x, y, 1e-4)
+            updates, state = tx.update(grad, state, params, value_fn=cross_entropy, x=x, y=y, l2=1e-4)
+            return (optax.apply_updates(params, updates), state), None
+
+        batches = jax.random.permutation(key, 1500)[: 11 * 128].reshape(11, 128)
+        return jax.lax.scan(step, (params, state), batches)[0]
+
+    for seed in range(5):
+        params = init_mlp(seed, (64, 32, 10), np.float32)
+        state, losses = tx.init(params), []
+        for number in range(20):
+            params, state = epoch(params, state, jax.random.key(100 * seed + number))
+            losses.append(float(cross_entropy(params, data.x, data.y, 1e-4)))
+        assert max(losses) < 2.5  # a loss of log(10) is that of chance
+        assert losses[-1] < 0.1
 
 
 def test_arguments_out_of_range_are_named():
