@@ -72,7 +72,7 @@ def scale_by_lbfgs(
       `state.info.status`.
 
       A pair enters the memory iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, and with
-      same_batch_pairs `s.y > 0.1 |s| |y|`; else it is skipped and counted (PAIR_SKIPPED). Without any pair the direction
+      same_batch_pairs `s.y > 0.1 |s| |y|`; else it is skipped and counted (PAIR_SKIPPED). Without pairs the direction
       is of unit length. Parameters that have not moved since the last update tell of a failed search, and empty the
       memory (MEMORY_RESET), as does a direction that would not descend. A value, or a squared gradient, that is not
       finite gives an update of zero (NONFINITE). The state is then as before, but for info.
