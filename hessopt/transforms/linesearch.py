@@ -142,12 +142,11 @@ def scale_by_wolfe_linesearch(
             bracket, kept = carry
             t = bracket.trial
             pair = jax.value_and_grad(objective)(applied(params, step(t)))
-            pair = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), pair, kept)
-            along = inner(jax.tree.map(jnp.conj, pair[1]), u)
-            bracket = wolfe.advance(
-                bracket, (pair[0].astype(dtype) - value) / unit, along.astype(dtype) / unit, conditions
-            )
-            kept = jax.tree.map(lambda new, old: jnp.where(bracket.best.rate == t, new, old), pair, kept)
+            change = jnp.asarray(pair[0], dtype) - value
+            along = jnp.asarray(inner(jax.tree.map(jnp.conj, pair[1]), u), dtype)
+            bracket = wolfe.advance(bracket, change / unit, along / unit, conditions)
+            best = bracket.best.rate == t
+            kept = jax.tree.map(lambda new, old: jnp.where(best, jnp.asarray(new, old.dtype), old), pair, kept)
             return bracket, kept
 
         eps = jnp.finfo(value_dtype).eps

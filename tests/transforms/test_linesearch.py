@@ -149,6 +149,15 @@ def test_awkward_objectives_end_for_the_right_reason(name):
         np.testing.assert_allclose(solution.params, 1 / 3, atol=1e-5)
 
 
+def test_a_double_precision_objective_of_single_precision_parameters_is_compared_in_double():
+    x = jnp.array([1.0, 1.0], jnp.float32)
+    loss = lambda x: 1e4 + 1e-9 * jnp.sum(jnp.cosh(x.astype(jnp.float64) * 4))
+    step, there, state = searched(loss, x, -x)
+    assert flags(state) == StepStatus.OK
+    assert loss(there) < loss(x)
+    assert step.dtype == jnp.float32
+
+
 def test_arguments_out_of_range_are_named():
     for name, bad, says in (
         ("max_steps", 0, "max_steps must be an int, at least 1, got 0"),
