@@ -56,7 +56,7 @@ def test_the_learning_rate_scales_the_step_and_may_be_a_schedule():
 def test_the_search_needs_value_and_grad_and_says_so():
     x = jnp.ones(2)
     g = jax.grad(f)(x, 0.0)
-    ours, foreign = hessopt.newton(), hessopt.newton(linesearch=optax.scale_by_backtracking_linesearch(20))
+    ours, foreign = hessopt.newton(linesearch=hessopt.scale_by_wolfe_linesearch()), hessopt.newton()
     for tx, name in ((ours, "scale_by_wolfe_linesearch"), (foreign, "the line search")):
         with pytest.raises(TypeError, match=f"{name} needs value: call"):
             tx.update(g, tx.init(x), x, grad=g, value_fn=f, target=0.0)
