@@ -1,4 +1,4 @@
-"""The kernels: dense Hessians in chunks, products, the ends of the spectrum, L-BFGS directions."""
+"""The kernels: dense Hessians in chunks, products, the ends of the spectrum, L-BFGS directions and lanes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +11,8 @@ from jax.flatten_util import ravel_pytree
 import hessopt
 from benchmarks.harness import Contender, Table, compare, compiled
 from benchmarks.problems import mlp
+
+LANES, STEPS = 64, 10
 
 
 def run(quick: bool) -> Sequence[Table]:
@@ -26,6 +28,7 @@ def run(quick: bool) -> Sequence[Table]:
         *(compare(f"Hessian times vector, {p.name}", products(p), 5 * rounds, 0.0) for p in problems[:1]),
         *(compare(f"extreme eigenvalues, {p.name}", spectra(p), rounds, settle) for p in problems[1:2]),
         compare(f"L-BFGS direction, n = {size:.0e}, m = 10, float32", lbfgs_directions(size), 5 * rounds, 0.0),
+        *(compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0) for p in problems[1:2]),
     ]
 
 
@@ -97,4 +100,34 @@ def lbfgs_directions(size: int) -> list[Contender]:
         updates("optax.scale_by_lbfgs", optax.scale_by_lbfgs(10)),
         updates("hessopt.scale_by_lbfgs", hessopt.scale_by_lbfgs(10)),
         compiled("reading the memory twice", lambda m, x: (m @ x) @ m, memory, points[0]),
+    ]
+
+
+def lanes(problem: mlp.Problem) -> list[Contender]:
+    """L-BFGS from many starts under `vmap`: optax's training step, the same in our driver, and ours there."""
+    keys = jax.random.split(jax.random.key(0), LANES)
+    starts = jax.vmap(
+        lambda key: jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(key, leaf.shape), problem.params)
+    )(keys)
+    value_and_grad = optax.value_and_grad_from_state(problem.value_fn)
+
+    def stepped(params: Any) -> Any:
+        tx = optax.lbfgs()
+
+        def step(_: int, carry: Any) -> Any:
+            params, state = carry
+            value, grad = value_and_grad(params, state=state)
+            updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=problem.value_fn)
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, STEPS, step, (params, tx.init(params)))[0]
+
+    def driven(tx: optax.GradientTransformation) -> Any:
+        return jax.vmap(lambda p: hessopt.minimize(problem.value_fn, p, tx, max_steps=STEPS, gtol=0.0).params)
+
+    return [
+        compiled("optax.lbfgs, training step", jax.vmap(stepped), starts),
+        compiled("optax.lbfgs in minimize", driven(optax.lbfgs()), starts),
+        compiled("hessopt.lbfgs in minimize", driven(hessopt.lbfgs()), starts),
+        compiled("one value and gradient", jax.vmap(jax.value_and_grad(problem.value_fn)), starts),
     ]

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.typing import Vector
+
 SEARCHING, ACCEPTED, FAILED = 0, 1, 2
 
 NOISE = 0.5
@@ -52,6 +54,24 @@ class Conditions(NamedTuple):
     curv_rtol: jax.Array | float  # c2
     max_rate: jax.Array | float
     max_steps: jax.Array | int
+
+
+_STRUCTURE = jax.tree.structure(Bracket(*[Trial(0, 0, 0)] * 3, *[0] * 6))
+
+
+def pack(bracket: Bracket) -> Vector:
+    """One vector of all scalars, for loops: they run a kernel for each array that they carry."""
+    leaves = jax.tree.leaves(bracket)
+    index, packed = jnp.arange(len(leaves)), jnp.zeros(len(leaves), bracket.trial.dtype)
+    for i, leaf in enumerate(leaves):  # fused into one kernel, which a concatenation would not be
+        packed = jnp.where(index == i, leaf.astype(packed.dtype), packed)
+    return packed
+
+
+def unpack(packed: Vector) -> Bracket:
+    """The inverse of `pack`."""
+    bracket = jax.tree.unflatten(_STRUCTURE, [packed[i] for i in range(len(packed))])
+    return bracket._replace(trials=bracket.trials.astype(jnp.int32), outcome=bracket.outcome.astype(jnp.int32))
 
 
 def begin(first: jax.Array, noise: jax.Array, max_rate: jax.Array) -> Bracket:
@@ -124,15 +144,16 @@ def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
     finite = jnp.isfinite(high.value)
     rise = jnp.where(finite, high.value - low.value, 1.0)
     c, e = low.slope * width, jnp.where(finite, high.slope, 1.0) * width
-    unit = jnp.maximum(jnp.maximum(jnp.abs(rise), jnp.abs(e)), jnp.abs(c))  # or squares overflow
-    rise, c, e = rise / unit, c / unit, e / unit
-    noise = noise / unit
+    largest = jnp.maximum(jnp.maximum(jnp.abs(rise), jnp.abs(e)), jnp.abs(c))
+    per_unit = 1.0 / jnp.maximum(largest, jnp.finfo(c.dtype).tiny)  # or squares overflow
+    rise, c, e, noise = rise * per_unit, c * per_unit, e * per_unit, noise * per_unit
     a, b = c + e - 2 * rise, 3 * rise - 2 * c - e
     root = jnp.sqrt(jnp.maximum(b * b - 3 * a * c, 0.0))
-    cubic = jnp.where(b > 0, -c / jnp.where(b > 0, b + root, 1.0), (root - b) / (3 * jnp.where(a > 0, a, jnp.inf)))
-    secant = -c / jnp.where(e > 0, e - c, jnp.inf)
-    chosen = jnp.where((jnp.abs(rise) <= noise) & (e > 0), secant, cubic)
-    sound = jnp.isfinite(chosen) & (chosen > 0)
+    by_slopes = (jnp.abs(rise) <= noise) & (e > 0)
+    above = jnp.where(by_slopes | (b > 0), -c, root - b)
+    below = jnp.where(by_slopes, e - c, jnp.where(b > 0, b + root, 3 * a))
+    chosen = above / jnp.where(below > 0, below, 1.0)
+    sound = (below > 0) & (chosen > 0) & jnp.isfinite(chosen)
     return jnp.where(finite, jnp.where(sound, jnp.clip(chosen, 0.05, 0.9), 0.5), 0.1)
 
 

@@ -8,6 +8,7 @@ Schnabel, 1994.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ CAUTION = 0.1
 """Cosine of s and y below which a pair of one batch is skipped. Curvature that is nearly zero on one batch is not so on
 the next, and its inverse is a leap. (60 epochs of digits, 5 seeds: without it 3 of 5 leapt, with 0.01 two, so none.)"""
 
+UNROLLED=16
 LARGE = 2**16
 """Entries from which on passes over the memory count for more than operations. Products with y are then taken from
 those with the gradients, where that is exact enough, and the combination of the pairs is written out, term by term,
@@ -45,11 +47,11 @@ class LbfgsState(NamedTuple):
     """State of `scale_by_lbfgs`."""
 
     count: jax.Array  # int32 scalar, iterates taken in
-    params: Params  # the last one
-    grad: Params  # gradient there; None with same_batch_pairs
-    pairs: Params  # per leaf (2m + 2, ...): s and y of slot 0, of slot 1, ...
-    gg: jax.Array  # scalar, |grad|^2
-    products: Any  # matrix (2, m + 1), S'grad and Y'grad; None with same_batch_pairs
+    old_params: Params  # the last ones
+    old_grad: Params  # gradient there; None with same_batch_pairs
+    pairs: Params  # per leaf (m, 2, ...): s and y of each pair
+    gg: jax.Array  # scalar, |old_grad|^2
+    products: Any  # matrix (m, 2), S'old_grad and Y'old_grad; None with same_batch_pairs
     compact: compact.Compact  # products among the pairs
     info: LbfgsInfo
 
@@ -82,8 +84,7 @@ def scale_by_lbfgs(
       TypeError: in `update`, for missing params, and for a missing value_fn with same_batch_pairs.
 
     Cost per update: two readings of the memory, three where y is small against the gradients or `grads` is not `grad`,
-    and some 20 n besides. Memory: `2 (m + 1) n` for the pairs, 2 n for
-    the last iterate.
+    and some 20 n besides. Memory: `2 m n` for the pairs, 2 n for the last iterate.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -112,12 +113,12 @@ def scale_by_lbfgs(
         dtype = solve_dtype(params)
         return LbfgsState(
             count=_count(),
-            params=_zeros(params),
-            grad=None if same_batch_pairs else _zeros(params),
-            pairs=jax.tree.map(lambda leaf: jnp.zeros((2 * memory_size + 2, *leaf.shape), kept_dtype(leaf)), params),
+            old_params=_zeros(params),
+            old_grad=None if same_batch_pairs else _zeros(params),
+            pairs=jax.tree.map(lambda leaf: jnp.zeros((memory_size, 2, *leaf.shape), kept_dtype(leaf)), params),
             gg=jnp.zeros((), dtype),
-            products=None if same_batch_pairs else jnp.zeros((2, memory_size + 1), dtype),
-            compact=compact.empty(memory_size + 1, dtype),
+            products=None if same_batch_pairs else jnp.zeros((memory_size, 2), dtype),
+            compact=compact.empty(memory_size, dtype),
             info=LbfgsInfo(_count(), _count(), _count(), jnp.zeros((), dtype)),
         )
 
@@ -134,54 +135,64 @@ def scale_by_lbfgs(
         require_params(params, caller=_NAME)
         grad = updates if grad is None else grad
         first = state.count == 0
-        old_params, old_grad = state.params, state.grad
+        old_params, old_grad = state.old_params, state.old_grad
         if same_batch_pairs:
             old_params = _select(first, params, old_params)
             objective = bind(value_fn, data, caller=f"{_NAME}(same_batch_pairs=True)")
             old_grad = jax.tree.map(jnp.conj, jax.grad(objective)(old_params))
-        s, y = _difference(params, old_params), _difference(grad, old_grad)
-        gg, ss, yy = inner(grad, grad), inner(s, s), inner(y, y)
+        # the next pair
+        s = jax.tree.map(_difference, params, old_params, state.pairs)
+        y = jax.tree.map(_difference, grad, old_grad, state.pairs)
+        gg, ss, yy, sg, yg, sy = _inner_products(grad, s, y)
         gg_old = inner(old_grad, old_grad) if same_batch_pairs else state.gg
-        finite = jnp.isfinite(value) & jnp.all(jnp.isfinite(jnp.stack([gg, gg_old, ss, yy])))
+        same = all(u is g for u, g in zip(*map(jax.tree.leaves, (updates, grad)), strict=True))
+        uu = gg if same else inner(updates, updates)
+        finite = jnp.isfinite(value) & jnp.isfinite(gg + gg_old + uu + ss + yy)
 
-        # the pair, written into the free slot before it is judged
-        k, slots = state.compact.slot, memory_size + 1
-        pairs = jax.tree.map(lambda rows, s, y: _write(rows, k, s, y, finite), state.pairs, s, y)
-        g_products = _products(pairs, grad, slots)
+        # products with the pairs
+        products = functools.partial(_products, jnp.zeros((memory_size, 2), gg.dtype))
+        is_large = [leaf.size >= LARGE for leaf in jax.tree.leaves(y)]
+        small_g, small_y = products(*(_part(tree, is_large, False) for tree in (state.pairs, grad, y)))
+        large_pairs, large_g, large_y = (_part(tree, is_large, True) for tree in (state.pairs, grad, y))
 
-        def from_differences() -> Matrix:
-            own = jnp.stack([inner(s, y), yy])
-            return jnp.where(jnp.arange(slots) == k, own[:, None], g_products - state.products)
+        def measured() -> list[Matrix]:
+            return [a + b for a, b in zip([small_g, small_y], products(large_pairs, large_g, large_y), strict=True)]
 
-        def direct() -> Matrix:
-            stored = jax.tree.map(lambda rows, y: _read(rows, 2 * k + 1).astype(y.dtype), pairs, y)
-            return _products(pairs, stored, slots)
+        def derived() -> list[Matrix]:
+            g_products = small_g + products(large_pairs, large_g)[0]
+            return [g_products, g_products - state.products]
 
-        large = sum(leaf.size for leaf in jax.tree.leaves(y)) >= LARGE
-        if not large or same_batch_pairs or memory_dtype is not None:
-            y_products = direct()
+        if state.products is None or not any(is_large):
+            g_products, y_products = measured()
         else:  # y'x = g'x - g_old'x, unless y is so small that rounding would show
-            y_products = jax.lax.cond(yy > 0.5 * (gg + gg_old), from_differences, direct)
+            g_products, y_products = jax.lax.cond(yy > 0.5 * (gg + gg_old), derived, measured)
+        (u_products,) = [g_products] if same else products(*map(jax.tree.leaves, (state.pairs, updates)))
 
-        sy, eps = y_products[0, k], max((_eps(leaf) for leaf in jax.tree.leaves(grad)), default=0.0)
-        sg_old = g_products[0, k] - sy
+        eps = max((_eps(leaf) for leaf in jax.tree.leaves(grad)), default=0.0)
         noise = 10 * eps * jnp.sqrt(ss) * (jnp.sqrt(gg) + jnp.sqrt(gg_old))
-        good = (sy > 1e-8 * jnp.abs(sg_old)) & (sy > noise) & jnp.all(jnp.isfinite(y_products))
+        known = finite & ~first
+        stuck = known & (ss == 0)
+        good = known & (ss > 0) & (sy > 1e-8 * jnp.abs(sg - sy)) & (sy > noise)
         if same_batch_pairs:
             good &= sy > CAUTION * jnp.sqrt(ss) * jnp.sqrt(yy)
-        known = finite & ~first
-        stuck, good = known & (ss == 0), known & (ss > 0) & good
-        small = _select(good, compact.append(state.compact, *y_products), state.compact)
+        # waits for all products with the pairs, which are overwritten next; or XLA keeps a copy
+        good = jnp.all(good & jnp.isfinite(g_products) & jnp.isfinite(y_products) & jnp.isfinite(u_products))
+
+        new = jnp.arange(memory_size)[:, None] == state.compact.slot
+        y_products = jnp.where(new, jnp.stack([sy, yy]), y_products)
+        g_products = jnp.where(new & good, jnp.stack([sg, yg]), g_products)
+        su_yu = jnp.stack([sg, yg] if same else [inner(s, updates), inner(y, updates)])
+        S_u, Y_u = jnp.where(new & good, su_yu, u_products).T
+        small = _select(good, compact.append(state.compact, *y_products.T), state.compact)
         small = _select(stuck, compact.emptied(small), small)
+        write = functools.partial(_write, state.compact.slot, good)
+        pairs = jax.tree.map(write, state.pairs, s, y)
 
         # the direction
-        same = all(u is g for u, g in zip(*map(jax.tree.leaves, (updates, grad)), strict=True))
-        S_u, Y_u = g_products if same else _products(pairs, updates, slots)
-        uu = inner(updates, updates)
         unit = jax.lax.rsqrt(jnp.where(uu > 0, uu, 1.0))
         gamma = jnp.where(small.gamma > 0, small.gamma, unit)
         v, w = compact.coefficients(small, S_u, Y_u, gamma)
-        slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=compact.used(small))
+        slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=small.used)
         lost = finite & (uu > 0) & ~(slope > 0)
         small = _select(lost, compact.emptied(small), small)
         v, w, gamma = (jnp.where(lost, without, x) for without, x in ((0.0, v), (0.0, w), (unit, gamma)))
@@ -195,19 +206,19 @@ def scale_by_lbfgs(
         status = {
             StepStatus.NONFINITE: ~finite,
             StepStatus.PAIR_SKIPPED: skipped,
-            StepStatus.MEMORY_RESET: (stuck | lost) & jnp.any(compact.used(state.compact)),
+            StepStatus.MEMORY_RESET: (stuck | lost) & jnp.any(state.compact.used),
         }
         return direction, LbfgsState(
             count=state.count + finite.astype(jnp.int32),
-            params=_select(finite, params, state.params),
-            grad=None if same_batch_pairs else _select(finite, grad, old_grad),
+            old_params=_select(finite, params, state.old_params),
+            old_grad=None if same_batch_pairs else _select(finite, grad, old_grad),
             pairs=pairs,
             gg=_select(finite, gg, state.gg),
             products=None if same_batch_pairs else _select(finite, g_products, state.products),
             compact=small,
             info=LbfgsInfo(
                 status=step_status(status),
-                pairs=jnp.sum(compact.used(small), dtype=jnp.int32),
+                pairs=jnp.sum(small.used, dtype=jnp.int32),
                 pairs_skipped=state.info.pairs_skipped + skipped.astype(jnp.int32),
                 scale=gamma,
             ),
@@ -228,48 +239,68 @@ def _select(condition: jax.Array, a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
-def _difference(a: Params, b: Params) -> Params:
-    def subtract(x: jax.Array, y: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(jnp.result_type(x), jnp.float32)
-        return jnp.asarray(x, wide) - jnp.asarray(y, wide)
-
-    return jax.tree.map(subtract, a, b)
+def _difference(new: jax.Array, old: jax.Array, rows: jax.Array) -> jax.Array:
+    """`new - old` of a leaf, as rounded as it will be kept."""
+    wide = jnp.promote_types(jnp.result_type(new), jnp.float32)
+    return (jnp.asarray(new, wide) - jnp.asarray(old, wide)).astype(rows.dtype).astype(wide)
 
 
 def _eps(leaf: jax.Array) -> float:
     return float(jnp.finfo(leaf.dtype).eps)
 
 
-def _write(rows: jax.Array, k: jax.Array, s: jax.Array, y: jax.Array, finite: jax.Array) -> jax.Array:
-    """Put s and y of a leaf into slot k, in place, unless they are not finite."""
-    for i, x in ((2 * k, s), (2 * k + 1, y)):
-        x = jnp.where(finite, x.astype(rows.dtype), _read(rows, i))
-        rows = jax.lax.dynamic_update_index_in_dim(rows, x, i, axis=0)
-    return jax.lax.optimization_barrier(rows)  # or XLA writes into copies, one for each use
+def _write(k: jax.Array, good: jax.Array, rows: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:
+    """Put s and y of a leaf into slot k, in place, if they are good."""
+    for i, x in enumerate((s, y)):
+        start = (k, jnp.asarray(i, k.dtype), *[jnp.zeros((), k.dtype)] * s.ndim)
+        old = jax.lax.dynamic_slice(rows, start, (1, 1, *s.shape))
+        rows = jax.lax.dynamic_update_slice(rows, jnp.where(good, x.astype(rows.dtype), old), start)
+    return rows
 
 
-def _read(rows: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(rows, i, keepdims=False)
+def _inner_products(g: Params, s: Params, y: Params) -> list[jax.Array]:
+    """`g.g, s.s, y.y, s.g, y.g, s.y`."""
+
+    wanted = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
+
+    def products(*xs: jax.Array) -> list[jax.Array]:
+        if xs[0].size >= LARGE:
+            return [inner(xs[i], xs[j]) for i, j in wanted]
+        X = jnp.stack(xs)
+        gram = jnp.real(jnp.tensordot(X, jnp.conj(X), [[*range(1, X.ndim)]] * 2, precision="highest"))
+        return [gram[i, j] for i, j in wanted]
+
+    none = [jnp.zeros((), solve_dtype(y))] * len(wanted)
+    return [sum(column) for column in zip(none, *map(products, *map(jax.tree.leaves, (g, s, y))), strict=True)]
 
 
-def _products(pairs: Params, vector: Params, slots: int) -> Matrix:
-    """`S'x` and `Y'x`, `(2, slots)`, summed over the leaves."""
+def _part(tree: Params, is_large: Sequence[bool], large: bool) -> list[jax.Array]:
+    """The leaves that are large, or those that are not."""
+    return [leaf for leaf, this in zip(jax.tree.leaves(tree), is_large, strict=True) if this == large]
+
+
+def _products(none: Matrix, pairs: Sequence[jax.Array], *vectors: Sequence[jax.Array]) -> list[Matrix]:
+    """`S'x` and `Y'x`, `(m, 2)`, of each vector x, summed over the leaves."""
 
     def product(rows: jax.Array, x: jax.Array) -> jax.Array:
         wide = jnp.promote_types(jnp.float32, x.dtype)
         if jnp.finfo(rows.dtype).bits < jnp.finfo(wide).bits:  # widened as it is read, not before
-            return jnp.sum(rows.astype(wide) * x, axis=tuple(range(1, rows.ndim)))
+            return jnp.sum(rows.astype(wide) * x, axis=tuple(range(2, rows.ndim)))
         return jnp.real(jnp.tensordot(rows, jnp.conj(x).astype(rows.dtype), x.ndim, precision="highest"))
 
-    none = jnp.zeros(2 * slots, solve_dtype(vector))
-    return sum(jax.tree.leaves(jax.tree.map(product, pairs, vector)), none).reshape(slots, 2).T
+    def products(rows: jax.Array, *xs: jax.Array) -> Sequence[jax.Array]:
+        if xs[0].size >= LARGE:
+            return [product(rows, x) for x in xs]
+        return jnp.unstack(jax.vmap(product, (None, 0))(rows, jnp.stack(xs)))
+
+    return [sum(column, none) for column in zip(*map(products, pairs, *vectors), strict=True)] or [none] * len(vectors)
 
 
 def _combination(rows: jax.Array, v: Vector, w: Vector) -> jax.Array:
     """`S v + Y w` of a leaf."""
-    weights = jnp.stack([v, w], axis=1).ravel()
+    weights = jnp.stack([v, w], axis=1)
     wide = jnp.promote_types(rows.dtype, weights.dtype)
-    if rows[0].size < LARGE and rows.dtype == wide:
-        return jnp.tensordot(weights, rows, 1, precision="highest")
-    terms = [weights[i] * rows[i].astype(wide) for i in range(len(weights))]
+    if len(v) > UNROLLED and rows[0, 0].size < LARGE:
+        return jnp.tensordot(weights.astype(wide), rows.astype(wide), 2, precision="highest")
+    terms = [weights[i, j] * rows[i, j].astype(wide) for i in range(len(v)) for j in range(2)]
     return functools.reduce(jnp.add, terms)

@@ -127,8 +127,8 @@ def scale_by_wolfe_linesearch(
         dtype = solve_dtype((params, value))
         value, slope = jnp.asarray(value, dtype), jnp.asarray(slope, dtype)
         finite = jnp.isfinite(value) & jnp.isfinite(slope)
-        descends = finite & (slope < 0)
-        unit = jnp.where(descends, -slope, 1.0)
+        descends = finite & (slope < -jnp.finfo(dtype).tiny)
+        per_unit = 1.0 / jnp.where(descends, -slope, 1.0)
         limit = jnp.asarray(jnp.inf if max_rate is None else max_rate, dtype)
         conditions = wolfe.Conditions(slope_rtol, curv_rtol, limit, max_steps)
 
@@ -136,24 +136,25 @@ def scale_by_wolfe_linesearch(
             return jax.tree.map(lambda leaf: jnp.where(t > 0, t * leaf, 0.0).astype(leaf.dtype), u)
 
         def searching(carry: Any) -> jax.Array:
-            return descends & (carry[0].outcome == wolfe.SEARCHING)
+            return descends & (wolfe.unpack(carry[0]).outcome == wolfe.SEARCHING)
 
         def try_next(carry: Any) -> Any:
-            bracket, kept = carry
+            bracket, kept = wolfe.unpack(carry[0]), carry[1]
             t = bracket.trial
             pair = jax.value_and_grad(objective)(applied(params, step(t)))
             change = jnp.asarray(pair[0], dtype) - value
             along = jnp.asarray(inner(jax.tree.map(jnp.conj, pair[1]), u), dtype)
-            bracket = wolfe.advance(bracket, change / unit, along / unit, conditions)
+            bracket = wolfe.advance(bracket, change * per_unit, along * per_unit, conditions)
             best = bracket.best.rate == t
             kept = jax.tree.map(lambda new, old: jnp.where(best, jnp.asarray(new, old.dtype), old), pair, kept)
-            return bracket, kept
+            return wolfe.pack(bracket), kept
 
         eps = jnp.finfo(value_dtype).eps
-        noise = eps**wolfe.NOISE * jnp.abs(value) / unit
-        first = jnp.asarray(guess(state.fall.astype(dtype), -unit), dtype)
-        bracket = wolfe.begin(first, noise, limit)
+        noise = eps**wolfe.NOISE * jnp.abs(value) * per_unit
+        first = jnp.asarray(guess(state.fall.astype(dtype), jnp.where(descends, slope, -1.0)), dtype)
+        bracket = wolfe.pack(wolfe.begin(first, noise, limit))
         bracket, (new_value, new_grad) = jax.lax.while_loop(searching, try_next, (bracket, (state.value, state.grad)))
+        bracket = wolfe.unpack(bracket)
 
         rate = bracket.best.rate
         status = {

@@ -26,7 +26,7 @@ def inverse_bfgs(pairs, gamma):
 
 def filled(pairs, memory):
     """The compact form after these pairs, and its slots."""
-    small, S, Y = compact.empty(memory + 1, float), np.zeros((memory + 1, 6)), np.zeros((memory + 1, 6))
+    small, S, Y = compact.empty(memory, float), np.zeros((memory, 6)), np.zeros((memory, 6))
     for s, y in pairs:
         S[small.slot], Y[small.slot] = s, y
         small = compact.append(small, jnp.asarray(S @ y), jnp.asarray(Y @ y))
@@ -41,7 +41,7 @@ def test_the_product_is_that_of_the_product_form_over_the_last_pairs(memory, cou
     gamma = pairs[-1][0] @ pairs[-1][1] / (pairs[-1][1] @ pairs[-1][1]) if pairs else 0.3
     v, w = compact.coefficients(small, jnp.asarray(S @ g), jnp.asarray(Y @ g), jnp.asarray(gamma))
     np.testing.assert_allclose(gamma * g + v @ S + w @ Y, inverse_bfgs(pairs[-memory:], gamma) @ g, rtol=1e-10)
-    assert int(compact.used(small).sum()) == min(memory, count)
+    assert int(small.used.sum()) == min(memory, count)
     if count:
         np.testing.assert_allclose(small.gamma, gamma)
 
@@ -49,7 +49,7 @@ def test_the_product_is_that_of_the_product_form_over_the_last_pairs(memory, cou
 def test_an_emptied_memory_keeps_its_scale_once():
     small, S, Y = filled(curved_pairs(3), 5)
     once = compact.emptied(small)
-    assert not compact.used(once).any()
+    assert not once.used.any()
     assert once.gamma == small.gamma
     assert compact.emptied(once).gamma == 0.0
     v, w = compact.coefficients(once, jnp.asarray(S @ S[0]), jnp.asarray(Y @ S[0]), once.gamma)
@@ -59,7 +59,7 @@ def test_an_emptied_memory_keeps_its_scale_once():
 
 def test_what_stands_in_a_free_slot_is_ignored():
     small, S, Y = filled(curved_pairs(2), 3)
-    garbage = jnp.where(compact.used(small), 1.0, jnp.inf)
+    garbage = jnp.where(small.used, 1.0, jnp.inf)
     v, w = compact.coefficients(small, garbage * (S @ S[0]), garbage * (Y @ S[0]), small.gamma)
     assert np.isfinite(v).all()
     assert np.isfinite(w).all()
