@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hessopt.typing import Matrix, Vector
 
@@ -32,10 +31,11 @@ class Compact(NamedTuple):
     gamma: jax.Array  # scalar, s.y / y.y of the newest pair; 0 where none is known
 
 
-def empty(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
-    """No pairs."""
-    square = np.zeros((slots, slots), dtype)
-    return Compact(*map(jnp.asarray, (np.zeros((), np.int32), np.zeros(slots, bool), square, square, square[0, 0])))
+def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
+    """Shapes and dtypes; all zeros, it holds no pairs."""
+    square, scalar = jax.ShapeDtypeStruct((slots, slots), dtype), jax.ShapeDtypeStruct((), dtype)
+    count, flags = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((slots,), bool)
+    return Compact(count, flags, square, square, scalar)
 
 
 def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:

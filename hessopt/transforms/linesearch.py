@@ -132,28 +132,28 @@ def scale_by_wolfe_linesearch(
         limit = jnp.asarray(jnp.inf if max_rate is None else max_rate, dtype)
         conditions = wolfe.Conditions(slope_rtol, curv_rtol, limit, max_steps)
 
-        def step(t: jax.Array) -> optax.Updates:
-            return jax.tree.map(lambda leaf: jnp.where(t > 0, t * leaf, 0.0).astype(leaf.dtype), u)
-
         def searching(carry: Any) -> jax.Array:
             return descends & (wolfe.unpack(carry[0]).outcome == wolfe.SEARCHING)
 
         def try_next(carry: Any) -> Any:
             bracket, kept = wolfe.unpack(carry[0]), carry[1]
             t = bracket.trial
-            pair = jax.value_and_grad(objective)(applied(params, step(t)))
+            step = jax.tree.map(lambda leaf: (t * leaf).astype(leaf.dtype), u)
+            pair = jax.value_and_grad(objective)(applied(params, step))
             change = jnp.asarray(pair[0], dtype) - value
             along = jnp.asarray(inner(jax.tree.map(jnp.conj, pair[1]), u), dtype)
             bracket = wolfe.advance(bracket, change * per_unit, along * per_unit, conditions)
             best = bracket.best.rate == t
-            kept = jax.tree.map(lambda new, old: jnp.where(best, jnp.asarray(new, old.dtype), old), pair, kept)
+            new = (step, *pair)
+            kept = jax.tree.map(lambda new, old: jnp.where(best, jnp.asarray(new, old.dtype), old), new, kept)
             return wolfe.pack(bracket), kept
 
         eps = jnp.finfo(value_dtype).eps
         noise = eps**wolfe.NOISE * jnp.abs(value) * per_unit
         first = jnp.asarray(guess(state.fall.astype(dtype), jnp.where(descends, slope, -1.0)), dtype)
         bracket = wolfe.pack(wolfe.begin(first, noise, limit))
-        bracket, (new_value, new_grad) = jax.lax.while_loop(searching, try_next, (bracket, (state.value, state.grad)))
+        kept = (jax.tree.map(jnp.zeros_like, u), state.value, state.grad)
+        bracket, (step, new_value, new_grad) = jax.lax.while_loop(searching, try_next, (bracket, kept))
         bracket = wolfe.unpack(bracket)
 
         rate = bracket.best.rate
@@ -162,7 +162,7 @@ def scale_by_wolfe_linesearch(
             StepStatus.NOT_DESCENT: finite & ~descends & (inner(u, u) > 0),
             StepStatus.SEARCH_FAILED: descends & (bracket.outcome != wolfe.ACCEPTED),
         }
-        return step(rate), LinesearchState(
+        return step, LinesearchState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             value=new_value,
             grad=new_grad,

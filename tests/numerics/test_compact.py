@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hessopt.calculus.flat import zeros
 from hessopt.numerics import compact
 
 
@@ -26,7 +27,7 @@ def inverse_bfgs(pairs, gamma):
 
 def filled(pairs, memory):
     """The compact form after these pairs, and its slots."""
-    small, S, Y = compact.empty(memory, float), np.zeros((memory, 6)), np.zeros((memory, 6))
+    small, S, Y = zeros(compact.shapes(memory, float)), np.zeros((memory, 6)), np.zeros((memory, 6))
     for s, y in pairs:
         S[small.slot], Y[small.slot] = s, y
         small = compact.append(small, jnp.asarray(S @ y), jnp.asarray(Y @ y))
