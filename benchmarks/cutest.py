@@ -1,6 +1,5 @@
 """The CUTEst suite: 63 small unconstrained problems, every solver from the same start, stopped by the same criterion.
 
-
 Each run has a process to itself and a limit of time, so that a hang or a crash is a failure and not a hole.
 """
 

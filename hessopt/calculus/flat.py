@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.typing import Params, Vector
+from hessopt.typing import Matrix, Params, Vector
 
 
 def real_leaves(tree: Params) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Params]]:
@@ -56,16 +56,35 @@ def unravel(vector: Vector, like: Params) -> Params:
     return restore(pieces)
 
 
+LARGE = 2**16
+"""Entries of a leaf from which on passes over memory count for more than kernels."""
+
+
+def gram(*vectors: Params) -> Matrix:
+    """The real inner products among k trees, `(k, k)`, leaf by leaf as they lie, in `solve_dtype`."""
+    k, dtype = len(vectors), solve_dtype(vectors)
+
+    def products(*xs: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(dtype, jnp.result_type(*xs))
+        xs = tuple(jnp.asarray(x, wide) for x in xs)
+        if xs[0].size >= LARGE:
+            upper = {(i, j): _dot(xs[i], xs[j], 0) for i in range(k) for j in range(i, k)}
+            return jnp.stack([upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]).reshape(k, k)
+        X = jnp.stack(xs)  # a matrix product costs less to compile than sums of products
+        return _dot(X, X, 1)
+
+    return sum(jax.tree.leaves(jax.tree.map(products, *vectors)), jnp.zeros((k, k), dtype))
+
+
 def inner(a: Params, b: Params) -> jax.Array:
-    """The real inner product of two trees, leaf by leaf as they lie, in `solve_dtype`."""
-    dtype = solve_dtype((a, b))
+    """The real inner product of two trees, in `solve_dtype`."""
+    return gram(a, b)[0, 1]
 
-    def product(x: jax.Array, y: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(dtype, jnp.result_type(x, y))
-        x, y = jnp.asarray(x, wide), jnp.asarray(y, wide)
-        return jnp.real(jnp.tensordot(jnp.conj(x), y, jnp.ndim(x), precision="highest"))
 
-    return sum(jax.tree.leaves(jax.tree.map(product, a, b)), jnp.zeros((), dtype))
+def _dot(x: jax.Array, y: jax.Array, first: int) -> jax.Array:
+    """Contract all axes from `first` on."""
+    axes = [*range(first, x.ndim)]
+    return jnp.real(jnp.tensordot(jnp.conj(x), y, [axes, axes], precision="highest"))
 
 
 def zeros(shapes: Any) -> Any:

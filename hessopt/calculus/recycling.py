@@ -111,7 +111,7 @@ def value_and_grad_from_state(value_fn: ValueFn) -> Callable[..., tuple[jax.Arra
         if pair is None:
             return compute(params, *args, **kwargs)
         pair = strongly_typed(pair)
-        finite = jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(pair)]).all()
-        return jax.lax.cond(finite, lambda: pair, lambda: strongly_typed(compute(params, *args, **kwargs)))
+        kept = jnp.isfinite(pair[0])  # searches start from a value of inf
+        return jax.lax.cond(kept, lambda: pair, lambda: strongly_typed(compute(params, *args, **kwargs)))
 
     return value_and_grad

@@ -13,7 +13,7 @@ Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices an
 methods", Mathematical Programming 63, 1994.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,9 @@ class Compact(NamedTuple):
 
 def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
     """Shapes and dtypes; all zeros, it holds no pairs."""
-    square, scalar = jax.ShapeDtypeStruct((slots, slots), dtype), jax.ShapeDtypeStruct((), dtype)
-    count, flags = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((slots,), bool)
-    return Compact(count, flags, square, square, scalar)
+    shape: Any = jax.ShapeDtypeStruct
+    square = shape((slots, slots), dtype)
+    return Compact(shape((), jnp.int32), shape((slots,), bool), square, square, shape((), dtype))
 
 
 def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:

@@ -12,7 +12,7 @@ Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.5; Hage
 method with guaranteed descent and an efficient line search", 2005, section 4.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,8 @@ class Conditions(NamedTuple):
     max_steps: jax.Array | int
 
 
-_STRUCTURE = jax.tree.structure(Bracket(*[Trial(0, 0, 0)] * 3, *[0] * 6))
+_LEAVES: Any = [0.0] * 6
+_STRUCTURE = jax.tree.structure(Bracket(*[Trial(*_LEAVES[:3])] * 3, *_LEAVES))  # pyright: ignore[reportArgumentType]
 
 
 def pack(bracket: Bracket) -> Vector:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count
-from hessopt.calculus.flat import inner, solve_dtype, zeros
+from hessopt.calculus import flat
+from hessopt.calculus.flat import gram, inner, solve_dtype, zeros
 from hessopt.calculus.objective import bind, require_params
 from hessopt.numerics import compact
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
@@ -26,11 +27,6 @@ _NAME = "scale_by_lbfgs"
 CAUTION = 0.1
 """Cosine of s and y below which a pair of one batch is skipped. Curvature that is nearly zero on one batch is not so on
 the next, and its inverse is a leap. (60 epochs of digits, 5 seeds: without it 3 of 5 leapt, with 0.01 two, so none.)"""
-
-LARGE = 2**16
-"""Entries from which on passes over the memory count for more than operations. Products with y are then taken from
-those with the gradients, where that is exact enough, and the combination of the pairs is written out, term by term,
-for XLA to fuse it with what follows."""
 
 
 class LbfgsInfo(NamedTuple):
@@ -110,18 +106,17 @@ def scale_by_lbfgs(
     def init(params: Params) -> LbfgsState:
         params = jax.tree.map(jnp.asarray, params)
         dtype = solve_dtype(params)
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-        count, scalar = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), dtype)
+        shape: Any = jax.ShapeDtypeStruct
+        like = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), params)
+        count, scalar = shape((), jnp.int32), shape((), dtype)
         return zeros(
             LbfgsState(
                 count=count,
                 old_params=like,
                 old_grad=None if same_batch_pairs else like,
-                pairs=jax.tree.map(
-                    lambda leaf: jax.ShapeDtypeStruct((memory_size, 2, *leaf.shape), kept_dtype(leaf)), params
-                ),
+                pairs=jax.tree.map(lambda leaf: shape((memory_size, 2, *leaf.shape), kept_dtype(leaf)), params),
                 gg=scalar,
-                products=None if same_batch_pairs else jax.ShapeDtypeStruct((memory_size, 2), dtype),
+                products=None if same_batch_pairs else shape((memory_size, 2), dtype),
                 compact=compact.shapes(memory_size, dtype),
                 info=LbfgsInfo(count, count, count, scalar),
             )
@@ -145,18 +140,20 @@ def scale_by_lbfgs(
             old_params = _select(first, params, old_params)
             objective = bind(value_fn, data, caller=f"{_NAME}(same_batch_pairs=True)")
             old_grad = jax.tree.map(jnp.conj, jax.grad(objective)(old_params))
+
         # the next pair
         s = jax.tree.map(_difference, params, old_params, state.pairs)
         y = jax.tree.map(_difference, grad, old_grad, state.pairs)
-        gg, ss, yy, sg, yg, sy = _inner_products(grad, s, y)
+        inners = gram(grad, s, y)
+        (gg, sg, _), (_, ss, sy), (_, _, yy) = inners
         gg_old = inner(old_grad, old_grad) if same_batch_pairs else state.gg
         same = all(u is g for u, g in zip(*map(jax.tree.leaves, (updates, grad)), strict=True))
         uu = gg if same else inner(updates, updates)
-        finite = jnp.isfinite(value) & jnp.isfinite(gg + gg_old + uu + ss + yy)
+        finite = jnp.isfinite(value) & jnp.isfinite(gg_old + uu) & jnp.all(jnp.isfinite(inners))
 
         # products with the pairs
         products = functools.partial(_products, jnp.zeros((memory_size, 2), gg.dtype))
-        is_large = [leaf.size >= LARGE for leaf in jax.tree.leaves(y)]
+        is_large = [leaf.size >= flat.LARGE for leaf in jax.tree.leaves(y)]
         small_g, small_y = products(*(_part(tree, is_large, False) for tree in (state.pairs, grad, y)))
         large_pairs, large_g, large_y = (_part(tree, is_large, True) for tree in (state.pairs, grad, y))
 
@@ -184,10 +181,12 @@ def scale_by_lbfgs(
         good = jnp.all(good & jnp.isfinite(g_products) & jnp.isfinite(y_products) & jnp.isfinite(u_products))
 
         new = jnp.arange(memory_size)[:, None] == state.compact.slot
-        y_products = jnp.where(new, jnp.stack([sy, yy]), y_products)
-        g_products = jnp.where(new & good, jnp.stack([sg, yg]), g_products)
-        su_yu = jnp.stack([sg, yg] if same else [inner(s, updates), inner(y, updates)])
-        S_u, Y_u = jnp.where(new & good, su_yu, u_products).T
+        y_products = jnp.where(new, inners[1:, 2], y_products)
+        g_products = jnp.where(new & good, inners[1:, 0], g_products)
+        if same:
+            u_products = g_products
+        else:
+            u_products = jnp.where(new & good, jnp.stack([inner(s, updates), inner(y, updates)]), u_products)
         small = _select(good, compact.append(state.compact, *y_products.T), state.compact)
         small = _select(stuck, compact.emptied(small), small)
         write = functools.partial(_write, state.compact.slot, good)
@@ -196,6 +195,7 @@ def scale_by_lbfgs(
         # the direction
         unit = jax.lax.rsqrt(jnp.where(uu > 0, uu, 1.0))
         gamma = jnp.where(small.gamma > 0, small.gamma, unit)
+        S_u, Y_u = u_products.T
         v, w = compact.coefficients(small, S_u, Y_u, gamma)
         slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=small.used)
         lost = finite & (uu > 0) & ~(slope > 0)
@@ -255,22 +255,6 @@ def _write(k: jax.Array, good: jax.Array, rows: jax.Array, s: jax.Array, y: jax.
     return rows
 
 
-def _inner_products(g: Params, s: Params, y: Params) -> list[jax.Array]:
-    """`g.g, s.s, y.y, s.g, y.g, s.y`."""
-
-    wanted = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))
-
-    def products(*xs: jax.Array) -> list[jax.Array]:
-        if xs[0].size >= LARGE:
-            return [inner(xs[i], xs[j]) for i, j in wanted]
-        X = jnp.stack(xs)
-        gram = jnp.real(jnp.tensordot(X, jnp.conj(X), [[*range(1, X.ndim)]] * 2, precision="highest"))
-        return [gram[i, j] for i, j in wanted]
-
-    none = [jnp.zeros((), solve_dtype(y))] * len(wanted)
-    return [sum(column) for column in zip(none, *map(products, *map(jax.tree.leaves, (g, s, y))), strict=True)]
-
-
 def _part(tree: Params, is_large: Sequence[bool], large: bool) -> list[jax.Array]:
     """The leaves that are large, or those that are not."""
     return [leaf for leaf, this in zip(jax.tree.leaves(tree), is_large, strict=True) if this == large]
@@ -286,7 +270,7 @@ def _products(none: Matrix, pairs: Sequence[jax.Array], *vectors: Sequence[jax.A
         return jnp.real(jnp.tensordot(rows, jnp.conj(x).astype(rows.dtype), x.ndim, precision="highest"))
 
     def products(rows: jax.Array, *xs: jax.Array) -> Sequence[jax.Array]:
-        if xs[0].size >= LARGE:
+        if xs[0].size >= flat.LARGE:
             return [product(rows, x) for x in xs]
         return jnp.unstack(jax.vmap(product, (None, 0))(rows, jnp.stack(xs)))
 
@@ -297,7 +281,7 @@ def _combination(rows: jax.Array, v: Vector, w: Vector) -> jax.Array:
     """`S v + Y w` of a leaf."""
     weights = jnp.stack([v, w], axis=1)
     wide = jnp.promote_types(rows.dtype, weights.dtype)
-    if rows[0, 0].size < LARGE:
+    if rows[0, 0].size < flat.LARGE:
         return jnp.sum(jnp.expand_dims(weights, range(2, rows.ndim)) * rows.astype(wide), axis=(0, 1))
     terms = [weights[i, j] * rows[i, j].astype(wide) for i in range(len(v)) for j in range(2)]
     return functools.reduce(jnp.add, terms)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, check_range, check_word
-from hessopt.calculus.flat import applied, inner, solve_dtype, strongly_typed
+from hessopt.calculus.flat import applied, gram, inner, solve_dtype, strongly_typed
 from hessopt.calculus.objective import bind, require_given, require_params
 from hessopt.calculus.recycling import LinesearchInfo, LinesearchState
 from hessopt.numerics import wolfe
@@ -122,7 +122,8 @@ def scale_by_wolfe_linesearch(
         require_params(params, caller=_NAME)
         objective = bind(value_fn, data, caller=_NAME)
         require_given(value=value, grad=grad, caller=_NAME)
-        u, slope = updates, inner(grad, updates)
+        u, inners = updates, gram(grad, updates)
+        slope, length = inners[0, 1], inners[1, 1]
         value_dtype = jnp.result_type(value)
         dtype = solve_dtype((params, value))
         value, slope = jnp.asarray(value, dtype), jnp.asarray(slope, dtype)
@@ -159,7 +160,7 @@ def scale_by_wolfe_linesearch(
         rate = bracket.best.rate
         status = {
             StepStatus.NONFINITE: ~finite,
-            StepStatus.NOT_DESCENT: finite & ~descends & (inner(u, u) > 0),
+            StepStatus.NOT_DESCENT: finite & ~descends & (length > 0),
             StepStatus.SEARCH_FAILED: descends & (bracket.outcome != wolfe.ACCEPTED),
         }
         return step, LinesearchState(

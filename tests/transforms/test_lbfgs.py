@@ -1,5 +1,7 @@
+import math
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 import hessopt
 from hessopt import StepStatus, Termination, minimize, scale_by_lbfgs
-from hessopt.transforms import lbfgs
+from hessopt.calculus import flat
 from tests.problems import cross_entropy, digits, init_mlp
 
 
@@ -57,7 +59,7 @@ def relative(a, b):
 def _as_if_large(request, monkeypatch):
     """The program for many parameters, on few."""
     if request.param:
-        monkeypatch.setattr(lbfgs, "LARGE", 0)
+        monkeypatch.setattr(flat, "LARGE", 0)
 
 
 @pytest.mark.usefixtures("_as_if_large")
@@ -67,6 +69,21 @@ def test_directions_are_those_of_the_two_loop_recursion(memory):
     assert max(relative(p, exact) for p, exact, _ in rows) < 1e-10
     assert int(state.info.pairs) == min(memory, 39)
     assert int(state.info.status) == StepStatus.OK
+
+
+def test_leaves_of_all_sizes_count_alike(monkeypatch):
+    monkeypatch.setattr(flat, "LARGE", 25)
+    tx, update = scale_by_lbfgs(5), jax.jit(scale_by_lbfgs(5).update)
+    split = lambda x: {"small": x[:20].reshape(4, 5), "large": x[20:].reshape(5, 6)}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=50))
+    whole, parts = tx.init(x), tx.init(split(x))
+    for _ in range(12):
+        g = gradient(x)
+        p, whole = update(g, whole, x)
+        q, parts = update(split(g), parts, split(x))
+        x = x - 0.1 * p
+        chex.assert_trees_all_close(q, split(p), rtol=1e-9, atol=1e-12)
+    assert int(parts.info.pairs) == int(whole.info.pairs) == 5
 
 
 @pytest.mark.usefixtures("_as_if_large")
@@ -148,12 +165,31 @@ def test_pairs_of_the_same_batch_hold_no_noise_of_the_batches():
         tx.update(g, state, x)
 
 
-def test_nothing_of_the_memorys_size_is_copied():
-    n = 100_000
-    tx, x = scale_by_lbfgs(10), jnp.ones(n, jnp.float32)
+@pytest.mark.parametrize("shape", [(120_000,), (400, 300)])
+def test_nothing_of_the_memorys_size_is_copied(shape):
+    tx, x = scale_by_lbfgs(10), {"kernel": jnp.ones(shape, jnp.float32), "bias": jnp.ones(300, jnp.float32)}
     program = jax.jit(tx.update, donate_argnums=1).lower(x, tx.init(x), x).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 6 * 4 * n
-    assert not re.search(rf"= f32\[\d+,{n}\]\S* copy\(", program.as_text())
+    assert program.memory_analysis().temp_size_in_bytes < 6 * 4 * math.prod(shape)
+    text = program.as_text()
+    memory = rf"f32\[10,2,{','.join(map(str, shape))}\]"
+    assert re.search(memory, text)
+    assert not re.search(memory + r"\S* copy\(", text)
+
+
+def test_a_step_with_a_search_combines_the_pairs_once():
+    tx, x = hessopt.lbfgs(), jnp.ones(100_000, jnp.float32)
+    loss = lambda x: jnp.sum((x - 1.0) ** 2)
+
+    def step(x, state):
+        value, grad = jax.value_and_grad(loss)(x)
+        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(x, updates), state
+
+    text = jax.jit(step, donate_argnums=(0, 1)).lower(x, tx.init(x)).compile().as_text()
+    main = text[text.index("ENTRY") :]
+    written = re.findall(r"(%\S+) = f32\[10,2,100000\]\S* fusion\(", main)[-1]
+    kernels = re.findall(r" (?:fusion|call)\(([^)]*)\)", main)
+    assert sum(written in re.split(r",\s*(?:/\S*/)?", operands) for operands in kernels) == 1
 
 
 def test_a_training_step_traces_the_objective_twice_and_compiles_once():
@@ -182,6 +218,18 @@ def test_a_training_step_traces_the_objective_twice_and_compiles_once():
     assert len(traces) <= 3  # the caller's, its shapes, the search's
     assert step._cache_size() == 1
     assert values[-1] < 0.5 * values[0]
+
+
+def test_optax_finds_the_value_and_gradient_that_the_search_kept():
+    tx, x = hessopt.lbfgs(), jnp.array([3.0, 4.0])
+    loss = lambda x: jnp.sum(x**4)
+    state = tx.init(x)
+    for _ in range(3):
+        value, grad = optax.value_and_grad_from_state(loss)(x, state=state)
+        np.testing.assert_allclose(value, loss(x), rtol=1e-12)
+        chex.assert_trees_all_close(grad, jax.grad(loss)(x), rtol=1e-12)
+        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        x = optax.apply_updates(x, updates)
 
 
 @pytest.mark.slow
