@@ -84,13 +84,19 @@ def lbfgs_directions(size: int) -> list[Contender]:
 
     def updates(name: str, tx: optax.GradientTransformation) -> Contender:
         state = jax.tree.map(jnp.copy, tx.init(points[0]))  # optax's fresh leaves share a buffer
-        step = jax.jit(lambda x, state: tx.update(curvature * x, state, x), donate_argnums=1)
-        contender = compiled(name, lambda x, state: tx.update(curvature * x, state, x), points[0], state)
+
+        def update(state: Any, x: Any) -> Any:
+            # the state first: of arguments and results of one shape, the first of each share a buffer
+            direction, state = tx.update(curvature * x, state, x)
+            return state, direction
+
+        step = jax.jit(update, donate_argnums=0)
+        contender = compiled(name, update, state, points[0])
         turn = [0, state]
 
         def run() -> Any:
             turn[0] += 1
-            direction, turn[1] = step(points[turn[0] % len(points)], turn[1])
+            turn[1], direction = step(turn[1], points[turn[0] % len(points)])
             return direction
 
         return contender._replace(run=run)

@@ -64,7 +64,5 @@ def coefficients(compact: Compact, S_g: Vector, Y_g: Vector, gamma: jax.Array) -
 
 
 def emptied(compact: Compact) -> Compact:
-    """Drop all pairs; the scale stays, unless there was nothing else left to drop."""
-    return compact._replace(
-        used=jnp.zeros_like(compact.used), gamma=jnp.where(jnp.any(compact.used), compact.gamma, 0.0)
-    )
+    """Drop all pairs; the scale stays."""
+    return compact._replace(used=jnp.zeros_like(compact.used))

@@ -70,8 +70,9 @@ def scale_by_lbfgs(
 
       A pair enters the memory iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, and with
       same_batch_pairs `s.y > 0.1 |s| |y|`; else it is skipped and counted (PAIR_SKIPPED). Without pairs the direction
-      is of unit length. Parameters that have not moved since the last update tell of a failed search, and empty the
-      memory (MEMORY_RESET), as does a direction that would not descend. A value, or a squared gradient, that is not
+      is along the gradient, of unit length or by the scale of the last pair, whichever is shorter. Parameters that have
+      not moved since the last update tell of a failed search, and empty the memory (MEMORY_RESET), as does a direction
+      that would not descend. A value, or a squared gradient, that is not
       finite gives an update of zero (NONFINITE). The state is then as before, but for info.
 
     Raises:
@@ -195,6 +196,7 @@ def scale_by_lbfgs(
         # the direction
         unit = jax.lax.rsqrt(jnp.where(uu > 0, uu, 1.0))
         gamma = jnp.where(small.gamma > 0, small.gamma, unit)
+        gamma = jnp.where(jnp.any(small.used), gamma, jnp.minimum(gamma, unit))
         S_u, Y_u = u_products.T
         v, w = compact.coefficients(small, S_u, Y_u, gamma)
         slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=small.used)

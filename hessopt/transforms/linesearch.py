@@ -79,7 +79,7 @@ def scale_by_wolfe_linesearch(
       TypeError: in `update`, for what is missing, naming it.
 
     Cost per update: one value and gradient per trial, also under vmap: one trial mostly, where the update is
-    well scaled. One trace of the objective. Memory: one gradient.
+    well scaled. One trace of the objective. Memory: one gradient and one step.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -144,8 +144,22 @@ def test_parameters_that_have_not_moved_empty_the_memory():
     assert StepStatus(int(state.info.status)) == StepStatus.MEMORY_RESET
     assert int(state.info.pairs) == 0
     np.testing.assert_allclose(p, scale * 0.2 * x)  # the scale is still the best guess
-    p, state = tx.update(0.2 * x, state, 0.2 * x)
-    np.testing.assert_allclose(jnp.linalg.norm(p), 1.0)  # and is dropped where that failed as well
+    p, state = tx.update(5.0 * x, state, 0.2 * x)
+    np.testing.assert_allclose(jnp.linalg.norm(p), 1.0)  # but a long step is cut to unit length
+
+
+def test_a_converged_run_without_a_search_stays_where_it_is():
+    center = jnp.array([1.0, -1.0, 1.0], jnp.float32)
+    tx, x = hessopt.lbfgs(0.3, linesearch=None), jnp.array([-1.0, 10.0, 1.0], jnp.float32)
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(2 * (x - center), state, x)
+        x = optax.apply_updates(x, updates)
+        return (x, state), jnp.max(jnp.abs(x - center))
+
+    _, error = jax.lax.scan(step, (x, tx.init(x)), length=400)
+    assert jnp.max(error[100:]) < 1e-6
 
 
 def test_pairs_of_the_same_batch_hold_no_noise_of_the_batches():
