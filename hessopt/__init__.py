@@ -9,8 +9,11 @@ from hessopt.calculus.groups import group_labels as group_labels
 from hessopt.calculus.objective import composite as composite
 from hessopt.calculus.recycling import value_and_grad_from_state as value_and_grad_from_state
 from hessopt.calculus.spectrum import spectrum as spectrum
+from hessopt.optimizers import bfgs as bfgs
 from hessopt.optimizers import lbfgs as lbfgs
 from hessopt.optimizers import newton as newton
+from hessopt.transforms.bfgs import inverse_hessian as inverse_hessian
+from hessopt.transforms.bfgs import scale_by_bfgs as scale_by_bfgs
 from hessopt.transforms.lbfgs import scale_by_lbfgs as scale_by_lbfgs
 from hessopt.transforms.linesearch import scale_by_wolfe_linesearch as scale_by_wolfe_linesearch
 from hessopt.transforms.newton import scale_by_newton as scale_by_newton

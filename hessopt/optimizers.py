@@ -12,7 +12,9 @@ from hessopt.calculus.flat import strongly_typed
 from hessopt.calculus.groups import Groups
 from hessopt.calculus.objective import bind, require_given, require_params
 from hessopt.calculus.recycling import LinesearchState
+from hessopt.numerics.broyden import Formula
 from hessopt.numerics.positivity import Positivity
+from hessopt.transforms.bfgs import scale_by_bfgs
 from hessopt.transforms.lbfgs import scale_by_lbfgs
 from hessopt.transforms.linesearch import scale_by_wolfe_linesearch
 from hessopt.transforms.newton import scale_by_newton
@@ -72,6 +74,42 @@ def newton(
         damping, positivity=positivity, blocks=blocks, update_every=update_every, curvature=curvature
     )
     return _descend(direction, learning_rate, linesearch)
+
+
+def bfgs(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    formula: str | Formula = "bfgs",
+    on_bad_curvature: str = "skip",
+    linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
+) -> optax.GradientTransformationExtraArgs:
+    """BFGS, or a relative of the Broyden class, with a line search.
+
+    Args:
+      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
+      formula, on_bad_curvature: see `scale_by_bfgs`.
+      linesearch: a line search that takes the additive update, or None for none.
+
+    Returns:
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs value, gradient and
+      objective for its line search.
+
+    Raises:
+      ValueError, TypeError: see `scale_by_bfgs`; TypeError also when a line search misses value, grad or value_fn.
+
+    Cost per step: that of `scale_by_bfgs`, and one value and gradient per trial step of the search, mostly one.
+
+    Example:
+      >>> import jax.numpy as jnp, hessopt
+      >>> def rosenbrock(x):
+      ...     return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+      >>> solution = hessopt.minimize(rosenbrock, jnp.zeros(10), bfgs(formula="ssbroyden"))
+      >>> jnp.round(solution.params, 2).tolist()
+      [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+    Source: see `scale_by_bfgs`.
+    """
+    return _descend(scale_by_bfgs(formula, on_bad_curvature=on_bad_curvature), learning_rate, linesearch)
 
 
 def lbfgs(

@@ -1,0 +1,239 @@
+"""BFGS and its relatives of the Broyden class, plain and self-scaled: H approximates the inverse Hessian, p = H g.
+
+H takes in the pairs `s = params - params_old`, `y = grad - grad_old` (`numerics/broyden.py`). What an update needs of
+it is `H y = H grad - H grad_old`, and the second term is the last direction: one product with H per step, no more.
+
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., chapter 6; Al-Baali, 1998; Urban, Stefanou and Pons,
+arXiv 2405.04230; Powell, "Algorithms for nonlinear constraints that use Lagrangian functions", 1978, for the damping.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt._checks import check_word
+from hessopt.calculus.flat import ravel, unravel, zeros
+from hessopt.calculus.objective import require_params
+from hessopt.numerics import broyden
+from hessopt.numerics.broyden import FORMULAS, Formula
+from hessopt.typing import Matrix, Params, StepStatus, step_status
+
+_NAME = "scale_by_bfgs"
+
+ROOM = 32
+"""Terms of rank two that are kept aside."""
+SMALL = 128
+"""Parameters up to which every term is folded at once."""
+BENT = 1e-3
+"""Squared sine of s to the last direction up to which s is taken as a multiple of it."""
+DAMPED = 0.2
+"""The part of s'Bs that s'y keeps at least when damped."""
+
+
+class BfgsInfo(NamedTuple):
+    """What the last update found."""
+
+    status: jax.Array  # int32 scalar, StepStatus
+    pairs: jax.Array  # int32 scalar, pairs taken in since H was last reset
+    pairs_skipped: jax.Array  # int32 scalar, pairs that failed the curvature test, since the start
+    resets: jax.Array  # int32 scalar, since the start
+
+
+class BfgsState(NamedTuple):
+    """State of `scale_by_bfgs`; vectors have the n real entries of params, in the order of `jax.tree.leaves`."""
+
+    count: jax.Array  # int32 scalar, iterates taken in
+    last: jax.Array  # (3, n), the last one: params x, gradient g and H g
+    gamma: jax.Array  # scalar, s.y / y.y of the newest pair, in units of params^2 / f; 0 before the first
+    inverse: broyden.InverseHessian  # H, where info.pairs > 0
+    info: BfgsInfo
+
+
+def scale_by_bfgs(
+    formula: str | Formula = "bfgs", *, on_bad_curvature: str = "skip"
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the gradient by a dense quasi-Newton approximation H of the inverse Hessian.
+
+    Args:
+      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or with a scaling of H at every update `"ssbfgs"`,
+        `"ssbroyden"`; or a callable `(b, h, n) -> (tau, phi)`, see `numerics/broyden.py`.
+      on_bad_curvature: what becomes of a pair that fails the curvature test: `"skip"`, or `"powell"`, which mixes y
+        with B s until `s.y = 0.2 s.Bs`.
+
+    Returns:
+      A transformation, gradient in and `+H g` out. `update(grads, state, params, *, grad)` takes the pairs from `grad`
+      if given, else from `grads`. Its status is `state.info.status`.
+
+      A pair is taken in iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, else skipped and counted
+      (PAIR_SKIPPED), unless damped. The first one sets `H = (s.y / y.y) I` beforehand. Without pairs the direction is
+      along the gradient, of unit length or by the scale of the last pair, whichever is shorter. Parameters that have
+      not moved since the last update tell of a failed search, and reset H to that (MEMORY_RESET), as does a direction
+      that would not descend. A value, or a squared gradient, that is not finite gives an update of zero (NONFINITE).
+      The state is then as before, but for info.
+
+      Self-scaling and damping need s'Bs, known where s is a multiple of the last direction `H g_old`. Where clipping,
+      masking or momentum has turned it, the update is that of plain BFGS, undamped.
+
+    Raises:
+      ValueError: for an unknown word.
+      TypeError: in `update`, for missing params.
+
+    Cost per update: one product with an n by n matrix, two where `grads` is not `grad`, and every 32 updates a writing
+    of it, `64 n^2` multiplications (under vmap in every update; up to 128 parameters always, in `3 n^2`). No gradient.
+    Memory: `n^2 + 67 n`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> curvature = jnp.array([1.0, 100.0])
+      >>> value_fn = lambda x: 0.5 * jnp.sum(curvature * x**2)
+      >>> tx = optax.chain(scale_by_bfgs(), optax.scale(-1.0))
+      >>> x = jnp.array([1.0, 1.0])
+      >>> state = tx.init(x)
+      >>> for _ in range(15):
+      ...     updates, state = tx.update(jax.grad(value_fn)(x), state, x)
+      ...     x = optax.apply_updates(x, updates)
+      >>> bool(value_fn(x) < 1e-6)
+      True
+
+    Source: see the head of this file.
+    """
+    check_word("formula", formula, FORMULAS)
+    check_word("on_bad_curvature", on_bad_curvature, ("skip", "powell"))
+    factors = FORMULAS[formula] if isinstance(formula, str) else formula
+
+    def init(params: Params) -> BfgsState:
+        vector = jax.eval_shape(ravel, params)
+        room = 1 if vector.size <= SMALL else ROOM
+        count: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        scalar: Any = jax.ShapeDtypeStruct((), vector.dtype)
+        inverse = broyden.shapes(vector.size, room, vector.dtype)
+        last: Any = jax.ShapeDtypeStruct((3, vector.size), vector.dtype)
+        return zeros(BfgsState(count, last, scalar, inverse, BfgsInfo(count, count, count, count)))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        value: Any = 0.0,
+        grad: optax.Updates | None = None,
+        **data: Any,
+    ) -> tuple[optax.Updates, BfgsState]:
+        require_params(params, caller=_NAME)
+        grad = updates if grad is None else grad
+        same = all(a is b for a, b in zip(*map(jax.tree.leaves, (updates, grad)), strict=True))
+        x, g, v = ravel(params), ravel(grad), ravel(updates)
+        (x_old, g_old, p_old), H, info = state.last, state.inverse, state.info
+        fresh = info.pairs == 0  # H is still a multiple of the identity
+
+        # the next pair, s and y, and H y
+        s, y, p = x - x_old, g - g_old, broyden.product(H, g)
+        u = p - p_old
+        rows = jnp.stack([s, y, g, g_old, p_old, u])
+        inners = jnp.matmul(rows, rows.T, precision="highest")
+        ss, sy, sg, sg_old, sp_old, _ = inners[0]
+        yy, yg, yu = inners[1, [1, 2, 5]]
+        gg, gu, gg_old, pp_old = inners[2, 2], inners[2, 5], inners[3, 3], inners[4, 4]
+        vv = gg if same else jnp.vdot(v, v, precision="highest")
+        finite = jnp.isfinite(value) & jnp.isfinite(vv) & jnp.all(jnp.isfinite(inners))
+        known = finite & (state.count > 0)
+        stuck = known & (ss == 0)
+        eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(grad)), default=0.0)
+        noise = 10 * eps * jnp.sqrt(ss) * (jnp.sqrt(gg) + jnp.sqrt(gg_old))
+        good = known & (ss > 0) & (sy > 1e-8 * jnp.abs(sg_old)) & (sy > noise)
+        gamma = jnp.where(good, sy / jnp.where(yy > 0, yy, 1.0), state.gamma)
+
+        # without pairs, H = gamma I
+        first = jnp.where(good, gamma, _plain(gamma, gg_old))
+        u, p = (jnp.where(fresh, first * a, b) for a, b in ((y, u), (g, p)))
+        yu, gu = (jnp.where(fresh, first * a, b) for a, b in ((yy, yu), (yg, gu)))
+
+        # s'Bs, by B s = -alpha g_old where s = -alpha H g_old
+        sBs = jnp.where(fresh, ss / first, sp_old * sg_old / jnp.where(pp_old > 0, pp_old, 1.0))
+        straight = fresh | (jnp.abs(sp_old) >= (1 - BENT) ** 0.5 * jnp.sqrt(ss) * jnp.sqrt(pp_old))
+        straight &= sBs > 0
+        damped = known & (ss > 0) & ~good & straight & (sy < DAMPED * sBs) & (on_bad_curvature == "powell")
+        theta = jnp.where(damped, (1 - DAMPED) * sBs / jnp.where(damped, sBs - sy, 1.0), 1.0)
+        yu = theta**2 * yu + 2 * theta * (1 - theta) * sy + (1 - theta) ** 2 * sBs
+        u, gu, sy = (theta * a + (1 - theta) * b for a, b in ((u, s), (gu, sg), (sy, sBs)))
+
+        good = (good | damped) & (yu > 0)
+        sy, yu = (jnp.where(good, a, 1.0) for a in (sy, yu))
+        tau, phi = factors(jnp.where(good & straight, sBs / sy, 1.0), yu / sy, x.size)
+        K = broyden.term(sy, yu, tau, phi)
+        good &= jnp.isfinite(tau) & jnp.all(jnp.isfinite(K))
+        room = len(H.terms)
+        H = broyden.updated(broyden.restarted(H, fresh & good, first), info.pairs % room, s, u, tau, K, good)
+        w = K @ jnp.stack([sg, gu])
+        p = jnp.where(good, p / tau + w[0] * s + w[1] * u, p)
+
+        # the direction
+        direction = p if same else broyden.product(H, v)
+        slope = jnp.vdot(v, direction, precision="highest")
+        pairs = info.pairs + good.astype(jnp.int32)
+        lost = finite & (pairs > 0) & (vv > 0) & ~(slope > 0)
+        plain = stuck | lost | (pairs == 0)
+        direction = jnp.where(plain, _plain(gamma, vv) * v, direction)
+        folds = good & ~plain & (pairs % room == 0)
+        H = jax.lax.cond(folds, broyden.folded, lambda H: H, H)
+
+        reset = (stuck | lost) & (pairs > 0)
+        skipped = known & (ss > 0) & ~good
+        status = {StepStatus.NONFINITE: ~finite, StepStatus.PAIR_SKIPPED: skipped, StepStatus.MEMORY_RESET: reset}
+        return unravel(jnp.where(finite, direction, 0.0), updates), BfgsState(
+            count=state.count + finite.astype(jnp.int32),
+            last=jnp.where(finite, jnp.stack([x, g, jnp.where(plain, 0.0, p)]), state.last),
+            gamma=gamma,
+            inverse=H,
+            info=BfgsInfo(
+                status=step_status(status),
+                pairs=jnp.where(plain & finite, 0, pairs),
+                pairs_skipped=info.pairs_skipped + skipped.astype(jnp.int32),
+                resets=info.resets + reset.astype(jnp.int32),
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _plain(gamma: jax.Array, square: jax.Array) -> jax.Array:
+    """The multiple of a gradient of this squared length that stands in for `H g` without pairs."""
+    unit = jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+    return jnp.where(gamma > 0, jnp.minimum(gamma, unit), unit)
+
+
+def inverse_hessian(state: optax.OptState) -> Matrix:
+    """Return the approximation H of the inverse Hessian that a state of `bfgs` holds.
+
+    Args:
+      state: of `scale_by_bfgs`, or of any optimizer that contains it once.
+
+    Returns:
+      `(n, n)`, symmetric, in the order of the real entries of `jax.tree.leaves(params)`, real parts of a complex leaf
+      before imaginary ones, in units of params^2 / f. Positive definite, but for rounding. Where no pair has been taken
+      in since the last reset, it is gamma times the identity, zero before the first pair.
+
+      At a minimum of a negative log posterior H estimates its covariance (Laplace's approximation) along what the run
+      has moved through: exact for a quadratic after n steps, crude where few steps were taken, and scaled by its
+      formula where that is a self-scaled one. `hessopt.hessian` gives the exact curvature.
+
+    Raises:
+      ValueError: when the state has not exactly one part of `scale_by_bfgs`.
+
+    Cost: one fold, `64 n^2` multiplications, and two matrices of memory.
+
+    Example:
+      >>> import jax.numpy as jnp, hessopt
+      >>> value_fn = lambda x: 0.5 * (x[0] ** 2 + 4.0 * x[1] ** 2)
+      >>> solution = hessopt.minimize(value_fn, jnp.array([3.0, 1.0]), hessopt.bfgs(), gtol=1e-5)
+      >>> jnp.round(inverse_hessian(solution.state), 1).tolist()
+      [[1.0, 0.0], [0.0, 0.2]]
+    """
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, BfgsState))
+    found = [node for node in nodes if isinstance(node, BfgsState)]
+    if len(found) != 1:
+        raise ValueError(f"state must have one part of scale_by_bfgs, got {len(found)}")
+    (part,) = found
+    return broyden.dense(broyden.restarted(part.inverse, part.info.pairs == 0, part.gamma))
