@@ -92,6 +92,20 @@ HESSOPT += (
     ),
 )
 
+HESSOPT += (
+    Case("bfgs", hessopt.bfgs, needs=SEARCHED, unitless=True, main=True),
+    Case("bfgs, SSBroyden", hessopt.bfgs, {"formula": "ssbroyden"}, needs=SEARCHED, unitless=True),
+    Case("bfgs, SSBFGS, damped", hessopt.bfgs, {"formula": "ssbfgs", "on_bad_curvature": "powell"}, needs=SEARCHED),
+    Case(
+        "bfgs, no search",
+        hessopt.bfgs,
+        {"learning_rate": 0.3, "linesearch": None},
+        injectable=("learning_rate",),
+        unitless=True,
+    ),
+    Case("scale_by_bfgs, DFP", hessopt.scale_by_bfgs, {"formula": "dfp"}, kind="direction", rate=0.1, unitless=True),
+)
+
 NO_STATUS = {"reports_a_status": "optax has no statuses"}
 NAN_THROUGH = {"survives_what_is_not_finite": "optax leaves that to apply_if_finite"}
 

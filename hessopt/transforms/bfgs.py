@@ -28,6 +28,9 @@ SMALL = 128
 """Parameters up to which every term is folded at once."""
 BENT = 1e-3
 """Squared sine of s to the last direction up to which s is taken as a multiple of it."""
+LONG = 10.0
+"""The first H, in units of the inverse curvature along the first step. BFGS soon shortens an H that is too long, and is
+slow to lengthen one that is too short. (A PINN, 2000 steps: an error of 5e-3 from `s.y / y.y`, of 1e-3 from this.)"""
 DAMPED = 0.2
 """The part of s'Bs that s'y keeps at least when damped."""
 
@@ -67,11 +70,11 @@ def scale_by_bfgs(
       if given, else from `grads`. Its status is `state.info.status`.
 
       A pair is taken in iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, else skipped and counted
-      (PAIR_SKIPPED), unless damped. The first one sets `H = (s.y / y.y) I` beforehand. Without pairs the direction is
-      along the gradient, of unit length or by the scale of the last pair, whichever is shorter. Parameters that have
-      not moved since the last update tell of a failed search, and reset H to that (MEMORY_RESET), as does a direction
-      that would not descend. A value, or a squared gradient, that is not finite gives an update of zero (NONFINITE).
-      The state is then as before, but for info.
+      (PAIR_SKIPPED), unless damped. The first one sets `H = 10 (s.s / s.y) I` beforehand. Before it the direction is
+      along the gradient, of unit length, or after a reset by the scale of the last pair where that is shorter.
+      Parameters that have not moved since the last update tell of a failed search, and reset H (MEMORY_RESET), as does
+      a direction that would not descend. A value, or a squared gradient, that is not finite gives an update of zero
+      (NONFINITE). The state is then as before, but for info.
 
       Self-scaling and damping need s'Bs, known where s is a multiple of the last direction `H g_old`. Where clipping,
       masking or momentum has turned it, the update is that of plain BFGS, undamped.
@@ -145,8 +148,8 @@ def scale_by_bfgs(
         good = known & (ss > 0) & (sy > 1e-8 * jnp.abs(sg_old)) & (sy > noise)
         gamma = jnp.where(good, sy / jnp.where(yy > 0, yy, 1.0), state.gamma)
 
-        # without pairs, H = gamma I
-        first = jnp.where(good, gamma, _plain(gamma, gg_old))
+        # before the first pair, H is a multiple of the identity
+        first = jnp.where(good, LONG * ss / jnp.where(good, sy, 1.0), _plain(gamma, gg_old))
         u, p = (jnp.where(fresh, first * a, b) for a, b in ((y, u), (g, p)))
         yu, gu = (jnp.where(fresh, first * a, b) for a, b in ((yy, yu), (yg, gu)))
 
@@ -228,8 +231,9 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
       >>> import jax.numpy as jnp, hessopt
       >>> value_fn = lambda x: 0.5 * (x[0] ** 2 + 4.0 * x[1] ** 2)
       >>> solution = hessopt.minimize(value_fn, jnp.array([3.0, 1.0]), hessopt.bfgs(), gtol=1e-5)
-      >>> jnp.round(inverse_hessian(solution.state), 1).tolist()
-      [[1.0, 0.0], [0.0, 0.2]]
+      >>> error = inverse_hessian(solution.state) - jnp.diag(jnp.array([1.0, 0.25]))
+      >>> bool(jnp.max(jnp.abs(error)) < 0.05)
+      True
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, BfgsState))
     found = [node for node in nodes if isinstance(node, BfgsState)]
