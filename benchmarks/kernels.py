@@ -13,6 +13,7 @@ from benchmarks.harness import Contender, Table, compare, compiled
 from benchmarks.problems import mlp
 
 LANES, STEPS = 64, 10
+PERIOD = 32  # updates of BFGS between two writings of its matrix
 
 
 def run(quick: bool) -> Sequence[Table]:
@@ -23,11 +24,17 @@ def run(quick: bool) -> Sequence[Table]:
         mlp.digits((64, 16, 10), batch),
         mlp.regression((3, 20, 20, 1), min(batch, 1000)),
     ]
+    with jax.enable_x64(True):
+        updates = [
+            compare(f"{PERIOD} BFGS updates, n = {n}, float64", bfgs_updates(n), 3 * rounds, 0.0)
+            for n in ((50,) if quick else (500, 2000))
+        ]
     return [
         *(compare(f"Hessian, {p.name}", hessians(p), rounds, settle) for p in problems),
         *(compare(f"Hessian times vector, {p.name}", products(p), 5 * rounds, 0.0) for p in problems[:1]),
         *(compare(f"extreme eigenvalues, {p.name}", spectra(p), rounds, settle) for p in problems[1:2]),
         compare(f"L-BFGS direction, n = {size:.0e}, m = 10, float32", lbfgs_directions(size), 5 * rounds, 0.0),
+        *updates,
         *(compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0) for p in problems[1:2]),
     ]
 
@@ -106,6 +113,41 @@ def lbfgs_directions(size: int) -> list[Contender]:
         updates("optax.scale_by_lbfgs", optax.scale_by_lbfgs(10)),
         updates("hessopt.scale_by_lbfgs", hessopt.scale_by_lbfgs(10)),
         compiled("reading the memory twice", lambda m, x: (m @ x) @ m, memory, points[0]),
+    ]
+
+
+def bfgs_updates(size: int) -> list[Contender]:
+    """A period of products with a matrix, then of updates: from Python, waiting once, and in a compiled loop."""
+    keys = jax.random.split(jax.random.key(0), 8)
+    points = jnp.stack([jax.random.normal(key, (size,)) for key in keys])
+    matrix, curvature = jnp.ones((size, size)), jnp.linspace(1.0, 10.0, size)
+    tx = hessopt.scale_by_bfgs()
+
+    def update(state: Any, x: Any) -> Any:
+        return tx.update(curvature * x, state, x)[::-1]  # the state first, see above
+
+    def period(state: Any, points: Any) -> Any:
+        return jax.lax.scan(update, state, jnp.tile(points, (PERIOD // len(points), 1)))
+
+    def stepped(name: str, fun: Any, *args: Any) -> Contender:
+        step, carry = jax.jit(fun, donate_argnums=0), [tx.init(points[0])]
+
+        def run() -> Any:
+            last = None
+            for x in args:
+                carry[0], last = step(carry[0], x)
+            return last
+
+        return compiled(name, fun, carry[0], args[0])._replace(run=run)
+
+    rows = list(points) * (PERIOD // len(points))
+    multiply = jax.jit(lambda matrix, x: matrix @ x)
+    return [
+        compiled("matrix times vector", lambda matrix, x: matrix @ x, matrix, points[0])._replace(
+            run=lambda: [multiply(matrix, x) for x in rows][-1]
+        ),
+        stepped("hessopt.scale_by_bfgs", update, *rows),
+        stepped("hessopt.scale_by_bfgs, in a loop", period, points),
     ]
 
 

@@ -150,6 +150,8 @@ def scipy_solver(method: str) -> Solver:
 
 SOLVERS: dict[str, Solver] = {
     "hessopt lbfgs": driven(hessopt.lbfgs),
+    "hessopt bfgs": driven(hessopt.bfgs),
+    "hessopt ssbroyden": driven(lambda: hessopt.bfgs(formula="ssbroyden")),
     "hessopt newton": driven(hessopt.newton),
     "optax lbfgs": driven(optax.lbfgs),
     "jaxopt LBFGS": jaxopt_solver("LBFGS"),

@@ -5,7 +5,7 @@ full batch, and is tested on the 297 others. Every optimizer starts from the sam
 compilation is not counted. The table shows where each one ends and how soon it reaches the loss at which Adam ends;
 the figure shows how far each loss is above the lowest one reached, against steps and against seconds.
 
-    python examples/digits.py                                  # all optimizers, about 4 minutes
+    python examples/digits.py                                  # all optimizers, about 5 minutes
     python examples/digits.py --optimizers adam newton --seconds 10
 """
 
@@ -65,6 +65,8 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adam": lambda: optax.adam(1e-2),
     "optax-lbfgs": lambda: optax.lbfgs(),
     "lbfgs": lambda: hessopt.lbfgs(),
+    "bfgs": lambda: hessopt.bfgs(),
+    "ssbroyden": lambda: hessopt.bfgs(formula="ssbroyden"),
     "newton": lambda: hessopt.newton(),
     "newton-layers": lambda: hessopt.newton(blocks="layer"),
     "newton-gauss": lambda: hessopt.newton(damping=1e-4, curvature="gauss_newton"),

@@ -74,9 +74,8 @@ class InverseHessian(NamedTuple):
 
 def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
     """Shapes and dtypes; all zeros, it is the zero matrix."""
-    sizes = InverseHessian((2,), (n, n), (room, 2, n), (room, 2, 2))
-    like: Any = InverseHessian(*(jax.ShapeDtypeStruct(size, dtype) for size in sizes))
-    return like
+    like: list[Any] = [jax.ShapeDtypeStruct(size, dtype) for size in ((2,), (n, n), (room, 2, n), (room, 2, 2))]
+    return InverseHessian(*like)
 
 
 def product(H: InverseHessian, g: Vector) -> Vector:
