@@ -3,7 +3,7 @@
 The network 3-32-32-1 (1217 parameters, float64) stands for the solution of -div grad u = f in the unit cube; the loss
 is its residual on fixed points (`benchmarks/problems/poisson.py`). Every optimizer starts from the same parameters and
 takes the same number of steps, each at the price of about one gradient. The table shows the relative L2 error against
-the exact solution: two digits by Adam, three by BFGS, four by self-scaled BFGS. The figure shows it against steps and
+the exact solution: one digit by Adam, three by BFGS, four by SSBroyden. The figure shows it against steps and
 seconds, and on a slice through the middle the best network beside its error.
 
     python -m examples.pinn_poisson                                    # all optimizers, about 6 minutes
