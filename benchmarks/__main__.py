@@ -3,11 +3,12 @@
 import argparse
 import pathlib
 
-from benchmarks import cutest, harness, kernels
+from benchmarks import cutest, harness, kernels, pinn
 
 SUITES = {
     "kernels": lambda quick, out: harness.write(out, "kernels", kernels.run(quick)),
     "cutest": cutest.run,
+    "pinn": pinn.run,
 }
 
 

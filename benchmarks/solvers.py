@@ -44,11 +44,14 @@ def driven(make: Callable[[], optax.GradientTransformation]) -> Solver:
     def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
         tx = make()
         gtol = bound / float(jnp.max(jnp.abs(jax.grad(value_fn)(start))))
-        solution, cold, warm = _timed(
-            lambda: hessopt.minimize(value_fn, start, tx, max_steps=MAX_ITERATIONS, gtol=gtol)
-        )
-        said = hessopt.Termination(int(solution.termination)).name
-        return Outcome(solution.params, int(solution.steps), int(solution.evaluations), cold, warm, said)
+
+        @jax.jit
+        def run(x: Any) -> Any:
+            solution = hessopt.minimize(value_fn, x, tx, max_steps=MAX_ITERATIONS, gtol=gtol)
+            return solution.params, solution.steps, solution.evaluations, solution.termination
+
+        (x, steps, evaluations, termination), cold, warm = _timed(lambda: run(start))
+        return Outcome(x, int(steps), int(evaluations), cold, warm, hessopt.Termination(int(termination)).name)
 
     return solve
 
