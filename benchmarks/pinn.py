@@ -1,5 +1,6 @@
 """The PINN suite: what the BFGS family reaches on the 3-D Poisson problem, what it costs, and when L-BFGS will do."""
 
+import itertools
 import json
 import pathlib
 import time
@@ -85,7 +86,7 @@ def _row(result: Run, state_mb: float | None = None) -> dict[str, Any]:
 
 
 def _count(sizes: Sequence[int]) -> int:
-    return sum((m + 1) * n for m, n in zip(sizes[:-1], sizes[1:], strict=True))
+    return sum((m + 1) * n for m, n in itertools.pairwise(sizes))
 
 
 def _state_mb(name: str, n: int) -> float:
