@@ -112,24 +112,38 @@ def restarted(H: InverseHessian, condition: jax.Array, scale: jax.Array) -> Inve
 
 
 def folded(H: InverseHessian) -> InverseHessian:
-    """H with the identity and all terms in the base, which is written in place, some rows at a time."""
+    """H with the identity and all terms in the base, which is written in place, some rows at a time.
+
+    What lies below the diagonal is the mirror image of what lies above: an error of rounding that is not symmetric
+    would stay for good, and self-scaling would let it grow.
+    """
     (a, b), (room, _, n) = H.weights, H.columns.shape
-    left = H.columns.reshape(2 * room, n).T  # once: products with a transpose on this side are slow
+    height = min(n, ROWS)
+    left = H.columns.reshape(2 * room, n).T  # once: products with a transpose are slow
     first, second = (H.terms[:, :, i, None] * H.columns[:, None, i] for i in range(2))
     right = (first + second).reshape(2 * room, n)
-    height = min(n, ROWS)
+    columns, within = jnp.arange(n), jnp.arange(height)
 
-    def fold_rows(i: jax.Array, base: Matrix) -> Matrix:
-        start = jnp.minimum(i * height, n - height)
-        rows = start + jnp.arange(height)[:, None]
+    def begin(i: jax.Array) -> jax.Array:
+        return jnp.minimum(i * height, n - height)  # the last rows may overlap those before
+
+    def fold_rows(i: jax.Array, carry: tuple[Matrix, jax.Array]) -> tuple[Matrix, jax.Array]:
+        base, mirrored = carry
+        start = begin(i)
+        rows = start + within[:, None]
         old = jax.lax.dynamic_slice_in_dim(base, start, height)
-        columns = jax.lax.dynamic_slice_in_dim(left, start, height)
-        new = b * old + jnp.matmul(columns, right, precision="highest")
-        new = new + jnp.where(rows == jnp.arange(n), a, 0.0)
-        new = jnp.where(rows >= i * height, new, old)  # the last rows may overlap those before
-        return jax.lax.dynamic_update_slice_in_dim(base, new, start, 0)
+        new = jnp.matmul(jax.lax.dynamic_slice_in_dim(left, start, height), right, precision="highest")
+        new = b * old + new + jnp.where(rows == columns, a, 0.0)
+        square = jax.lax.dynamic_slice_in_dim(new, start, height, 1)
+        square = jnp.where(within[:, None] <= within, square, square.T)
+        new = jax.lax.dynamic_update_slice_in_dim(new, square, start, 1)
+        new = jnp.where(columns < i * height, mirrored, new)
+        base = jax.lax.dynamic_update_slice_in_dim(base, jnp.where(rows < i * height, old, new), start, 0)
+        # carried, since XLA copies a base that it reads elsewhere than it writes
+        return base, jax.lax.dynamic_slice_in_dim(base, begin(i + 1), height, 1).T
 
-    base = jax.lax.fori_loop(0, -(-n // height), fold_rows, H.base) if n else H.base
+    carry = H.base, jnp.zeros((height, n), H.base.dtype)
+    base, _ = jax.lax.fori_loop(0, -(-n // height), fold_rows, carry) if n else carry
     return H._replace(weights=jnp.array([0.0, 1.0], H.weights.dtype), base=base, terms=jnp.zeros_like(H.terms))
 
 
@@ -139,5 +153,4 @@ ROWS = 256
 
 def dense(H: InverseHessian) -> Matrix:
     """The matrix `(n, n)`, exactly symmetric."""
-    full = folded(H).base
-    return 0.5 * (full + full.T)
+    return folded(H).base

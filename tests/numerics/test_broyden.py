@@ -120,7 +120,7 @@ def test_self_scaling_has_its_limits(b, n):
     np.testing.assert_array_equal(exact, (1.0, 1.0))
 
 
-@pytest.mark.parametrize("height", [3, 4, 7, 100])
+@pytest.mark.parametrize("height", [1, 2, 3, 4, 7, 100])
 def test_a_fold_changes_how_the_matrix_is_held_and_nothing_else(height, monkeypatch):
     monkeypatch.setattr(broyden, "ROWS", height)
     rng = np.random.default_rng(0)
@@ -135,6 +135,7 @@ def test_a_fold_changes_how_the_matrix_is_held_and_nothing_else(height, monkeypa
     assert not new.terms.any()
     np.testing.assert_array_equal(new.weights, [0.0, 1.0])
     np.testing.assert_allclose(new.base, full, rtol=1e-12)
+    np.testing.assert_array_equal(new.base, new.base.T)
     np.testing.assert_allclose(broyden.dense(H), full, rtol=1e-12)
     for g in (jnp.arange(7.0), jnp.eye(7)[6]):
         np.testing.assert_allclose(broyden.product(H, g), full @ g, rtol=1e-12)
