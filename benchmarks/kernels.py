@@ -11,9 +11,9 @@ from jax.flatten_util import ravel_pytree
 import hessopt
 from benchmarks.harness import Contender, Table, compare, compiled
 from benchmarks.problems import mlp
+from hessopt.transforms.bfgs import ROOM as PERIOD  # updates between two writings of the matrix
 
 LANES, STEPS = 64, 10
-PERIOD = 32  # updates of BFGS between two writings of its matrix
 
 
 def run(quick: bool) -> Sequence[Table]:

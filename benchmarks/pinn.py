@@ -25,14 +25,6 @@ from examples.pinn_poisson import OPTIMIZERS, Run, train
 SEEDS = (0, 1, 2)
 HIDDEN = (7, 16, 29, 52, 97)  # widths for 100 to 10,000 parameters
 
-CONCLUSIONS = """
-BFGS against L-BFGS, by this table. At a hundred parameters they cost the same, and at all sizes BFGS is ahead by more
-the longer the run is: L-BFGS forgets, and on a loss as ill-conditioned as this one the curvature it has forgotten is
-what is missing. What BFGS asks for it is memory, 8 n^2 bytes in float64, and the time to read that once per step. As
-long as a gradient costs more than reading the matrix, BFGS is the better choice; where it does not, or where the matrix
-does not fit, L-BFGS remains. Self-scaling costs nothing and is worth about a digit.
-"""
-
 
 def run(quick: bool, out: pathlib.Path) -> str:
     """Run the suite, write JSON, Markdown and figure, and return the Markdown."""
@@ -154,7 +146,7 @@ def _markdown(
         ratio = np.median(np.array(seconds) / np.array(beside["SciPy"]))
         lines += [f"| {name} | {1e3 * np.median(seconds):.3g} | {ratio:.2f} |"]
     lines += ["", "## BFGS and L-BFGS by the number of parameters", ""]
-    lines += ["One hidden width each, the same points and seed.", "", *_table(sizes), CONCLUSIONS]
+    lines += ["One hidden width each, the same points and seed.", "", *_table(sizes), ""]
     lines += ["## Every run", "", *_table(rows), ""]
     return "\n".join(lines)
 

@@ -39,6 +39,11 @@ def solve_dtype(tree: Params) -> Any:
     return jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
 
 
+def eps(tree: Params) -> float:
+    """The coarsest rounding unit among the leaves of `tree`; 0 without any."""
+    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree)), default=0.0)
+
+
 def ravel(tree: Params) -> Vector:
     """Concatenate the real leaves of `tree` into one vector `(n,)` of `solve_dtype`."""
     parts, _ = real_leaves(tree)

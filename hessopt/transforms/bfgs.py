@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_word
-from hessopt.calculus.flat import ravel, unravel, zeros
+from hessopt.calculus.flat import eps, gram, inner, ravel, unravel, zeros
 from hessopt.calculus.objective import require_params
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
+from hessopt.numerics.secant import accepts, first_scale
 from hessopt.typing import Matrix, Params, StepStatus, step_status
 
 _NAME = "scale_by_bfgs"
@@ -134,22 +135,19 @@ def scale_by_bfgs(
         # the next pair, s and y, and H y
         s, y, p = x - x_old, g - g_old, broyden.product(H, g)
         u = p - p_old
-        rows = jnp.stack([s, y, g, g_old, p_old, u])
-        inners = jnp.matmul(rows, rows.T, precision="highest")
+        inners = gram(s, y, g, g_old, p_old, u)
         ss, sy, sg, sg_old, sp_old, _ = inners[0]
         yy, yg, yu = inners[1, [1, 2, 5]]
         gg, gu, gg_old, pp_old = inners[2, 2], inners[2, 5], inners[3, 3], inners[4, 4]
-        vv = gg if same else jnp.vdot(v, v, precision="highest")
+        vv = gg if same else inner(v, v)
         finite = jnp.isfinite(value) & jnp.isfinite(vv) & jnp.all(jnp.isfinite(inners))
         known = finite & (state.count > 0)
         stuck = known & (ss == 0)
-        eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(grad)), default=0.0)
-        noise = 10 * eps * jnp.sqrt(ss) * (jnp.sqrt(gg) + jnp.sqrt(gg_old))
-        good = known & (ss > 0) & (sy > 1e-8 * jnp.abs(sg_old)) & (sy > noise)
+        good = known & accepts(ss, sy, sg_old, gg, gg_old, eps(grad))
         gamma = jnp.where(good, sy / jnp.where(yy > 0, yy, 1.0), state.gamma)
 
         # before the first pair, H is a multiple of the identity
-        first = jnp.where(good, LONG * ss / jnp.where(good, sy, 1.0), _plain(gamma, gg_old))
+        first = jnp.where(good, LONG * ss / jnp.where(good, sy, 1.0), first_scale(gamma, gg_old))
         u, p = (jnp.where(fresh, first * a, b) for a, b in ((y, u), (g, p)))
         yu, gu = (jnp.where(fresh, first * a, b) for a, b in ((yy, yu), (yg, gu)))
 
@@ -174,11 +172,11 @@ def scale_by_bfgs(
 
         # the direction
         direction = p if same else broyden.product(H, v)
-        slope = jnp.vdot(v, direction, precision="highest")
+        slope = inner(v, direction)
         pairs = info.pairs + good.astype(jnp.int32)
         lost = finite & (pairs > 0) & (vv > 0) & ~(slope > 0)
         plain = stuck | lost | (pairs == 0)
-        direction = jnp.where(plain, _plain(gamma, vv) * v, direction)
+        direction = jnp.where(plain, first_scale(gamma, vv) * v, direction)
         folds = good & ~plain & (pairs % room == 0)
         H = jax.lax.cond(folds, broyden.folded, lambda H: H, H)
 
@@ -199,12 +197,6 @@ def scale_by_bfgs(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _plain(gamma: jax.Array, square: jax.Array) -> jax.Array:
-    """The multiple of a gradient of this squared length that stands in for `H g` without pairs."""
-    unit = jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
-    return jnp.where(gamma > 0, jnp.minimum(gamma, unit), unit)
 
 
 def inverse_hessian(state: optax.OptState) -> Matrix:

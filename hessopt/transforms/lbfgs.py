@@ -17,9 +17,10 @@ import optax
 
 from hessopt._checks import check_count
 from hessopt.calculus import flat
-from hessopt.calculus.flat import gram, inner, solve_dtype, zeros
+from hessopt.calculus.flat import eps, gram, inner, solve_dtype, zeros
 from hessopt.calculus.objective import bind, require_params
 from hessopt.numerics import compact
+from hessopt.numerics.secant import accepts, first_scale, unit_scale
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "scale_by_lbfgs"
@@ -72,8 +73,8 @@ def scale_by_lbfgs(
       same_batch_pairs `s.y > 0.1 |s| |y|`; else it is skipped and counted (PAIR_SKIPPED). Without pairs the direction
       is along the gradient, of unit length or by the scale of the last pair, whichever is shorter. Parameters that have
       not moved since the last update tell of a failed search, and empty the memory (MEMORY_RESET), as does a direction
-      that would not descend. A value, or a squared gradient, that is not
-      finite gives an update of zero (NONFINITE). The state is then as before, but for info.
+      that would not descend. A value, or a squared gradient, that is not finite gives an update of zero (NONFINITE).
+      The state is then as before, but for info.
 
     Raises:
       ValueError: for memory_size < 1.
@@ -171,11 +172,9 @@ def scale_by_lbfgs(
             g_products, y_products = jax.lax.cond(yy > 0.5 * (gg + gg_old), derived, measured)
         (u_products,) = [g_products] if same else products(*map(jax.tree.leaves, (state.pairs, updates)))
 
-        eps = max((_eps(leaf) for leaf in jax.tree.leaves(grad)), default=0.0)
-        noise = 10 * eps * jnp.sqrt(ss) * (jnp.sqrt(gg) + jnp.sqrt(gg_old))
         known = finite & ~first
         stuck = known & (ss == 0)
-        good = known & (ss > 0) & (sy > 1e-8 * jnp.abs(sg - sy)) & (sy > noise)
+        good = known & accepts(ss, sy, sg - sy, gg, gg_old, eps(grad))
         if same_batch_pairs:
             good &= sy > CAUTION * jnp.sqrt(ss) * jnp.sqrt(yy)
         # waits for all products with the pairs, which are overwritten next; or XLA keeps a copy
@@ -194,9 +193,8 @@ def scale_by_lbfgs(
         pairs = jax.tree.map(write, state.pairs, s, y)
 
         # the direction
-        unit = jax.lax.rsqrt(jnp.where(uu > 0, uu, 1.0))
-        gamma = jnp.where(small.gamma > 0, small.gamma, unit)
-        gamma = jnp.where(jnp.any(small.used), gamma, jnp.minimum(gamma, unit))
+        unit = unit_scale(uu)
+        gamma = jnp.where(jnp.any(small.used) & (small.gamma > 0), small.gamma, first_scale(small.gamma, uu))
         S_u, Y_u = u_products.T
         v, w = compact.coefficients(small, S_u, Y_u, gamma)
         slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=small.used)
@@ -242,10 +240,6 @@ def _difference(new: jax.Array, old: jax.Array, rows: jax.Array) -> jax.Array:
     """`new - old` of a leaf, as rounded as it will be kept."""
     wide = jnp.promote_types(jnp.result_type(new), jnp.float32)
     return (jnp.asarray(new, wide) - jnp.asarray(old, wide)).astype(rows.dtype).astype(wide)
-
-
-def _eps(leaf: jax.Array) -> float:
-    return float(jnp.finfo(leaf.dtype).eps)
 
 
 def _write(k: jax.Array, good: jax.Array, rows: jax.Array, s: jax.Array, y: jax.Array) -> jax.Array:
