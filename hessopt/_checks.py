@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,15 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_word(name: str, value: Any, words: Any) -> None:
-    """Raise `ValueError` for a string that is none of `words`."""
-    if isinstance(value, str) and value not in words:
+    """Raise `ValueError` unless `value` is one of `words`."""
+    if not isinstance(value, str) or value not in words:
         raise ValueError(f"{name} must be one of {sorted(words)}, got {value!r}")
+
+
+def choose(name: str, value: Any, table: Mapping[str, Any]) -> Any:
+    """Return the entry of `table` for a word, `value` itself if it is of their kind, else raise `ValueError`."""
+    if isinstance(value, str) and value in table:
+        return table[value]
+    if not callable(value) and not isinstance(value, tuple(map(type, table.values()))):
+        raise ValueError(f"{name} must be one of {sorted(table)}, or of their kind, got {value!r}")
+    return value

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hessopt._checks import check_range, check_word
+from hessopt._checks import check_range, choose
 from hessopt.calculus.batching import stacked
 from hessopt.calculus.flat import real_leaves, solve_dtype
 from hessopt.calculus.groups import Groups, combine, group_labels, take
@@ -39,18 +39,13 @@ def gauss_newton_product(value_fn: ValueFn, embed: Callable[[Any], Any], part: A
 CURVATURES: dict[str, CurvatureFn] = {"hessian": hessian_product, "gauss_newton": gauss_newton_product}
 
 
-def _resolve(curvature: str | CurvatureFn) -> CurvatureFn:
-    check_word("curvature", curvature, CURVATURES)
-    return CURVATURES[curvature] if isinstance(curvature, str) else curvature
-
-
 def product(value_fn: ValueFn, params: Params, curvature: str | CurvatureFn = "hessian") -> Callable[[Params], Params]:
     """Return the map `v -> H v` on trees like `params`, linearised once for many applications.
 
     Cost: one gradient here, about two per application; the linearisation keeps the gradient's intermediates.
     """
     leaves, restore = real_leaves(params)
-    linear = _resolve(curvature)(precompose(value_fn, restore), lambda parts: parts, leaves)
+    linear = choose("curvature", curvature, CURVATURES)(precompose(value_fn, restore), lambda parts: parts, leaves)
     return lambda vector: restore(linear(real_leaves(vector)[0]))
 
 
@@ -142,7 +137,7 @@ def block_hessians(
     """The diagonal blocks of `hessian`, one `(n_b, n_b)` matrix per label 0, ..., count - 1."""
     chunk_size = CHUNK_SIZE if chunk_size is None else chunk_size
     check_range("chunk_size", chunk_size, 1)
-    linearize = _resolve(curvature)
+    linearize = choose("curvature", curvature, CURVATURES)
 
     def block(group: int) -> Matrix:
         leaves, restore = real_leaves(take(params, labels, group))

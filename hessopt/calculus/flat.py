@@ -41,7 +41,7 @@ def solve_dtype(tree: Params) -> Any:
 
 def eps(tree: Params) -> float:
     """The coarsest rounding unit among the leaves of `tree`; 0 without any."""
-    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(tree)), default=0.0)
+    return max((float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(tree)), default=0.0)
 
 
 def ravel(tree: Params) -> Vector:

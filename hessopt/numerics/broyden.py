@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from hessopt.typing import Matrix, Vector
 
 Formula = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
-"""`(b, h, n) -> (tau, phi)` for n parameters."""
+"""`(b, h, n) -> (tau, phi)` for n parameters; `tau > 0` and `phi > -1/a` keep H positive definite."""
 
 
 def bfgs(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +83,7 @@ def product(H: InverseHessian, g: Vector) -> Vector:
     (a, b), inner = H.weights, jnp.tensordot(H.columns, g, 1, precision="highest")
     weights = (H.terms * inner[:, None, :]).sum(-1)
     far = jnp.matmul(H.base, g, precision="highest")
-    return a * g + b * far + jnp.tensordot(weights, H.columns, 2, precision="highest")
+    return a * g + jnp.where(b == 0, 0.0, b * far) + jnp.tensordot(weights, H.columns, 2, precision="highest")
 
 
 def term(sy: jax.Array, yu: jax.Array, tau: jax.Array, phi: jax.Array) -> Matrix:
@@ -106,7 +106,7 @@ def updated(
 
 
 def restarted(H: InverseHessian, condition: jax.Array, scale: jax.Array) -> InverseHessian:
-    """`scale I` where the condition holds, else H; nothing n by n is written."""
+    """`scale I` where the condition holds, else H; nothing n by n is written, and a base of weight 0 may hold NaN."""
     weights = jnp.where(condition, jnp.stack([scale, jnp.zeros_like(scale)]), H.weights)
     return H._replace(weights=weights, terms=jnp.where(condition, 0.0, H.terms))
 
@@ -133,7 +133,7 @@ def folded(H: InverseHessian) -> InverseHessian:
         rows = start + within[:, None]
         old = jax.lax.dynamic_slice_in_dim(base, start, height)
         new = jnp.matmul(jax.lax.dynamic_slice_in_dim(left, start, height), right, precision="highest")
-        new = b * old + new + jnp.where(rows == columns, a, 0.0)
+        new = jnp.where(b == 0, 0.0, b * old) + new + jnp.where(rows == columns, a, 0.0)
         square = jax.lax.dynamic_slice_in_dim(new, start, height, 1)
         square = jnp.where(within[:, None] <= within, square, square.T)
         new = jax.lax.dynamic_update_slice_in_dim(new, square, start, 1)

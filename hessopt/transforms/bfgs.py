@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_word
+from hessopt._checks import check_word, choose
 from hessopt.calculus.flat import eps, gram, inner, ravel, unravel, zeros
 from hessopt.calculus.objective import require_params
 from hessopt.numerics import broyden
@@ -49,9 +49,9 @@ class BfgsState(NamedTuple):
     """State of `scale_by_bfgs`; vectors have the n real entries of params, in the order of `jax.tree.leaves`."""
 
     count: jax.Array  # int32 scalar, iterates taken in
-    last: jax.Array  # (3, n), the last one: params x, gradient g and H g
+    last: jax.Array  # (3, n), the last one: params x, gradient g, and H g (0 where H was not used)
     gamma: jax.Array  # scalar, s.y / y.y of the newest pair, in units of params^2 / f; 0 before the first
-    inverse: broyden.InverseHessian  # H, where info.pairs > 0
+    inverse: broyden.InverseHessian  # H, of no use where info.pairs is 0: the next pair begins it anew
     info: BfgsInfo
 
 
@@ -73,15 +73,15 @@ def scale_by_bfgs(
       A pair is taken in iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, else skipped and counted
       (PAIR_SKIPPED), unless damped. The first one sets `H = 10 (s.s / s.y) I` beforehand. Before it the direction is
       along the gradient, of unit length, or after a reset by the scale of the last pair where that is shorter.
-      Parameters that have not moved since the last update tell of a failed search, and reset H (MEMORY_RESET), as does
-      a direction that would not descend. A value, or a squared gradient, that is not finite gives an update of zero
-      (NONFINITE). The state is then as before, but for info.
+      Parameters that have not moved since the last update tell of a failed search, and reset H (MEMORY_RESET), as do
+      a direction that would not descend and an H that is no longer positive definite or finite. A value, or a squared
+      gradient, that is not finite gives an update of zero (NONFINITE). The state is then as before, but for info.
 
       Self-scaling and damping need s'Bs, known where s is a multiple of the last direction `H g_old`. Where clipping,
-      masking or momentum has turned it, the update is that of plain BFGS, undamped.
+      masking or momentum has turned it, the update is that of plain BFGS; a pair is then skipped rather than damped.
 
     Raises:
-      ValueError: for an unknown word.
+      ValueError: for a formula or an on_bad_curvature that is none of these.
       TypeError: in `update`, for missing params.
 
     Cost per update: one product with an n by n matrix, two where `grads` is not `grad`, and every 32 updates a writing
@@ -103,9 +103,8 @@ def scale_by_bfgs(
 
     Source: see the head of this file.
     """
-    check_word("formula", formula, FORMULAS)
+    factors = choose("formula", formula, FORMULAS)
     check_word("on_bad_curvature", on_bad_curvature, ("skip", "powell"))
-    factors = FORMULAS[formula] if isinstance(formula, str) else formula
 
     def init(params: Params) -> BfgsState:
         vector = jax.eval_shape(ravel, params)
@@ -121,16 +120,15 @@ def scale_by_bfgs(
         state: Any,
         params: Params | None = None,
         *,
-        value: Any = 0.0,
+        value: Any = None,
         grad: optax.Updates | None = None,
         **data: Any,
     ) -> tuple[optax.Updates, BfgsState]:
         require_params(params, caller=_NAME)
         grad = updates if grad is None else grad
         same = all(a is b for a, b in zip(*map(jax.tree.leaves, (updates, grad)), strict=True))
-        x, g, v = ravel(params), ravel(grad), ravel(updates)
+        x, g, v = (ravel(tree).astype(state.gamma.dtype) for tree in (params, grad, updates))
         (x_old, g_old, p_old), H, info = state.last, state.inverse, state.info
-        fresh = info.pairs == 0  # H is still a multiple of the identity
 
         # the next pair, s and y, and H y
         s, y, p = x - x_old, g - g_old, broyden.product(H, g)
@@ -140,47 +138,59 @@ def scale_by_bfgs(
         yy, yg, yu = inners[1, [1, 2, 5]]
         gg, gu, gg_old, pp_old = inners[2, 2], inners[2, 5], inners[3, 3], inners[4, 4]
         vv = gg if same else inner(v, v)
-        finite = jnp.isfinite(value) & jnp.isfinite(vv) & jnp.all(jnp.isfinite(inners))
+        finite = (value is None or jnp.isfinite(value)) & jnp.isfinite(vv) & jnp.all(jnp.isfinite(inners[:4, :4]))
         known = finite & (state.count > 0)
         stuck = known & (ss == 0)
-        good = known & accepts(ss, sy, sg_old, gg, gg_old, eps(grad))
+        good = known & accepts(ss, sy, sg_old, gg, gg_old, eps(grad)) & (yy > 0)
         gamma = jnp.where(good, sy / jnp.where(yy > 0, yy, 1.0), state.gamma)
 
-        # before the first pair, H is a multiple of the identity
+        # without pairs, or where rounding has spoilt it, H begins as a multiple of the identity
+        sound = jnp.all(jnp.isfinite(inners[:, 4:])) & (~good | (yu > 0))
+        spoilt = finite & (info.pairs > 0) & ~sound
+        pairs = jnp.where(spoilt, 0, info.pairs)
+        fresh = pairs == 0
         first = jnp.where(good, LONG * ss / jnp.where(good, sy, 1.0), first_scale(gamma, gg_old))
         u, p = (jnp.where(fresh, first * a, b) for a, b in ((y, u), (g, p)))
         yu, gu = (jnp.where(fresh, first * a, b) for a, b in ((yy, yu), (yg, gu)))
 
         # s'Bs, by B s = -alpha g_old where s = -alpha H g_old
         sBs = jnp.where(fresh, ss / first, sp_old * sg_old / jnp.where(pp_old > 0, pp_old, 1.0))
-        straight = fresh | (jnp.abs(sp_old) >= (1 - BENT) ** 0.5 * jnp.sqrt(ss) * jnp.sqrt(pp_old))
-        straight &= sBs > 0
-        damped = known & (ss > 0) & ~good & straight & (sy < DAMPED * sBs) & (on_bad_curvature == "powell")
+        turned = jnp.where(fresh, 0.0, 1 - sp_old * (sp_old / jnp.where(ss * pp_old > 0, ss * pp_old, 1.0)))
+        straight = (turned <= BENT) & (sBs > 0)
+
+        # Powell's damping: a mixture of y and B s in place of y
+        exact = straight & (turned <= 100 * jnp.finfo(g.dtype).eps)
+        damped = known & (ss > 0) & ~good & exact & (sy < DAMPED * sBs) & (on_bad_curvature == "powell")
         theta = jnp.where(damped, (1 - DAMPED) * sBs / jnp.where(damped, sBs - sy, 1.0), 1.0)
         yu = theta**2 * yu + 2 * theta * (1 - theta) * sy + (1 - theta) ** 2 * sBs
         u, gu, sy = (theta * a + (1 - theta) * b for a, b in ((u, s), (gu, sg), (sy, sBs)))
 
+        # the update
         good = (good | damped) & (yu > 0)
         sy, yu = (jnp.where(good, a, 1.0) for a in (sy, yu))
-        tau, phi = factors(jnp.where(good & straight, sBs / sy, 1.0), yu / sy, x.size)
+        tau, phi = (
+            jnp.asarray(a, g.dtype) for a in factors(jnp.where(good & straight, sBs / sy, 1.0), yu / sy, x.size)
+        )
         K = broyden.term(sy, yu, tau, phi)
-        good &= jnp.isfinite(tau) & jnp.all(jnp.isfinite(K))
+        good &= (tau > 0) & jnp.isfinite(tau) & jnp.all(jnp.isfinite(K))
         room = len(H.terms)
-        H = broyden.updated(broyden.restarted(H, fresh & good, first), info.pairs % room, s, u, tau, K, good)
+        H = broyden.restarted(H, spoilt | (fresh & good), first)
+        H = broyden.updated(H, pairs % room, s, u, tau, K, good)
         w = K @ jnp.stack([sg, gu])
         p = jnp.where(good, p / tau + w[0] * s + w[1] * u, p)
+        pairs += good
 
         # the direction
         direction = p if same else broyden.product(H, v)
         slope = inner(v, direction)
-        pairs = info.pairs + good.astype(jnp.int32)
-        lost = finite & (pairs > 0) & (vv > 0) & ~(slope > 0)
+        lost = finite & (pairs > 0) & (vv > 0) & ~((slope > 0) & jnp.isfinite(slope))
         plain = stuck | lost | (pairs == 0)
         direction = jnp.where(plain, first_scale(gamma, vv) * v, direction)
-        folds = good & ~plain & (pairs % room == 0)
-        H = jax.lax.cond(folds, broyden.folded, lambda H: H, H)
+        # after a failed search H stays as it is, to be read, until the next pair
+        H = broyden.restarted(H, lost, gamma)
+        H = jax.lax.cond(good & ~plain & (pairs % room == 0), broyden.folded, lambda H: H, H)
 
-        reset = (stuck | lost) & (pairs > 0)
+        reset = spoilt | lost | (stuck & (info.pairs > 0))
         skipped = known & (ss > 0) & ~good
         status = {StepStatus.NONFINITE: ~finite, StepStatus.PAIR_SKIPPED: skipped, StepStatus.MEMORY_RESET: reset}
         return unravel(jnp.where(finite, direction, 0.0), updates), BfgsState(
@@ -207,12 +217,13 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
 
     Returns:
       `(n, n)`, symmetric, in the order of the real entries of `jax.tree.leaves(params)`, real parts of a complex leaf
-      before imaginary ones, in units of params^2 / f. Positive definite, but for rounding. Where no pair has been taken
-      in since the last reset, it is gamma times the identity, zero before the first pair.
+      before imaginary ones, in units of params^2 / f. Positive definite, but for rounding; zero before the first pair.
+      After a failed search it is the one from before, until the next pair replaces it.
 
       At a minimum of a negative log posterior H estimates its covariance (Laplace's approximation) along what the run
       has moved through: exact for a quadratic after n steps, crude where few steps were taken, and scaled by its
-      formula where that is a self-scaled one. `hessopt.hessian` gives the exact curvature.
+      formula where that is a self-scaled one. End the run by `gtol`: once searches fail in the noise of rounding, the
+      next pair begins H anew (`info.pairs` counts those in it). `hessopt.hessian` gives the exact curvature.
 
     Raises:
       ValueError: when the state has not exactly one part of `scale_by_bfgs`.
@@ -232,4 +243,4 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
     if len(found) != 1:
         raise ValueError(f"state must have one part of scale_by_bfgs, got {len(found)}")
     (part,) = found
-    return broyden.dense(broyden.restarted(part.inverse, part.info.pairs == 0, part.gamma))
+    return broyden.dense(part.inverse)

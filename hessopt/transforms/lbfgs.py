@@ -129,7 +129,7 @@ def scale_by_lbfgs(
         state: Any,
         params: Params | None = None,
         *,
-        value: Any = 0.0,
+        value: Any = None,
         grad: optax.Updates | None = None,
         value_fn: ValueFn | None = None,
         **data: Any,
@@ -151,7 +151,7 @@ def scale_by_lbfgs(
         gg_old = inner(old_grad, old_grad) if same_batch_pairs else state.gg
         same = all(u is g for u, g in zip(*map(jax.tree.leaves, (updates, grad)), strict=True))
         uu = gg if same else inner(updates, updates)
-        finite = jnp.isfinite(value) & jnp.isfinite(gg_old + uu) & jnp.all(jnp.isfinite(inners))
+        finite = (value is None or jnp.isfinite(value)) & jnp.isfinite(gg_old + uu) & jnp.all(jnp.isfinite(inners))
 
         # products with the pairs
         products = functools.partial(_products, jnp.zeros((memory_size, 2), gg.dtype))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, check_word
+from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.flat import applied, gram, inner, solve_dtype, strongly_typed
 from hessopt.calculus.objective import bind, require_given, require_params
 from hessopt.calculus.recycling import LinesearchInfo, LinesearchState
@@ -96,8 +96,7 @@ def scale_by_wolfe_linesearch(
     check_range("slope_rtol", slope_rtol, 0, 0.5)
     check_range("curv_rtol", curv_rtol, slope_rtol, 1)
     check_range("max_rate", math.inf if max_rate is None else max_rate, 0)
-    check_word("initial_guess", initial_guess, GUESSES)
-    guess = GUESSES[initial_guess] if isinstance(initial_guess, str) else initial_guess
+    guess = choose("initial_guess", initial_guess, GUESSES)
 
     def init(params: Params) -> LinesearchState:
         dtype = solve_dtype(params)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, check_word
+from hessopt._checks import check_count, check_range, check_word, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
 from hessopt.calculus.flat import ravel, solve_dtype, unravel
 from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
@@ -104,10 +104,10 @@ def scale_by_newton(
     """
     check_range("damping", damping, 0)
     check_count("update_every", update_every)
-    check_word("positivity", positivity, POSITIVITIES)
-    check_word("curvature", curvature, CURVATURES)
-    check_word("blocks", blocks, WORDS)
-    method = POSITIVITIES[positivity] if isinstance(positivity, str) else positivity
+    method = choose("positivity", positivity, POSITIVITIES)
+    choose("curvature", curvature, CURVATURES)
+    if isinstance(blocks, str):
+        check_word("blocks", blocks, WORDS)
 
     def empty_factors(params: Params, labels: Any, count: int) -> list[Any]:
         def empty(group: int) -> Any:
@@ -133,7 +133,7 @@ def scale_by_newton(
         state: Any,
         params: Params | None = None,
         *,
-        value: Any = 0.0,
+        value: Any = None,
         grad: optax.Updates | None = None,
         value_fn: ValueFn | None = None,
         **data: Any,
@@ -142,7 +142,8 @@ def scale_by_newton(
         objective = bind(value_fn, data, caller=_NAME)
         labels, names = group_labels(params, blocks)
         parts = [take(updates, labels, group) for group in range(len(names))]
-        gradients = [jnp.where(jnp.isfinite(value), ravel(part), jnp.nan) for part in parts]
+        finite = value is None or jnp.isfinite(value)
+        gradients = [jnp.where(finite, ravel(part), jnp.nan) for part in parts]
         dtype = solve_dtype(params)
         lam = jnp.asarray(damping(state.count) if callable(damping) else damping, dtype)
 

@@ -85,9 +85,9 @@ def subsampled(
     Source: see the head of this file.
     """
     check_range("probability", probability, 0, 1)
-    check_word("blocks", blocks, WORDS)
-    if rest not in ("gradient", "norm_matched"):
-        raise ValueError(f"rest must be one of ['gradient', 'norm_matched'], got {rest!r}")
+    if isinstance(blocks, str):
+        check_word("blocks", blocks, WORDS)
+    check_word("rest", rest, ("gradient", "norm_matched"))
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> SubsampledState:

@@ -166,17 +166,83 @@ def test_parameters_that_have_not_moved_reset_the_matrix():
     assert int(state.info.pairs) == 1
 
 
-def test_a_matrix_that_is_no_longer_positive_definite_is_reset():
+def test_after_a_failed_search_the_matrix_can_be_read_until_the_next_pair():
+    tx, x = scale_by_bfgs(), jnp.array([1.0, -2.0])
+    state, A = tx.init(x), jnp.array([1.0, 10.0])
+    for point in (x, 0.5 * x, 0.2 * x + 0.1):
+        _, state = tx.update(A * point, state, point)
+    H = inverse_hessian(state)
+    for _ in range(2):
+        _, state = tx.update(A * point, state, point)
+        assert int(state.info.pairs) == 0
+        np.testing.assert_array_equal(inverse_hessian(state), H)
+    assert int(state.info.resets) == 1
+    s = 0.1 * x - point
+    _, state = tx.update(0.1 * A * x, state, 0.1 * x)
+    expected = recursion(10 * (s @ s) / (s @ (A * s)) * np.eye(2), s, A * s, "bfgs")
+    np.testing.assert_allclose(inverse_hessian(state), expected, rtol=1e-12)
+
+
+@pytest.mark.usefixtures("_room")
+@pytest.mark.parametrize("factor", [-1.0, np.inf, np.nan])
+def test_a_matrix_that_is_no_longer_positive_definite_begins_anew(factor):
     tx, x = scale_by_bfgs(), jnp.array([1.0, -2.0])
     state = tx.init(x)
-    for factor in (1.0, 0.5):
-        _, state = tx.update(factor * x, state, factor * x)
-    H = state.inverse
-    spoilt = state._replace(inverse=H._replace(weights=-H.weights, terms=-H.terms))
-    p, state = tx.update(0.4 * x, spoilt, 0.4 * x)
+    for scale in (1.0, 0.5):
+        _, state = tx.update(scale * x, state, scale * x)
+    (weights, base, columns, terms), last = state.inverse, state.last.at[2].multiply(factor)
+    spoilt = broyden.InverseHessian(factor * weights, factor * base, columns, factor * terms)
+    p, state = tx.update(0.4 * x, state._replace(inverse=spoilt, last=last), 0.4 * x)
     assert StepStatus.MEMORY_RESET in status(state)
-    assert int(state.info.resets) == 1
+    assert (int(state.info.pairs), int(state.info.resets)) == (1, 1)  # the pair itself is sound
+    s = -0.1 * x
+    np.testing.assert_allclose(inverse_hessian(state), recursion(10 * np.eye(2), s, s, "bfgs"), rtol=1e-12)
     assert x @ p > 0
+
+
+def test_a_curvature_that_vanishes_never_ends_the_run():
+    """H overflows on separable data, again and again."""
+    value_fn = lambda w: jnp.sum(jnp.logaddexp(0.0, -jnp.array([1.0, 0.01, 100.0], jnp.float32) * w))
+    tx, w = hessopt.bfgs(1.0, linesearch=None), jnp.zeros(3, jnp.float32)
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = tx.update(jax.grad(value_fn)(w), state, w)
+        return (optax.apply_updates(w, updates), state), hessopt.diagnostics(state)["bfgs.status"]
+
+    (w, _), statuses = jax.lax.scan(step, (w, tx.init(w)), length=400)
+    assert jnp.isfinite(w).all()
+    assert not (statuses & StepStatus.NONFINITE.value).any()
+    assert value_fn(w) < 1e-6
+
+
+def test_damping_keeps_the_matrix_positive_definite_where_the_step_is_slightly_turned():
+    well, tx = lambda x: jnp.sum(jnp.cos(x) + 10.0 * jnp.cos(3.0 * x)), scale_by_bfgs(on_bad_curvature="powell")
+    rng = np.random.default_rng(0)
+    for turn in (0.0, 1e-9, 1e-4, 0.02):
+        x = jnp.asarray(rng.normal(size=4))
+        state = tx.init(x)
+        for _ in range(30):
+            p, state = tx.update(jax.grad(well)(x), state, x)
+            assert StepStatus.MEMORY_RESET not in status(state)
+            H = inverse_hessian(state)
+            assert jnp.linalg.eigvalsh(H).min() >= -1e-12 * jnp.abs(H).max()
+            across = rng.normal(size=4)
+            x = x - 0.3 * p / jnp.linalg.norm(p) + 0.3 * turn * across / np.linalg.norm(across)
+
+
+def test_a_gradient_may_be_a_number_or_wider_than_the_params():
+    tx = scale_by_bfgs()
+    p, state = tx.update(2.0, tx.init(1.0), 1.0, value=None)
+    assert p == 1.0
+    x = jnp.array([1.0, 2.0], jnp.float32)
+    state = tx.init(x)
+    for factor in (1.0, 0.5, 0.2):
+        p, after = tx.update(factor * x.astype(jnp.float64), state, factor * x)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        state = after
+    assert p.dtype == jnp.float64
+    assert int(state.info.pairs) == 2
 
 
 def test_a_converged_run_without_a_search_stays_where_it_is():
@@ -244,8 +310,11 @@ def test_the_inverse_hessian_wants_one_state_of_bfgs():
 def test_words_are_checked():
     with pytest.raises(ValueError, match="formula must be one of"):
         scale_by_bfgs("broyden")
-    with pytest.raises(ValueError, match="on_bad_curvature must be one of"):
-        scale_by_bfgs(on_bad_curvature="damp")
+    with pytest.raises(ValueError, match=r"formula must be one of .* got None"):
+        scale_by_bfgs(None)
+    for word in ("damp", True):
+        with pytest.raises(ValueError, match="on_bad_curvature must be one of"):
+            scale_by_bfgs(on_bad_curvature=word)
 
 
 def test_a_formula_may_be_a_function():
