@@ -4,12 +4,19 @@ With s the change of the parameters, y that of the gradient and u = H y, every m
 
     H+ = (H - u u'/(y'u) + phi v v') / tau + s s'/(s'y),    v = sqrt(y'u) (s/(s'y) - u/(y'u)),
 
-H scaled and a term of rank two in the columns s and u. These terms are kept aside,
+H scaled, and two terms of rank one: with r = phi / (phi h + tau),
 
-    H = a I + b base + sum_j [s_j u_j] M_j [s_j u_j]',
+    H+ = H / tau + (s - r u) (s - r u)' phi / (r tau s'y) + u u' ((phi - 1) / (tau y'u) - phi r / (tau s'y)).
+
+These terms are kept aside,
+
+    H = a I + b base + sum_j t_j c_j c_j',
 
 and folded into the base once there are as many as there is room for, so that a step reads the base and does not write
-it. The members differ in (tau, phi), functions of
+it. Terms of rank one keep the matrix exactly symmetric; an error that is not symmetric would stay for good, and
+self-scaling would let it grow.
+
+The members differ in (tau, phi), functions of
 
     b = s'Bs / s'y,  B = H^-1,    h = y'u / s'y,    a = b h - 1 >= 0.
 
@@ -64,91 +71,68 @@ FORMULAS: dict[str, Formula] = {"bfgs": bfgs, "dfp": dfp, "ssbfgs": ssbfgs, "ssb
 
 
 class InverseHessian(NamedTuple):
-    """`a I + b base + sum_j columns_j' terms_j columns_j`, with room for k terms of rank two."""
+    """`a I + b base + sum_j t_j c_j c_j'`, with room for 2k such terms; without room the base is written every time."""
 
     weights: jax.Array  # (2,), a and b
-    base: Matrix  # (n, n)
-    columns: jax.Array  # (k, 2, n), s and u of each term
-    terms: jax.Array  # (k, 2, 2), zero where there is no term
+    base: Matrix  # (n, n), not read where b is 0
+    columns: jax.Array  # (2 k, n), c_j
+    terms: jax.Array  # (2 k,), t_j, zero where there is no term
 
 
 def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
-    """Shapes and dtypes; all zeros, it is the zero matrix."""
-    like: list[Any] = [jax.ShapeDtypeStruct(size, dtype) for size in ((2,), (n, n), (room, 2, n), (room, 2, 2))]
+    """Shapes and dtypes, with room for the terms of this many updates; all zeros, it is the zero matrix."""
+    like: list[Any] = [jax.ShapeDtypeStruct(size, dtype) for size in ((2,), (n, n), (2 * room, n), (2 * room,))]
     return InverseHessian(*like)
 
 
 def product(H: InverseHessian, g: Vector) -> Vector:
     """`H g`, in one reading of the base."""
-    (a, b), inner = H.weights, jnp.tensordot(H.columns, g, 1, precision="highest")
-    weights = (H.terms * inner[:, None, :]).sum(-1)
-    far = jnp.matmul(H.base, g, precision="highest")
-    return a * g + jnp.where(b == 0, 0.0, b * far) + jnp.tensordot(weights, H.columns, 2, precision="highest")
+    a, b = H.weights
+    total = a * g + jnp.where(b == 0, 0.0, b * jnp.matmul(H.base, g, precision="highest"))
+    if not len(H.terms):
+        return total
+    return total + jnp.matmul(H.terms * jnp.matmul(H.columns, g, precision="highest"), H.columns, precision="highest")
 
 
-def term(sy: jax.Array, yu: jax.Array, tau: jax.Array, phi: jax.Array) -> Matrix:
-    """The `(2, 2)` matrix K of `H+ = H / tau + [s u] K [s u]'`."""
-    across = -phi / (tau * sy)
-    return jnp.stack([(phi * (yu / sy) / tau + 1.0) / sy, across, across, (phi - 1.0) / (tau * yu)]).reshape(2, 2)
+def term(sy: jax.Array, yu: jax.Array, tau: jax.Array, phi: jax.Array) -> tuple[jax.Array, Vector]:
+    """r and the `(2,)` factors t of `H+ = H / tau + t_0 (s - r u) (s - r u)' + t_1 u u'`."""
+    whole = phi * (yu / sy) + tau
+    r = phi / whole
+    return r, jnp.stack([whole / (tau * sy), (phi - 1.0) / (tau * yu) - phi * r / (tau * sy)])
 
 
 def updated(
-    H: InverseHessian, slot: jax.Array, s: Vector, u: Vector, tau: jax.Array, K: Matrix, good: jax.Array
+    H: InverseHessian, slot: jax.Array, columns: jax.Array, terms: Vector, tau: jax.Array, good: jax.Array
 ) -> InverseHessian:
-    """`H / tau + [s u] K [s u]'`, its new term in this slot, where good; else H."""
-
-    def put(rows: jax.Array, new: jax.Array) -> jax.Array:
-        old = jax.lax.dynamic_index_in_dim(rows, slot, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(good, new, old), slot, 0)
-
-    tau = jnp.where(good, tau, 1.0)
-    return InverseHessian(H.weights / tau, H.base, put(H.columns, jnp.stack([s, u])), put(H.terms / tau, K))
+    """`H / tau` and two terms, `(2, n)` and `(2,)`, in this slot, or without room in the base; H where not good."""
+    weights, terms = H.weights / jnp.where(good, tau, 1.0), jnp.where(good, terms, 0.0)
+    if not len(H.terms):
+        return folded(InverseHessian(weights, H.base, jnp.where(good, columns, 0.0), terms))._replace(
+            columns=H.columns, terms=H.terms
+        )
+    columns = jnp.where(good, columns, jax.lax.dynamic_slice_in_dim(H.columns, 2 * slot, 2))
+    return InverseHessian(
+        weights,
+        H.base,
+        jax.lax.dynamic_update_slice_in_dim(H.columns, columns, 2 * slot, 0),
+        jax.lax.dynamic_update_slice_in_dim(H.terms / jnp.where(good, tau, 1.0), terms, 2 * slot, 0),
+    )
 
 
 def restarted(H: InverseHessian, condition: jax.Array, scale: jax.Array) -> InverseHessian:
-    """`scale I` where the condition holds, else H; nothing n by n is written, and a base of weight 0 may hold NaN."""
+    """`scale I` where the condition holds, else H; nothing n by n is written."""
     weights = jnp.where(condition, jnp.stack([scale, jnp.zeros_like(scale)]), H.weights)
     return H._replace(weights=weights, terms=jnp.where(condition, 0.0, H.terms))
 
 
 def folded(H: InverseHessian) -> InverseHessian:
-    """H with the identity and all terms in the base, which is written in place, some rows at a time.
-
-    What lies below the diagonal is the mirror image of what lies above: an error of rounding that is not symmetric
-    would stay for good, and self-scaling would let it grow.
-    """
-    (a, b), (room, _, n) = H.weights, H.columns.shape
-    height = min(n, ROWS)
-    left = H.columns.reshape(2 * room, n).T  # once: products with a transpose are slow
-    first, second = (H.terms[:, :, i, None] * H.columns[:, None, i] for i in range(2))
-    right = (first + second).reshape(2 * room, n)
-    columns, within = jnp.arange(n), jnp.arange(height)
-
-    def begin(i: jax.Array) -> jax.Array:
-        return jnp.minimum(i * height, n - height)  # the last rows may overlap those before
-
-    def fold_rows(i: jax.Array, carry: tuple[Matrix, jax.Array]) -> tuple[Matrix, jax.Array]:
-        base, mirrored = carry
-        start = begin(i)
-        rows = start + within[:, None]
-        old = jax.lax.dynamic_slice_in_dim(base, start, height)
-        new = jnp.matmul(jax.lax.dynamic_slice_in_dim(left, start, height), right, precision="highest")
-        new = jnp.where(b == 0, 0.0, b * old) + new + jnp.where(rows == columns, a, 0.0)
-        square = jax.lax.dynamic_slice_in_dim(new, start, height, 1)
-        square = jnp.where(within[:, None] <= within, square, square.T)
-        new = jax.lax.dynamic_update_slice_in_dim(new, square, start, 1)
-        new = jnp.where(columns < i * height, mirrored, new)
-        base = jax.lax.dynamic_update_slice_in_dim(base, jnp.where(rows < i * height, old, new), start, 0)
-        # carried, since XLA copies a base that it reads elsewhere than it writes
-        return base, jax.lax.dynamic_slice_in_dim(base, begin(i + 1), height, 1).T
-
-    carry = H.base, jnp.zeros((height, n), H.base.dtype)
-    base, _ = jax.lax.fori_loop(0, -(-n // height), fold_rows, carry) if n else carry
+    """H with the identity and all terms in the base, in one pass over it, in place."""
+    (a, b), base = H.weights, H.base
+    base = jnp.where(b == 0, 0.0, b * base) + jnp.where(jnp.eye(len(base), dtype=bool), a, 0.0)
+    # one sum of outer products, not a matrix product: XLA's is slower on CPUs, and not exactly symmetric
+    for sign, column in zip(jnp.sign(H.terms), jnp.sqrt(jnp.abs(H.terms))[:, None] * H.columns, strict=True):
+        base = base + (sign * column)[:, None] * column
     return H._replace(weights=jnp.array([0.0, 1.0], H.weights.dtype), base=base, terms=jnp.zeros_like(H.terms))
-
-
-ROWS = 256
-"""Rows that are folded at a time."""
 
 
 def dense(H: InverseHessian) -> Matrix:

@@ -23,10 +23,10 @@ from hessopt.typing import Matrix, Params, StepStatus, step_status
 
 _NAME = "scale_by_bfgs"
 
-ROOM = 32
-"""Terms of rank two that are kept aside."""
+ROOM = 16
+"""Updates whose terms are kept aside."""
 SMALL = 128
-"""Parameters up to which every term is folded at once."""
+"""Parameters up to which none are."""
 BENT = 1e-3
 """Squared sine of s to the last direction up to which s is taken as a multiple of it."""
 LONG = 10.0
@@ -84,9 +84,9 @@ def scale_by_bfgs(
       ValueError: for a formula or an on_bad_curvature that is none of these.
       TypeError: in `update`, for missing params.
 
-    Cost per update: one product with an n by n matrix, two where `grads` is not `grad`, and every 32 updates a writing
-    of it, `64 n^2` multiplications (under vmap in every update; up to 128 parameters always, in `3 n^2`). No gradient.
-    Memory: `n^2 + 67 n`.
+    Cost per update: one product with an n by n matrix, two where `grads` is not `grad`, and every 16 updates a writing
+    of it, `32 n^2` multiplications (under vmap in every update; up to 128 parameters always, in `2 n^2`). No gradient.
+    Memory: `n^2 + 35 n`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -108,7 +108,7 @@ def scale_by_bfgs(
 
     def init(params: Params) -> BfgsState:
         vector = jax.eval_shape(ravel, params)
-        room = 1 if vector.size <= SMALL else ROOM
+        room = 0 if vector.size <= SMALL else ROOM
         count: Any = jax.ShapeDtypeStruct((), jnp.int32)
         scalar: Any = jax.ShapeDtypeStruct((), vector.dtype)
         inverse = broyden.shapes(vector.size, room, vector.dtype)
@@ -171,13 +171,12 @@ def scale_by_bfgs(
         tau, phi = (
             jnp.asarray(a, g.dtype) for a in factors(jnp.where(good & straight, sBs / sy, 1.0), yu / sy, x.size)
         )
-        K = broyden.term(sy, yu, tau, phi)
-        good &= (tau > 0) & jnp.isfinite(tau) & jnp.all(jnp.isfinite(K))
-        room = len(H.terms)
+        r, terms = broyden.term(sy, yu, tau, phi)
+        good &= (tau > 0) & jnp.isfinite(tau) & jnp.all(jnp.isfinite(terms))
+        c, room = s - r * u, len(H.terms) // 2
         H = broyden.restarted(H, spoilt | (fresh & good), first)
-        H = broyden.updated(H, pairs % room, s, u, tau, K, good)
-        w = K @ jnp.stack([sg, gu])
-        p = jnp.where(good, p / tau + w[0] * s + w[1] * u, p)
+        H = broyden.updated(H, pairs % max(room, 1), jnp.stack([c, u]), terms, tau, good)
+        p = jnp.where(good, p / tau + terms[0] * (sg - r * gu) * c + terms[1] * gu * u, p)
         pairs += good
 
         # the direction
@@ -188,7 +187,8 @@ def scale_by_bfgs(
         direction = jnp.where(plain, first_scale(gamma, vv) * v, direction)
         # after a failed search H stays as it is, to be read, until the next pair
         H = broyden.restarted(H, lost, gamma)
-        H = jax.lax.cond(good & ~plain & (pairs % room == 0), broyden.folded, lambda H: H, H)
+        if room:
+            H = jax.lax.cond(good & ~plain & (pairs % room == 0), broyden.folded, lambda H: H, H)
 
         reset = spoilt | lost | (stuck & (info.pairs > 0))
         skipped = known & (ss > 0) & ~good
@@ -228,7 +228,7 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
     Raises:
       ValueError: when the state has not exactly one part of `scale_by_bfgs`.
 
-    Cost: one fold, `64 n^2` multiplications, and two matrices of memory.
+    Cost: at most `32 n^2` multiplications.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
