@@ -110,23 +110,27 @@ def folder(out: pathlib.Path) -> pathlib.Path:
     return out / re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
-def write(out: pathlib.Path, suite: str, tables: Sequence[Table]) -> str:
-    """Write the JSON, the Markdown and the figure of a suite; return the Markdown."""
-    place = folder(out)
+def save(out: pathlib.Path, suite: str, record: dict[str, Any], lines: Sequence[str], figure: Any) -> str:
+    """Write the record as JSON, the lines as Markdown and the figure, each with the machine; return the Markdown."""
+    facts, place = machine(), folder(out)
     place.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "tables": [[t.title, [x._asdict() for x in t.timings]] for t in tables]}
-    (place / f"{suite}.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = _markdown(suite, tables)
+    (place / f"{suite}.json").write_text(json.dumps({"machine": facts} | record, indent=1) + "\n")
+    head = [f"# {suite}", "", f"Written by `python -m benchmarks {suite}`, not by hand.", ""]
+    head += [", ".join(f"{name} {what}" for name, what in facts.items()) + ".", ""]
+    text = "\n".join([*head, *lines, ""])
     (place / f"{suite}.md").write_text(text)
-    _figure(tables).savefig(place / f"{suite}.png", dpi=150)
+    figure.savefig(place / f"{suite}.png", dpi=150)
     return text
 
 
-def _markdown(suite: str, tables: Sequence[Table]) -> str:
-    facts = machine()
-    lines = [f"# {suite}", "", f"Written by `python -m benchmarks {suite}`, not by hand.", ""]
-    lines += [", ".join(f"{name} {what}" for name, what in facts.items()) + ".", ""]
-    lines += ["Medians, with quartiles in brackets; ratios are taken within a round.", ""]
+def write(out: pathlib.Path, suite: str, tables: Sequence[Table]) -> str:
+    """Write what contenders took, with a figure of their ratios; return the Markdown."""
+    record = {"tables": [[t.title, [x._asdict() for x in t.timings]] for t in tables]}
+    return save(out, suite, record, _lines(tables), _figure(tables))
+
+
+def _lines(tables: Sequence[Table]) -> list[str]:
+    lines = ["Medians, with quartiles in brackets; ratios are taken within a round.", ""]
     for table in tables:
         columns = list(dict.fromkeys(name for timing in table.timings for name in timing.facts))
         lines += [f"## {table.title}", "", "| | " + " | ".join(["milliseconds", "ratio", *columns]) + " |"]
@@ -136,7 +140,7 @@ def _markdown(suite: str, tables: Sequence[Table]) -> str:
             cells += [f"{timing.facts[c]:.3g}" if c in timing.facts else "" for c in columns]
             lines += [f"| {timing.name} | " + " | ".join(cells) + " |"]
         lines += [""]
-    return "\n".join(lines)
+    return lines[:-1]
 
 
 def _spread(values: np.ndarray) -> str:

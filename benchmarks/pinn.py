@@ -1,7 +1,6 @@
 """The PINN suite: what the BFGS family reaches on the 3-D Poisson problem, what it costs, and when L-BFGS will do."""
 
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -45,14 +44,8 @@ def run(quick: bool, out: pathlib.Path) -> str:
         for name in ("lbfgs", "bfgs", "ssbroyden")
     ]
     rows = [{"run": name} | _row(each) for name, each in runs.items()]
-    place = harness.folder(out)
-    place.mkdir(parents=True, exist_ok=True)
-    record = {"machine": harness.machine(), "runs": rows, "seconds per step": beside, "sizes": sizes}
-    (place / "pinn.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = _markdown(rows, beside, sizes, seeds, steps)
-    (place / "pinn.md").write_text(text)
-    _figure(runs).savefig(place / "pinn.png", dpi=150)
-    return text
+    record = {"runs": rows, "seconds per step": beside, "sizes": sizes}
+    return harness.save(out, "pinn", record, _lines(rows, beside, sizes, seeds, steps), _figure(runs))
 
 
 def _trained(name: str, seed: int, where: Any, steps: int, sizes: tuple[int, ...] = poisson.SIZES) -> Run:
@@ -123,17 +116,14 @@ def _beside_scipy(where: poisson.Points, steps: int, rounds: int) -> dict[str, l
     return seconds
 
 
-def _markdown(
+def _lines(
     rows: Sequence[dict[str, Any]],
     beside: dict[str, list[float]],
     sizes: Sequence[dict[str, Any]],
     seeds: Sequence[int],
     steps: int,
-) -> str:
-    facts = harness.machine()
-    lines = ["# pinn", "", "Written by `python -m benchmarks pinn`, not by hand.", ""]
-    lines += [", ".join(f"{name} {what}" for name, what in facts.items()) + ".", ""]
-    lines += ["The 3-D Poisson problem of `benchmarks/problems/poisson.py`; errors are relative, L2.", ""]
+) -> list[str]:
+    lines = ["The 3-D Poisson problem of `benchmarks/problems/poisson.py`; errors are relative, L2.", ""]
     lines += [f"## Median of {len(seeds)} seeds, {steps} steps", "", "| | error | loss | gradients per step |"]
     lines += ["|---" + "|---:" * 3 + "|"]
     for name in OPTIMIZERS:
@@ -147,8 +137,7 @@ def _markdown(
         lines += [f"| {name} | {1e3 * np.median(seconds):.3g} | {ratio:.2f} |"]
     lines += ["", "## BFGS and L-BFGS by the number of parameters", ""]
     lines += ["One hidden width each, the same points and seed.", "", *_table(sizes), ""]
-    lines += ["## Every run", "", *_table(rows), ""]
-    return "\n".join(lines)
+    return [*lines, "## Every run", "", *_table(rows)]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
