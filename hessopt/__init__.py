@@ -8,7 +8,12 @@ from hessopt.calculus.curvature import hvp as hvp
 from hessopt.calculus.groups import group_labels as group_labels
 from hessopt.calculus.objective import composite as composite
 from hessopt.calculus.recycling import value_and_grad_from_state as value_and_grad_from_state
+from hessopt.calculus.restriction import restriction as restriction
 from hessopt.calculus.spectrum import spectrum as spectrum
+from hessopt.calculus.taylor import Taylor as Taylor
+from hessopt.calculus.taylor import taylor as taylor
+from hessopt.numerics.secular import CubicSolution as CubicSolution
+from hessopt.numerics.secular import solve_cubic as solve_cubic
 from hessopt.optimizers import bfgs as bfgs
 from hessopt.optimizers import lbfgs as lbfgs
 from hessopt.optimizers import newton as newton

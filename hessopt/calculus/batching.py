@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal, jaxpr_as_fun
+from jax.extend.core import Literal
 
-JIT = ("jit", "pjit")
-"""What a jitted call is named in a program, by version of JAX; it is entered, and its equations taken one by one."""
+from hessopt.calculus.programs import CALLS, called, single
 
 
 def stacked(fun: Callable[[jax.Array], list[jax.Array]], example: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:
@@ -51,8 +50,9 @@ def _evaluate(program: Any, operands: Any) -> list[tuple[Any, bool]]:
         return (variable.val, False) if isinstance(variable, Literal) else known[variable]
 
     for equation in jaxpr.eqns:
-        if equation.primitive.name in JIT:
-            results = _evaluate(equation.params["jaxpr"], [read(v) for v in equation.invars])
+        inside = called(equation, CALLS)
+        if inside is not None:
+            results = _evaluate(inside, [read(v) for v in equation.invars])
         else:
             results = _apply(program, equation, read)
         known |= zip(equation.outvars, results, strict=True)
@@ -61,11 +61,9 @@ def _evaluate(program: Any, operands: Any) -> list[tuple[Any, bool]]:
 
 def _apply(program: Any, equation: Any, read: Callable[[Any], tuple[Any, bool]]) -> list[tuple[Any, bool]]:
     """One equation, through its own batching rule, with the axis put back where it belongs."""
-    variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
+    variables, fun = single(program, equation)
     values = [read(v)[0] for v in variables]
     mapped = [read(v)[1] for v in variables]
-    single = program.jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
-    fun = jaxpr_as_fun(program.replace(jaxpr=single, consts=()))
     if not any(mapped):
         return [(value, False) for value in fun(*values)]
     if _contracts_data(equation, mapped):

@@ -1,0 +1,36 @@
+"""The same terms without the sweep: slower, in as little memory as is wanted."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hessopt.calculus.taylor.tangents import gram
+from hessopt.typing import Matrix, Vector
+
+
+def rows(
+    objective: Callable[..., jax.Array],
+    leaves: Sequence[jax.Array],
+    updates: Sequence[jax.Array],
+    labels: Sequence[int],
+    count: int,
+    order: int,
+    dtype: Any,
+    chunk_size: int,
+) -> tuple[Matrix, Vector]:
+    """The Hessian of phi a few rows at a time, by derivatives of the gradient, and for order 3 the third derivatives."""
+    gradient = jax.grad(objective, argnums=tuple(range(len(leaves))))
+
+    def terms(group: jax.Array) -> tuple[Vector, jax.Array]:
+        own = tuple(jnp.where(group == label, u, jnp.zeros_like(u)) for u, label in zip(updates, labels, strict=True))
+        along = lambda fun: lambda *x: jax.jvp(fun, x, own)[1]
+        turned = along(gradient)(*leaves)
+        row = jnp.zeros(count, dtype)
+        for part, u, label in zip(turned, updates, labels, strict=True):
+            row = row.at[label].add(gram(part[None], u[None], dtype)[0, 0])
+        third = along(along(along(objective)))(*leaves) if order == 3 else jnp.zeros(())
+        return row, third.astype(dtype)
+
+    return jax.lax.map(terms, jnp.arange(count), batch_size=chunk_size)
