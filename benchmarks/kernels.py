@@ -1,4 +1,4 @@
-"""The kernels: dense Hessians in chunks, products, the ends of the spectrum, L-BFGS directions and lanes."""
+"""The kernels: Hessians, products, spectra, quasi-Newton updates, lanes, Taylor terms and the cubic solve."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +14,7 @@ from benchmarks.problems import mlp
 from hessopt.transforms.bfgs import ROOM as PERIOD  # updates between two writings of the matrix
 
 LANES, STEPS = 64, 10
+NETWORKS = ((784, 256, 256, 10), (784, *[100] * 11, 10), (784, *[100] * 29, 10))  # 6, 24 and 60 tensors
 
 
 def run(quick: bool) -> Sequence[Table]:
@@ -35,6 +36,11 @@ def run(quick: bool) -> Sequence[Table]:
         *(compare(f"extreme eigenvalues, {p.name}", spectra(p), rounds, settle) for p in problems[1:2]),
         compare(f"L-BFGS direction, n = {size:.0e}, m = 10, float32", lbfgs_directions(size), 5 * rounds, 0.0),
         *updates,
+        *(
+            compare(f"Taylor terms, a group for each tensor, {p.name}", taylor_terms(p), rounds, 0.0)
+            for p in (mlp.noise(sizes, 512) for sizes in (NETWORKS[:1] if quick else NETWORKS))
+        ),
+        *(compare(f"cubic model, {n} groups, float32", cubic_models(n), 5 * rounds, 0.0) for n in (6, 60)),
         *(compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0) for p in problems[1:2]),
     ]
 
@@ -178,4 +184,46 @@ def lanes(problem: mlp.Problem) -> list[Contender]:
         compiled("optax.lbfgs in minimize", driven(optax.lbfgs()), starts),
         compiled("hessopt.lbfgs in minimize", driven(hessopt.lbfgs()), starts),
         compiled("one value and gradient", jax.vmap(jax.value_and_grad(problem.value_fn)), starts),
+    ]
+
+
+def taylor_terms(problem: mlp.Problem) -> list[Contender]:
+    """One value and gradient, then phi's derivatives in the sweep and by JAX; equal to 1e-3 or an error."""
+    updates = jax.tree.map(jnp.negative, jax.grad(problem.value_fn)(problem.params))
+    count = len(jax.tree.leaves(updates))
+
+    def ours(order: int) -> Contender:
+        def terms(params: Any, updates: Any) -> hessopt.Taylor:
+            return hessopt.taylor(problem.value_fn, params, updates, groups="leaf", order=order)
+
+        return compiled(f"hessopt.taylor, order {order}", terms, problem.params, updates)
+
+    def hessian(params: Any, updates: Any) -> jax.Array:
+        phi = hessopt.restriction(problem.value_fn, params, updates, groups="leaf")
+        return jax.hessian(phi)(jnp.zeros(count))
+
+    theirs = compiled("jax.hessian of phi", hessian, problem.params, updates)
+    contenders = [ours(2), ours(3)]
+    exact = theirs.run()
+    for contender in contenders:
+        error = float(jnp.max(jnp.abs(contender.run().hessian - exact)) / jnp.max(jnp.abs(exact)))
+        if not error <= 1e-3:
+            raise ValueError(f"{contender.name} differs from jax.hessian by {error:.1e} on {problem.name}")
+    return [
+        compiled("one value and gradient", jax.value_and_grad(problem.value_fn), problem.params),
+        *contenders,
+        theirs,
+    ]
+
+
+def cubic_models(size: int) -> list[Contender]:
+    """An eigendecomposition, for scale, and the minimiser of an indefinite model over ten orders of magnitude."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    scale = 10 ** jax.random.uniform(keys[0], (size,), minval=-5, maxval=5)
+    A = jax.random.normal(keys[1], (size, size))
+    H = (A + A.T) * scale * scale[:, None]
+    g = jax.random.normal(keys[2], (size,)) * scale
+    return [
+        compiled("jnp.linalg.eigh", jnp.linalg.eigh, A + A.T),
+        compiled("hessopt.solve_cubic", hessopt.solve_cubic, g, H, scale, jnp.float32(1.0)),
     ]

@@ -41,12 +41,26 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
 def digits(sizes: tuple[int, ...], batch: int) -> Problem:
     """Mean softmax cross-entropy on scikit-learn's digits."""
     images, labels = load_digits(return_X_y=True)
-    x, y = jnp.asarray(images[:batch] / 16, jnp.float32), jnp.asarray(labels[:batch])
+    return _classification(sizes, jnp.asarray(images[:batch] / 16, jnp.float32), jnp.asarray(labels[:batch]))
 
+
+def noise(sizes: tuple[int, ...], batch: int) -> Problem:
+    """The same on normal inputs with random labels, of any size."""
+    inputs, labels = noise_data(sizes[0], sizes[-1], batch)
+    return _classification(sizes, jnp.asarray(inputs, jnp.float32), jnp.asarray(labels))
+
+
+def noise_data(features: int, classes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs and labels of `noise`."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(batch, features)), rng.integers(classes, size=batch)
+
+
+def _classification(sizes: tuple[int, ...], x: jax.Array, y: jax.Array) -> Problem:
     def loss_fn(logits: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    return Problem(_name(sizes, batch), init(0, sizes), hessopt.composite(lambda params: apply(params, x), loss_fn))
+    return Problem(_name(sizes, len(x)), init(0, sizes), hessopt.composite(lambda params: apply(params, x), loss_fn))
 
 
 def regression(sizes: tuple[int, ...], batch: int) -> Problem:

@@ -7,7 +7,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-"""Equations that are calls of a program and no more, under the names that versions of JAX give them, and where it is."""
+"""Equations that are calls of a program and no more, by the names that versions of JAX give them, and where it is."""
 
 REMATERIALIZED = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
 """The same, of what is to be evaluated again in a backward pass."""

@@ -42,8 +42,10 @@ def restriction(
     labels, _, steps = grouped(params, updates, groups)
 
     def phi(eta: jax.Array) -> jax.Array:
-        move = lambda p, u, label: p + jnp.asarray(eta[label], p.dtype) * u
-        return value_fn(jax.tree.map(move, strong(params), steps, labels))
+        def moved(p: jax.Array, u: jax.Array, label: int) -> jax.Array:
+            return p + jnp.asarray(eta[label], p.dtype) * u
+
+        return value_fn(jax.tree.map(moved, strong(params), steps, labels))
 
     return phi
 

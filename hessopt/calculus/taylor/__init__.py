@@ -61,8 +61,8 @@ def taylor(
       A `Taylor`.
 
     Raises:
-      ValueError: when `updates` is not a tree like `params`, for groups that do not fit, an order that is not 1, 2 or 3,
-        or a chunk_size < 1.
+      ValueError: when `updates` is not a tree like `params`, for groups that do not fit, another order, or a
+        chunk_size < 1.
       TypeError: for order 3 where value_fn depends on params through a `jax.custom_vjp`; the message names it.
 
     Cost: two gradients, and for every group one tangent of what lies behind it: for a network of L layers with a group

@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.taylor.tangents import Contribution, Tangents, after, gram, rowwise, spread, stacked
+from hessopt.calculus.taylor.tangents import Contribution, Tangents, added, after, gram, rowwise, spread, stacked
 from hessopt.calculus.taylor.tape import Operation
 
 NAMES = frozenset(
-    "abs acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt clamp copy cos cosh digamma div erf erf_inv "
-    "erfc exp exp2 expm1 integer_pow lgamma log log1p logistic max min mul neg pow rsqrt sign sin sinh sqrt square sub "
-    "add add_any tan tanh".split()
+    "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp cos cosh digamma div erf erf_inv erfc exp exp2 "  # noqa: SIM905
+    "expm1 integer_pow lgamma log log1p logistic max min mul neg pow rsqrt sin sinh sqrt square sub tan tanh".split()
 )
 """Primitives of which every entry of the result depends on the same entry of the operand only."""
 
@@ -28,7 +27,7 @@ def is_pointwise(operation: Operation) -> bool:
         return False
     (value,) = operation.values
     (result,) = jax.eval_shape(operation.fun, value)
-    return value.shape == result.shape and not any(jnp.iscomplexobj(a) for a in (value, result))
+    return value.shape == result.shape and not jnp.iscomplexobj(value) and not jnp.iscomplexobj(result)
 
 
 def contract(
@@ -38,36 +37,36 @@ def contract(
     (lam,), (groups, s) = adjoint, x
     f1, f2, f3 = (*_slopes(operation, order), None)[:3]
     ss = None if xx is None else spread(xx, groups)
-    H = [] if f2 is None else [gram((lam * f2) * s, s, dtype)]
-    terms = [] if f3 is None else [(lam * f3) * s * s]
-    terms += [] if f2 is None or ss is None else [(3 * lam * f2) * ss]
-    third = [rowwise(sum(terms), s, dtype)] if terms else []
-    f1, f2 = (None if f is None else after([*H, *third], f) for f in (f1, f2))
-    first = [] if f1 is None else [f1 * s]
-    terms = [] if f2 is None or order < 3 else [f2 * s * s]
-    terms += [] if f1 is None or ss is None else [f1 * ss]
-    second = [sum(terms)] if terms else []
+    hessian = None if f2 is None else gram((lam * f2) * s, s, dtype)
+    inner = added(
+        None if f3 is None else (lam * f3) * s * s,
+        None if f2 is None or ss is None else (3 * lam * f2) * ss,
+    )
+    third = None if inner is None else rowwise(inner, s, dtype)
+    f1, f2 = (None if f is None else after([hessian, third], f) for f in (f1, f2))
+    second = added(
+        None if f1 is None or ss is None else f1 * ss,
+        None if f2 is None or order < 3 else f2 * s * s,
+    )
     return Contribution(
-        [(groups, groups, matrix) for matrix in H],
-        [(groups, vector) for vector in third],
-        {0: Tangents(groups, stack) for stack in first},
-        {0: Tangents(groups, stack) for stack in second},
+        [] if hessian is None else [(groups, groups, hessian)],
+        [] if third is None else [(groups, third)],
+        {} if f1 is None else {0: Tangents(groups, f1 * s)},
+        {} if second is None else {0: Tangents(groups, second)},
     )
 
 
 def _slopes(operation: Operation, order: int) -> list[jax.Array | None]:
     """The derivatives f', f'', ... at every entry; None where one is zero by construction."""
-    (value,), found = operation.values, []
-    fun = lambda v: operation.fun(v)[0]
-    for _ in range(order):
-        found.append(stacked(_along(fun, value), jnp.ones_like(value)[None])[0])
-        fun = _derivative(fun)
-    return [None if stack is None else stack[0] for stack in found]
+    (value,) = operation.values
+    one = jnp.ones_like(value)
 
+    def derivative(fun: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+        return lambda v: jax.jvp(fun, (v,), (one,))[1]
 
-def _along(fun: Callable[[jax.Array], jax.Array], value: jax.Array) -> Callable[[jax.Array], tuple[jax.Array]]:
-    return lambda tangent: (jax.jvp(fun, (value,), (tangent,))[1],)
+    def slope(fun: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
+        (found,) = stacked(lambda tangent: (jax.jvp(fun, (value,), (tangent,))[1],), one[None])
+        return None if found is None else found[0]
 
-
-def _derivative(fun: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    return lambda v: jax.jvp(fun, (v,), (jnp.ones_like(v),))[1]
+    f = lambda v: operation.fun(v)[0]  # noqa: E731
+    return [slope(fun) for fun in (f, derivative(f), derivative(derivative(f)))[:order]]

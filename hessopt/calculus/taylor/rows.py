@@ -20,12 +20,15 @@ def rows(
     dtype: Any,
     chunk_size: int,
 ) -> tuple[Matrix, Vector]:
-    """The Hessian of phi a few rows at a time, by derivatives of the gradient, and for order 3 the third derivatives."""
+    """The Hessian of phi a few rows at a time, by derivatives of the gradient, and the third derivatives."""
     gradient = jax.grad(objective, argnums=tuple(range(len(leaves))))
 
     def terms(group: jax.Array) -> tuple[Vector, jax.Array]:
         own = tuple(jnp.where(group == label, u, jnp.zeros_like(u)) for u, label in zip(updates, labels, strict=True))
-        along = lambda fun: lambda *x: jax.jvp(fun, x, own)[1]
+
+        def along(fun: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *x: jax.jvp(fun, x, own)[1]
+
         turned = along(gradient)(*leaves)
         row = jnp.zeros(count, dtype)
         for part, u, label in zip(turned, updates, labels, strict=True):

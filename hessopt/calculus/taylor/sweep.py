@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.taylor.pointwise import contract as pointwise
+from hessopt.calculus.taylor.pointwise import contract as contract_pointwise
 from hessopt.calculus.taylor.pointwise import is_pointwise
 from hessopt.calculus.taylor.tangents import (
     Contribution,
     Tangents,
+    added,
     after,
     gram,
     placed,
@@ -42,6 +43,7 @@ def sweep(
     tape: Tape, updates: Sequence[jax.Array], labels: Sequence[int], count: int, order: int, dtype: Any
 ) -> tuple[Matrix, Vector]:
     """The Hessian `(count, count)` of phi at 0 and, for order 3, the diagonal of its third derivative, else zeros."""
+    every = tuple(range(count))
     H, third = jnp.zeros((count, count), dtype), jnp.zeros(count, dtype)
     first = {i: Tangents((label,), u[None]) for i, (u, label) in enumerate(zip(updates, labels, strict=True))}
     second: dict[int, Tangents] = {}
@@ -50,11 +52,13 @@ def sweep(
         if adjoint is None or not x:
             continue
         if is_pointwise(operation):
-            found = pointwise(operation, adjoint, x[0], xx.get(0), order, dtype)
+            found = contract_pointwise(operation, adjoint, x[0], xx.get(0), order, dtype)
         else:
             found = _contract(operation, adjoint, x, xx, order, dtype)
-        H = sum((placed(G, rows, columns, count) for rows, columns, G in found.hessian), H)
-        third = sum((spread(Tangents(groups, v), tuple(range(count))) for groups, v in found.third), third)
+        for rows, columns, G in found.hessian:
+            H = H + placed(G, rows, columns, count)
+        for groups, vector in found.third:
+            third = third + spread(Tangents(groups, vector), every)
         first |= {operation.results[p]: tangents for p, tangents in found.first.items()}
         second |= {operation.results[p]: tangents for p, tangents in found.second.items()}
     return H, third
@@ -69,12 +73,90 @@ def _contract(
     dtype: Any,
 ) -> Contribution:
     """What any operation adds, and the tangents of its results."""
-    reverse = lambda *values: jax.vjp(operation.fun, *values)[1](adjoint)
+
+    def reverse(*values: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(operation.fun, *values)[1](adjoint)
+
     hessian = _hessian(operation, reverse, x, dtype)
     third, second = _bends(operation, reverse, x, xx, dtype) if order == 3 else ([], {})
-    done = [*(G for _, _, G in hessian), *(v for _, v in third)]
-    settled = lambda new: {p: Tangents(groups, after(done, stack)) for p, (groups, stack) in new.items()}
+    done = [*(G for _, _, G in hessian), *(vector for _, vector in third)]
+
+    def settled(new: dict[int, Tangents]) -> dict[int, Tangents]:
+        return {p: Tangents(groups, after(done, stack)) for p, (groups, stack) in new.items()}
+
     return Contribution(hessian, third, settled(_tangents(operation, x)), settled(second))
+
+
+def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: Any) -> list[Any]:
+    """What an operation adds to the Hessian."""
+    parts, found = _parts(x), []
+    order = sorted(parts, key=len)
+    for n, groups in enumerate(order):  # a product of two operands is taken from the side with fewer groups
+        turned = stacked(_along(reverse, operation, parts[groups]), *(x[p].stack for p in parts[groups]))
+        for others in order[n:]:
+            pairs = [(turned[p], x[p].stack) for p in parts[others]]
+            G = added(*(None if a is None else gram(a, b, dtype) for a, b in pairs))
+            if G is not None:
+                found += [(groups, others, G)] if others is groups else [(groups, others, G), (others, groups, G.T)]
+    return found
+
+
+def _tangents(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
+    """The tangents of the results."""
+    found: dict[int, list[Tangents]] = {}
+    for groups, places in _parts(x).items():
+        for result, stack in enumerate(stacked(_forward(operation, places), *(x[p].stack for p in places))):
+            if stack is not None:
+                found.setdefault(result, []).append(Tangents(groups, stack))
+    return {result: total(some) for result, some in found.items()}
+
+
+def _bends(
+    operation: Operation, reverse: Any, x: dict[int, Tangents], xx: dict[int, Tangents], dtype: Any
+) -> tuple[list[Any], dict[int, Tangents]]:
+    """What an operation adds to the third derivative, and the second derivatives of its results."""
+    if operation.custom:
+        raise TypeError(
+            f"taylor(order=3) needs forward derivatives, but {operation.custom} has a jax.custom_vjp; order=2 does not"
+        )
+    third: list[Any] = []
+    found: dict[int, list[Tangents]] = {}
+    for places, groups in _movements(x).items():
+        tangents = {p: taken(x[p], groups) for p in places}
+        bends = {p: stack for p in places if p in xx and (stack := _within(xx[p], groups)) is not None}
+        arguments = tuple(tangents.values()), tuple(bends.values())
+        twice = stacked(_curve(reverse, operation, places, tuple(bends)), *arguments)
+        once = stacked(_along(reverse, operation, places), *tangents.values()) if bends else []
+        pairs = [(twice[p], tangents[p]) for p in places] + [(once[p], 2 * bends[p]) for p in bends]
+        vector = added(*(None if a is None else rowwise(a, b, dtype) for a, b in pairs))
+        third += [] if vector is None else [(groups, vector)]
+        for result, stack in enumerate(stacked(_curve(operation.fun, operation, places, tuple(bends)), *arguments)):
+            if stack is not None:
+                found.setdefault(result, []).append(Tangents(groups, stack))
+    return third, {result: total(some) for result, some in found.items()}
+
+
+def _parts(x: dict[int, Tangents]) -> dict[tuple[int, ...], Places]:
+    """The operands that the same groups have reached, by these groups."""
+    parts: dict[tuple[int, ...], Places] = {}
+    for place, tangents in x.items():
+        parts[tangents.groups] = (*parts.get(tangents.groups, ()), place)
+    return parts
+
+
+def _movements(x: dict[int, Tangents]) -> dict[Places, tuple[int, ...]]:
+    """The groups that move the same operands, by these operands."""
+    movements: dict[Places, tuple[int, ...]] = {}
+    for group in dict.fromkeys(group for tangents in x.values() for group in tangents.groups):
+        places = tuple(p for p, tangents in x.items() if group in tangents.groups)
+        movements[places] = (*movements.get(places, ()), group)
+    return movements
+
+
+def _within(part: Tangents, groups: tuple[int, ...]) -> jax.Array | None:
+    """The stack of these groups, zero where `part` has none; None where it has none of them."""
+    common = tuple(group for group in groups if group in part.groups)
+    return spread(Tangents(common, taken(part, common)), groups) if common else None
 
 
 def _at(fun: Callable[..., Any], operation: Operation, places: Places) -> tuple[Callable[..., Any], Any]:
@@ -116,68 +198,3 @@ def _curve(fun: Callable[..., Any], operation: Operation, places: Places, bent: 
         return jax.jvp(along, (values, changing), (tangents, bends))[1]
 
     return derivative
-
-
-def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: Any) -> list[Any]:
-    """What an operation adds to the Hessian."""
-    parts: dict[tuple[int, ...], Places] = {}
-    for place, tangents in x.items():
-        parts[tangents.groups] = (*parts.get(tangents.groups, ()), place)
-    order = sorted(parts, key=len)
-    found = []
-    for n, groups in enumerate(order):  # a product of two operands is taken from the side with fewer groups
-        turned = stacked(_along(reverse, operation, parts[groups]), *(x[p].stack for p in parts[groups]))
-        for others in order[n:]:
-            grams = [gram(turned[p], x[p].stack, dtype) for p in parts[others] if turned[p] is not None]
-            if grams:
-                G = sum(grams)
-                found += [(groups, others, G)] if others is groups else [(groups, others, G), (others, groups, G.T)]
-    return found
-
-
-def _tangents(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
-    """The tangents of the results."""
-    parts: dict[tuple[int, ...], Places] = {}
-    for place, tangents in x.items():
-        parts[tangents.groups] = (*parts.get(tangents.groups, ()), place)
-    found: dict[int, list[Tangents]] = {}
-    for groups, places in parts.items():
-        for result, stack in enumerate(stacked(_forward(operation, places), *(x[p].stack for p in places))):
-            if stack is not None:
-                found.setdefault(result, []).append(Tangents(groups, stack))
-    return {result: total(some) for result, some in found.items()}
-
-
-def _bends(
-    operation: Operation, reverse: Any, x: dict[int, Tangents], xx: dict[int, Tangents], dtype: Any
-) -> tuple[list[Any], dict[int, Tangents]]:
-    """What an operation adds to the third derivative, and the second-order tangents of its results."""
-    if operation.custom:
-        raise TypeError(
-            f"taylor(order=3) needs forward derivatives, but {operation.custom} has a jax.custom_vjp; order=2 does not"
-        )
-    classes: dict[Places, tuple[int, ...]] = {}
-    for group in dict.fromkeys(group for tangents in x.values() for group in tangents.groups):
-        places = tuple(p for p, tangents in x.items() if group in tangents.groups)
-        classes[places] = (*classes.get(places, ()), group)
-    third, found = [], {}
-    for places, groups in classes.items():
-        tangents = tuple(taken(x[p], groups) for p in places)
-        bends = {p: _within(xx[p], groups) for p in places if p in xx}
-        bends = {p: stack for p, stack in bends.items() if stack is not None}
-        bent, curved = tuple(bends), tuple(bends.values())
-        twice = stacked(_curve(reverse, operation, places, bent), tangents, curved)
-        once = stacked(_along(reverse, operation, places), *tangents) if bent else []
-        terms = [rowwise(twice[p], t, dtype) for p, t in zip(places, tangents, strict=True) if twice[p] is not None]
-        terms += [2 * rowwise(once[p], bends[p], dtype) for p in bent if once[p] is not None]
-        third += [(groups, sum(terms))] if terms else []
-        for result, stack in enumerate(stacked(_curve(operation.fun, operation, places, bent), tangents, curved)):
-            if stack is not None:
-                found.setdefault(result, []).append(Tangents(groups, stack))
-    return third, {result: total(some) for result, some in found.items()}
-
-
-def _within(part: Tangents, groups: tuple[int, ...]) -> jax.Array | None:
-    """The stack of these groups, zero where `part` has none; None where it has none of them."""
-    common = tuple(group for group in groups if group in part.groups)
-    return spread(Tangents(common, taken(part, common)), groups) if common else None

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 from jax.extend.core import jaxpr_as_fun
 
 from hessopt.calculus.programs import depends
@@ -27,10 +26,19 @@ class Contribution(NamedTuple):
     second: dict[int, Tangents]
 
 
-def after(done: Sequence[jax.Array], result: jax.Array) -> jax.Array:
-    """The result, not to be computed before all these are done: XLA heeds dependences, and no barriers on CPUs."""
+def added(*arrays: jax.Array | None) -> jax.Array | None:
+    """The sum of those that are not None, None if all are."""
+    some = [array for array in arrays if array is not None]
+    return sum(some[1:], some[0]) if some else None
+
+
+def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
+    """The result, not to be computed before all these are done, or what is contracted is put off and tangents kept.
+
+    XLA heeds dependences, and no barriers on CPUs.
+    """
     for array in done:
-        result = result + (jnp.max(array) > jnp.inf).astype(result.dtype)  # adds 0
+        result = result if array is None else result + (jnp.max(array) > jnp.inf).astype(result.dtype)  # adds 0
     return result
 
 
