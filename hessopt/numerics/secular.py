@@ -62,7 +62,7 @@ def solve_cubic(gradient: Vector, hessian: Matrix, scale: Vector, damping: jax.t
     Example:
       >>> import jax.numpy as jnp
       >>> solution = solve_cubic(jnp.array([0.0, 1.0]), jnp.diag(jnp.array([-1.0, 2.0])), jnp.ones(2), 1.0)
-      >>> jnp.abs(solution.eta).round(3).tolist()
+      >>> [round(abs(float(rate)), 3) for rate in solution.eta]
       [1.972, 0.333]
 
     Source: see the head of this file.
