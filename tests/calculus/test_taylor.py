@@ -268,6 +268,8 @@ def test_wrong_arguments_are_named():
         taylor(quadratic, params, params, chunk_size=0)
     with pytest.raises(ValueError, match="updates must have the shapes of params"):
         taylor(quadratic, params, tree((2,), (4,)))
+    with pytest.raises(TypeError, match=r"value_fn must return a real scalar, got float64\[2\]"):
+        taylor(lambda p: p[0], params, params)
     with pytest.raises(ValueError, match="groups must be one of"):
         restriction(quadratic, params, params, groups="leaves")
 

@@ -63,7 +63,8 @@ def taylor(
     Raises:
       ValueError: when `updates` is not a tree like `params`, for groups that do not fit, another order, or a
         chunk_size < 1.
-      TypeError: for order 3 where value_fn depends on params through a `jax.custom_vjp`; the message names it.
+      TypeError: when value_fn does not return a real scalar; for order 3 where it depends on params through a
+        `jax.custom_vjp`, which the message names.
 
     Cost: two gradients, and for every group one tangent of what lies behind it: for a network of L layers with a group
     for each of its S = 2 L tensors about S / 4 gradients, of order 3 twice that.
@@ -91,10 +92,11 @@ def taylor(
             return value_fn(jax.tree.unflatten(treedef, parts))
 
         tape = record(objective, leaves)
-        gradient = jnp.zeros(count, dtype)
+        slopes = [jnp.zeros((), dtype)] * count
         for adjoint, step, label in zip(tape.gradient, steps, labels, strict=True):
             if adjoint is not None:
-                gradient = gradient.at[label].add(gram(adjoint[None], step[None], dtype)[0, 0])
+                slopes[label] = slopes[label] + gram(adjoint[None], step[None], dtype)[0, 0]
+        gradient = jnp.stack([jnp.zeros((), dtype), *slopes])[1:]
         if order == 1:
             return Taylor(tape.value, gradient, None, None)
         if chunk_size is None:

@@ -21,6 +21,7 @@ from hessopt.calculus.taylor.pointwise import contract as contract_pointwise
 from hessopt.calculus.taylor.pointwise import is_pointwise
 from hessopt.calculus.taylor.tangents import (
     Contribution,
+    Groups,
     Tangents,
     added,
     after,
@@ -44,7 +45,7 @@ def sweep(
 ) -> tuple[Matrix, Vector]:
     """The Hessian `(count, count)` of phi at 0 and, for order 3, the diagonal of its third derivative, else zeros."""
     every = tuple(range(count))
-    H, third = jnp.zeros((count, count), dtype), jnp.zeros(count, dtype)
+    H, mirrored, third = jnp.zeros((count, count), dtype), jnp.zeros((count, count), dtype), jnp.zeros(count, dtype)
     first = {i: Tangents((label,), u[None]) for i, (u, label) in enumerate(zip(updates, labels, strict=True))}
     second: dict[int, Tangents] = {}
     for operation, adjoint in zip(tape.operations, tape.adjoints, strict=True):
@@ -56,12 +57,13 @@ def sweep(
         else:
             found = _contract(operation, adjoint, x, xx, order, dtype)
         for rows, columns, G in found.hessian:
-            H = H + placed(G, rows, columns, count)
+            G = placed(G, (rows, columns), (every, every))
+            H, mirrored = (H + G, mirrored) if rows == columns else (H, mirrored + G)
         for groups, vector in found.third:
-            third = third + spread(Tangents(groups, vector), every)
+            third = third + placed(vector, (groups,), (every,))
         first |= {operation.results[p]: tangents for p, tangents in found.first.items()}
         second |= {operation.results[p]: tangents for p, tangents in found.second.items()}
-    return H, third
+    return H + mirrored + mirrored.T, third
 
 
 def _contract(
@@ -97,7 +99,7 @@ def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: 
             pairs = [(turned[p], x[p].stack) for p in parts[others]]
             G = added(*(None if a is None else gram(a, b, dtype) for a, b in pairs))
             if G is not None:
-                found += [(groups, others, G)] if others is groups else [(groups, others, G), (others, groups, G.T)]
+                found.append((groups, others, G))
     return found
 
 
@@ -136,24 +138,24 @@ def _bends(
     return third, {result: total(some) for result, some in found.items()}
 
 
-def _parts(x: dict[int, Tangents]) -> dict[tuple[int, ...], Places]:
+def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
     """The operands that the same groups have reached, by these groups."""
-    parts: dict[tuple[int, ...], Places] = {}
+    parts: dict[Groups, Places] = {}
     for place, tangents in x.items():
         parts[tangents.groups] = (*parts.get(tangents.groups, ()), place)
     return parts
 
 
-def _movements(x: dict[int, Tangents]) -> dict[Places, tuple[int, ...]]:
+def _movements(x: dict[int, Tangents]) -> dict[Places, Groups]:
     """The groups that move the same operands, by these operands."""
-    movements: dict[Places, tuple[int, ...]] = {}
+    movements: dict[Places, Groups] = {}
     for group in dict.fromkeys(group for tangents in x.values() for group in tangents.groups):
         places = tuple(p for p, tangents in x.items() if group in tangents.groups)
         movements[places] = (*movements.get(places, ()), group)
     return movements
 
 
-def _within(part: Tangents, groups: tuple[int, ...]) -> jax.Array | None:
+def _within(part: Tangents, groups: Groups) -> jax.Array | None:
     """The stack of these groups, zero where `part` has none; None where it has none of them."""
     common = tuple(group for group in groups if group in part.groups)
     return spread(Tangents(common, taken(part, common)), groups) if common else None

@@ -9,19 +9,24 @@ from jax.extend.core import jaxpr_as_fun
 
 from hessopt.calculus.programs import depends
 
+Groups = tuple[int, ...]
+"""Groups by their numbers, each once, in the order of a stack."""
+
 
 class Tangents(NamedTuple):
     """The derivatives of a variable in the rates of these groups."""
 
-    groups: tuple[int, ...]
+    groups: Groups
     stack: jax.Array  # (len(groups), *shape of the variable)
 
 
 class Contribution(NamedTuple):
     """What one operation adds to the Taylor terms, and the tangents of its results."""
 
-    hessian: list[tuple[tuple[int, ...], tuple[int, ...], jax.Array]]  # rows, columns, and what stands there
-    third: list[tuple[tuple[int, ...], jax.Array]]
+    hessian: list[
+        tuple[Groups, Groups, jax.Array]
+    ]  # rows, columns, and what stands there; if they differ, mirrored too
+    third: list[tuple[Groups, jax.Array]]
     first: dict[int, Tangents]
     second: dict[int, Tangents]
 
@@ -37,9 +42,9 @@ def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
 
     XLA heeds dependences, and no barriers on CPUs.
     """
-    for array in done:
-        result = result if array is None else result + (jnp.max(array) > jnp.inf).astype(result.dtype)  # adds 0
-    return result
+    largest = [jnp.max(array) for array in done if array is not None]
+    zero = jnp.asarray(sum(largest[1:], largest[0]) > jnp.inf, result.dtype) if largest else 0
+    return result + zero if largest else result
 
 
 def total(parts: Sequence[Tangents]) -> Tangents:
@@ -53,20 +58,26 @@ def total(parts: Sequence[Tangents]) -> Tangents:
     return Tangents(groups, sum(others, first))
 
 
-def spread(part: Tangents, groups: tuple[int, ...]) -> jax.Array:
+def spread(part: Tangents, groups: Groups) -> jax.Array:
     """The stack of all these groups, zero where `part` has none."""
-    if part.groups == groups:
-        return part.stack
-    begin = groups.index(part.groups[0])
-    end = begin + len(part.groups)
-    if groups[begin:end] == part.groups:
-        margins = [(begin, len(groups) - end), *[(0, 0)] * (part.stack.ndim - 1)]
-        return jnp.pad(part.stack, margins)
-    rows = jnp.array([groups.index(group) for group in part.groups])
-    return jnp.zeros((len(groups), *part.stack.shape[1:]), part.stack.dtype).at[rows].set(part.stack)
+    return placed(part.stack, (part.groups,), (groups,))
 
 
-def taken(part: Tangents, groups: tuple[int, ...]) -> jax.Array:
+def placed(array: jax.Array, have: Sequence[Groups], want: Sequence[Groups]) -> jax.Array:
+    """An array whose first axes run over some groups, with these axes over others, zero for those it has not."""
+    margins = [(0, 0, 0)] * array.ndim
+    for axis, (old, new) in enumerate(zip(have, want, strict=True)):
+        begin = new.index(old[0])
+        if new[begin : begin + len(old)] == old:
+            margins[axis] = (begin, len(new) - begin - len(old), 0)
+        else:
+            rows = jnp.array([new.index(group) for group in old])
+            shape = (*array.shape[:axis], len(new), *array.shape[axis + 1 :])
+            array = jnp.zeros(shape, array.dtype).at[(slice(None),) * axis + (rows,)].set(array)
+    return jax.lax.pad(array, jnp.zeros((), array.dtype), margins) if any(map(any, margins)) else array
+
+
+def taken(part: Tangents, groups: Groups) -> jax.Array:
     """The stack of these groups out of those that `part` has."""
     if part.groups == groups:
         return part.stack
@@ -105,12 +116,6 @@ def rowwise(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     axes = list(range(1, a.ndim)), list(range(1, a.ndim))
     wide = _wide(a, dtype)
     return _real(jax.lax.dot_general(a, b, (axes, ([0], [0])), precision="highest", preferred_element_type=wide), dtype)
-
-
-def placed(G: jax.Array, rows: tuple[int, ...], columns: tuple[int, ...], count: int) -> jax.Array:
-    """The matrix `(count, count)` with G in these rows and columns, zero elsewhere."""
-    every = tuple(range(count))
-    return spread(Tangents(columns, spread(Tangents(rows, G), every).T), every).T
 
 
 def _wide(a: jax.Array, dtype: Any) -> Any:

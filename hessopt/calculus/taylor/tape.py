@@ -40,6 +40,9 @@ class Tape(NamedTuple):
 def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> Tape:
     """Evaluate `value_fn(*leaves)` and its derivatives in all intermediate results."""
     program = jax.make_jaxpr(value_fn)(*leaves)
+    avals = program.out_avals
+    if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
+        raise TypeError(f"value_fn must return a real scalar, got {', '.join(map(str, avals))}")
     pulled: list[tuple[Operation, Any]] = []
     fresh = itertools.count()
     ((value, top),) = _evaluate(program, [(leaf, next(fresh)) for leaf in leaves], fresh, pulled)
