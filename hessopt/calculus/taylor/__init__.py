@@ -52,7 +52,7 @@ def taylor(
       updates: tree like `params`, same shapes.
       groups: the S groups of leaves, as in `group_labels`; None for one group of all.
       order: 1, 2 or 3, the highest derivative.
-      chunk_size: None for the sweep, which holds the tangents of all S groups at once: at most 2 S (order 3: 5 S) times
+      chunk_size: None for the sweep, which holds the tangents of all S groups at once: about 3 S (order 3: 5 S) times
         the largest intermediate result, besides what a gradient holds. With a number, this many rows of the Hessian
         are taken at a time, as derivatives of the gradient: as many gradients' intermediates (order 3: three times
         that), and S products of about two gradients each (order 3: four).

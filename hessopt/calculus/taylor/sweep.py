@@ -11,7 +11,7 @@ second sum is `< r'', x_s > + 2 < r', x_ss >`. Where r' or r'' is zero by constr
 JAX writes it down as a constant, and nothing is evaluated.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,8 @@ from hessopt.typing import Matrix, Vector
 
 Places = tuple[int, ...]
 """Which of the operands of an operation."""
+Stacks = dict[int, jax.Array]
+"""Derivatives of some operands, by their places, in the rates of the same groups."""
 
 
 def sweep(
@@ -80,13 +82,10 @@ def _contract(
         return jax.vjp(operation.fun, *values)[1](adjoint)
 
     hessian = _hessian(operation, reverse, x, dtype)
-    third, second = _bends(operation, reverse, x, xx, dtype) if order == 3 else ([], {})
+    third = _third(operation, reverse, x, xx, dtype) if order == 3 else []
     done = [*(G for _, _, G in hessian), *(vector for _, vector in third)]
-
-    def settled(new: dict[int, Tangents]) -> dict[int, Tangents]:
-        return {p: Tangents(groups, after(done, stack)) for p, (groups, stack) in new.items()}
-
-    return Contribution(hessian, third, settled(_tangents(operation, x)), settled(second))
+    operation = operation._replace(values=tuple(after(done, value) for value in operation.values))
+    return Contribution(hessian, third, _first(operation, x), _second(operation, x, xx) if order == 3 else {})
 
 
 def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: Any) -> list[Any]:
@@ -103,39 +102,48 @@ def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: 
     return found
 
 
-def _tangents(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
-    """The tangents of the results."""
-    found: dict[int, list[Tangents]] = {}
-    for groups, places in _parts(x).items():
-        for result, stack in enumerate(stacked(_forward(operation, places), *(x[p].stack for p in places))):
-            if stack is not None:
-                found.setdefault(result, []).append(Tangents(groups, stack))
-    return {result: total(some) for result, some in found.items()}
-
-
-def _bends(
+def _third(
     operation: Operation, reverse: Any, x: dict[int, Tangents], xx: dict[int, Tangents], dtype: Any
-) -> tuple[list[Any], dict[int, Tangents]]:
-    """What an operation adds to the third derivative, and the second derivatives of its results."""
+) -> list[Any]:
+    """What an operation adds to the third derivative."""
     if operation.custom:
         raise TypeError(
             f"taylor(order=3) needs forward derivatives, but {operation.custom} has a jax.custom_vjp; order=2 does not"
         )
-    third: list[Any] = []
-    found: dict[int, list[Tangents]] = {}
-    for places, groups in _movements(x).items():
-        tangents = {p: taken(x[p], groups) for p in places}
-        bends = {p: stack for p in places if p in xx and (stack := _within(xx[p], groups)) is not None}
-        arguments = tuple(tangents.values()), tuple(bends.values())
-        twice = stacked(_curve(reverse, operation, places, tuple(bends)), *arguments)
-        once = stacked(_along(reverse, operation, places), *tangents.values()) if bends else []
-        pairs = [(twice[p], tangents[p]) for p in places] + [(once[p], 2 * bends[p]) for p in bends]
+    found = []
+    for groups, tangents, bends in _movements(x, xx):
+        twice = stacked(_curve(reverse, operation, tangents, bends), *_arguments(tangents, bends))
+        once = stacked(_along(reverse, operation, tuple(tangents)), *tangents.values()) if bends else []
+        pairs = [(twice[p], tangents[p]) for p in tangents] + [(once[p], 2 * bends[p]) for p in bends]
         vector = added(*(None if a is None else rowwise(a, b, dtype) for a, b in pairs))
-        third += [] if vector is None else [(groups, vector)]
-        for result, stack in enumerate(stacked(_curve(operation.fun, operation, places, tuple(bends)), *arguments)):
+        found += [] if vector is None else [(groups, vector)]
+    return found
+
+
+def _first(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
+    """The tangents of the results."""
+    return _summed(
+        (groups, stacked(_forward(operation, places), *(x[p].stack for p in places)))
+        for groups, places in _parts(x).items()
+    )
+
+
+def _second(operation: Operation, x: dict[int, Tangents], xx: dict[int, Tangents]) -> dict[int, Tangents]:
+    """The second derivatives of the results."""
+    return _summed(
+        (groups, stacked(_curve(operation.fun, operation, tangents, bends), *_arguments(tangents, bends)))
+        for groups, tangents, bends in _movements(x, xx)
+    )
+
+
+def _summed(parts: Iterable[tuple[Groups, list[jax.Array | None]]]) -> dict[int, Tangents]:
+    """The sum over parts, each with a stack for every result."""
+    found: dict[int, list[Tangents]] = {}
+    for groups, stacks in parts:
+        for result, stack in enumerate(stacks):
             if stack is not None:
                 found.setdefault(result, []).append(Tangents(groups, stack))
-    return third, {result: total(some) for result, some in found.items()}
+    return {result: total(some) for result, some in found.items()}
 
 
 def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
@@ -146,13 +154,15 @@ def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
     return parts
 
 
-def _movements(x: dict[int, Tangents]) -> dict[Places, Groups]:
-    """The groups that move the same operands, by these operands."""
+def _movements(x: dict[int, Tangents], xx: dict[int, Tangents]) -> Iterator[tuple[Groups, Stacks, Stacks]]:
+    """The groups that move the same operands, with the first and, where there are any, second derivatives of these."""
     movements: dict[Places, Groups] = {}
     for group in dict.fromkeys(group for tangents in x.values() for group in tangents.groups):
         places = tuple(p for p, tangents in x.items() if group in tangents.groups)
         movements[places] = (*movements.get(places, ()), group)
-    return movements
+    for places, groups in movements.items():
+        bends = ((p, _within(xx[p], groups)) for p in places if p in xx)
+        yield groups, {p: taken(x[p], groups) for p in places}, {p: stack for p, stack in bends if stack is not None}
 
 
 def _within(part: Tangents, groups: Groups) -> jax.Array | None:
@@ -186,8 +196,13 @@ def _forward(operation: Operation, places: Places) -> Callable[..., Any]:
     return lambda *tangents: jax.linear_transpose(pull, outputs)(tangents)[0]
 
 
-def _curve(fun: Callable[..., Any], operation: Operation, places: Places, bent: Places) -> Callable[..., Any]:
+def _arguments(tangents: Stacks, bends: Stacks) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    return tuple(tangents.values()), tuple(bends.values())
+
+
+def _curve(fun: Callable[..., Any], operation: Operation, places: Iterable[int], bent: Iterable[int]) -> Any:
     """The second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, of x_s in these places and x_ss in those bent."""
+    places, bent = tuple(places), tuple(bent)
     moving, values = _at(fun, operation, places)
 
     def derivative(tangents: Any, bends: Any) -> Any:

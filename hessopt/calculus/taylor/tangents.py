@@ -42,9 +42,9 @@ def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
 
     XLA heeds dependences, and no barriers on CPUs.
     """
-    largest = [jnp.max(array) for array in done if array is not None]
-    zero = jnp.asarray(sum(largest[1:], largest[0]) > jnp.inf, result.dtype) if largest else 0
-    return result + zero if largest else result
+    for array in done:
+        result = result if array is None else result + (jnp.max(array) > jnp.inf).astype(result.dtype)  # adds 0
+    return result
 
 
 def total(parts: Sequence[Tangents]) -> Tangents:
