@@ -27,11 +27,11 @@ HIDDEN = (7, 16, 29, 52, 97)  # widths for 100 to 10,000 parameters
 
 CONCLUSIONS = """
 - A step of BFGS costs what one of L-BFGS costs as long as the gradient is most of it, here up to some thousand
-  parameters; at ten thousand, where a step reads 0.8 GB, about a third more. An n by n product takes n^2 multiplications,
-  a gradient of this problem about 10^5 n.
+  parameters; at ten thousand, where a step reads 0.8 GB, about a third more. A product with the matrix takes n^2
+  multiplications, a gradient of this problem about 10^5 n.
 - For that, its error is smaller after as many steps, the more so the more parameters there are: about the same at a
-  hundred, five to ten times at a thousand. L-BFGS forgets, and on a loss as ill-conditioned as this one the curvature it
-  has forgotten is what is missing.
+  hundred, five to ten times at a thousand. L-BFGS forgets, and on a loss as ill-conditioned as this one the curvature
+  that it has forgotten is what is missing.
 - What BFGS asks for is memory, 8 n^2 bytes in float64. Where that does not fit, or where reading it takes longer than a
   gradient, L-BFGS remains.
 - Self-scaling costs nothing, and gains as much again.

@@ -20,7 +20,7 @@ def restriction(
 
     Args:
       value_fn: `value_fn(params)`, a real scalar.
-      params: pytree of arrays.
+      params: pytree of arrays; leaves that are not floating or complex stay as they are.
       updates: tree like `params`, same shapes.
       groups: as in `group_labels`; None for one group of all leaves.
 
@@ -43,7 +43,8 @@ def restriction(
 
     def phi(eta: jax.Array) -> jax.Array:
         def moved(p: jax.Array, u: jax.Array, label: int) -> jax.Array:
-            return p + jnp.asarray(eta[label], p.dtype) * u
+            smooth = jnp.issubdtype(p.dtype, jnp.inexact)
+            return p + jnp.asarray(eta[label], p.dtype) * u if smooth else p
 
         return value_fn(jax.tree.map(moved, strong(params), steps, labels))
 
@@ -52,9 +53,9 @@ def restriction(
 
 def grouped(params: Params, updates: Params, groups: Groups | None) -> tuple[Any, tuple[str, ...], Params]:
     """The labels, the names of the groups, and the updates in the dtypes of params."""
-    shapes, expected = jax.tree.map(jnp.shape, updates), jax.tree.map(jnp.shape, params)
+    shapes, expected = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (updates, params))
     if jax.tree.structure(updates) != jax.tree.structure(params) or shapes != expected:
-        raise ValueError(f"updates must have the shapes of params, {expected}, got {shapes}")
+        raise ValueError(f"updates must be a tree like params, with leaves of shapes {expected}, got {shapes}")
     labels, names = group_labels(params, "all" if groups is None else groups)
     return labels, names, jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), updates, params)
 

@@ -46,16 +46,17 @@ def solve_cubic(gradient: Vector, hessian: Matrix, scale: Vector, damping: jax.t
     Args:
       gradient: `(S,)`, signed.
       hessian: `(S, S)`; its symmetric part is taken. It may be indefinite.
-      scale: `(S,)`, not negative; entries may be zero, and differ by any orders of magnitude.
-      damping: not negative. With 0, or without scale, it is Newton's step.
+      scale: `(S,)`, of which magnitudes count; entries may be zero, and differ by many orders of magnitude.
+      damping: scalar, not negative. With 0, or without scale, it is Newton's step.
 
     Returns:
       A global minimiser; one of two or more in the hard case. `status` has NEGATIVE_CURVATURE where hessian is not
-      positive definite, UNBOUNDED_MODEL, and zero for eta, where there is no minimiser because hessian is not positive
-      definite on entries whose scale is zero, NONFINITE for an input that is not finite.
+      positive definite, UNBOUNDED_MODEL, and zero for eta, where it is not so on entries on which the cubic term does
+      not act, or where eta is out of the range of the dtype, NONFINITE for an input that is not finite. Derivatives
+      are to be had in forward mode only.
 
     Raises:
-      ValueError: for damping < 0, or shapes that do not fit.
+      ValueError: for damping < 0 (traced: NONFINITE), or shapes that do not fit.
 
     Cost: about 14 Cholesky factorisations and one eigendecomposition, `14 S^3`; no evaluation of the objective.
 
@@ -67,14 +68,15 @@ def solve_cubic(gradient: Vector, hessian: Matrix, scale: Vector, damping: jax.t
 
     Source: see the head of this file.
     """
-    check_range("damping", damping, 0)
     dtype = jnp.result_type(jnp.float32, gradient, hessian, scale)
     g, H, d = (jnp.asarray(a, dtype) for a in (gradient, hessian, scale))
     size = g.size
-    if g.shape != (size,) or H.shape != (size, size) or d.shape != (size,):
+    if g.shape != (size,) or H.shape != (size, size) or d.shape != (size,) or jnp.ndim(damping):
         raise ValueError(
-            f"gradient, hessian and scale must be (S,), (S, S) and (S,), got {g.shape}, {H.shape} and {d.shape}"
+            "gradient, hessian, scale and damping must be (S,), (S, S), (S,) and (), "
+            f"got {g.shape}, {H.shape}, {d.shape} and {jnp.shape(damping)}"
         )
+    check_range("damping", damping, 0)
     if not size:
         return CubicSolution(g, jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
     return _solve(g, H, d, jnp.asarray(damping, dtype))
@@ -83,6 +85,7 @@ def solve_cubic(gradient: Vector, hessian: Matrix, scale: Vector, damping: jax.t
 @jax.jit
 def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
     size, dtype = g.size, g.dtype
+    lam = jnp.where(lam >= 0, lam, jnp.nan)
     finite = jnp.all(jnp.isfinite(g)) & jnp.all(jnp.isfinite(H)) & jnp.all(jnp.isfinite(d)) & jnp.isfinite(lam)
     g, H, d, lam = (
         jnp.where(finite, a, b)
@@ -97,7 +100,9 @@ def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
     delta = _or_one(jnp.max(d_t, initial=0.0))
     weight = jnp.log2(lam / 2) + 3 * jnp.log2(delta)
     cubic = jnp.isfinite(weight) & jnp.any(d > 0)
-    gamma = jnp.maximum(jnp.max(jnp.abs(g_t), initial=0.0), _power(jnp.where(cubic, 2 * _log_eps(dtype) - weight, 0.0)))
+    most, least = jnp.max(jnp.abs(g_t), initial=0.0), _power(jnp.where(cubic, 2 * _log_eps(dtype) - weight, 0.0))
+    # what curvature alone would make of it, where g is zero or next to it, but not so large that g is lost
+    gamma = jnp.where(most > 0, jnp.clip(least, most, most * 2.0**40), least)
     d_t, g_t, weight = d_t / delta, g_t / gamma, weight + jnp.log2(gamma)
 
     # 2. kappa is at least 2^(k - 2), and the matrix definite from 2^(k - 1) on
@@ -123,7 +128,8 @@ def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
         StepStatus.NEGATIVE_CURVATURE: finite & ~definite,
         StepStatus.UNBOUNDED_MODEL: finite & ~ok,
     }
-    return CubicSolution(eta, jnp.linalg.norm(d * eta), step_status(facts))
+    length = jnp.max(jnp.abs(d * eta))
+    return CubicSolution(eta, length * jnp.linalg.norm(d * eta / _or_one(length)), step_status(facts))
 
 
 def _equilibration(H: Matrix, d: Vector) -> Vector:
@@ -148,17 +154,17 @@ def _exponent(A: Matrix, d: Vector, g: Vector, weight: jax.Array) -> tuple[jax.A
     """One more than the exponent of the lowest power of two that is no less than kappa, and whether there is one."""
     eps, used = _log_eps(d.dtype), d > 0
     least = jnp.log2(jnp.min(d, where=used, initial=1.0))
-    ratio = jnp.linalg.norm(jnp.where(used, g / jnp.where(used, d, 1.0), 0.0))
+    ratio = _log_norm(jnp.where(used, g / jnp.where(used, d, 1.0), 0.0))
     # above the top the term in kappa^2 prevails in every row; below the bottom it is lost in rounding
     bottom = int(2 * eps) - 4
-    top = jnp.maximum(-2 * least, (weight + 1 + jnp.log2(ratio)) / 2) - eps + math.log2(2 * max(d.size, 1)) + 1
+    top = jnp.maximum(-2 * least, (weight + 1 + ratio) / 2) - eps + math.log2(2 * max(d.size, 1)) + 1
     limit = 2 * jnp.finfo(d.dtype).maxexp - 8
     top = jnp.clip(top, bottom + 2, limit).astype(jnp.int32)
 
     def reached(k: jax.Array) -> jax.Array:
         L, w, j = _factor(A, d, k.astype(d.dtype))
-        rho = jnp.linalg.norm(w * jax.scipy.linalg.cho_solve((L, True), j * g))
-        return jnp.log2(rho) + weight <= 1.5 * k  # not so for NaN
+        rho = _log_norm(w * jax.scipy.linalg.cho_solve((L, True), j * g))
+        return rho + weight <= 1.5 * k  # not so for NaN
 
     def halve(ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         middle = (ends[0] + ends[1]) // 2
@@ -184,11 +190,12 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
         """Logarithm of the left side over the right one, and its derivative."""
         t = jnp.exp(u)
         below = (1 - q) + t * q
-        squares, sigma = theta * (z / below) ** 2, 1 - (1 - t) / largest
-        total, positive = jnp.sum(squares), sigma > 0
-        safe_total, safe_sigma = jnp.where(total > 0, total, 1.0), jnp.where(positive, sigma, 1.0)
-        value = jnp.log(total) / 2 - jnp.log(safe_sigma) - level * math.log(2)
-        slope = -t * jnp.sum(squares * q / below) / safe_total - t / (largest * safe_sigma)
+        terms, sigma = jnp.sqrt(theta) * z / below, 1 - (1 - t) / largest
+        squares = (terms / _or_one(jnp.max(jnp.abs(terms)))) ** 2
+        positive = sigma > 0
+        safe = jnp.where(positive, sigma, 1.0)
+        value = (_log_norm(terms) - level) * math.log(2) - jnp.log(safe)
+        slope = -t * jnp.sum(squares * q / below) / _or_one(jnp.sum(squares)) - t / (largest * safe)
         return jnp.where(positive, value, jnp.inf), slope
 
     def improve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -212,6 +219,12 @@ def _power(exponent: jax.Array) -> jax.Array:
     """`2^exponent`, within what the dtype can hold."""
     info = jnp.finfo(exponent.dtype)
     return jnp.where(exponent == -jnp.inf, 0.0, jnp.exp2(jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)))
+
+
+def _log_norm(v: Vector) -> jax.Array:
+    """The logarithm to base 2 of the length of v, also where its square is out of range; -inf for zero."""
+    largest = jnp.max(jnp.abs(v))
+    return jnp.log2(largest) + jnp.log2(_or_one(jnp.linalg.norm(v / _or_one(largest))))
 
 
 def _or_one(x: jax.Array) -> jax.Array:

@@ -108,7 +108,9 @@ def calls(params):
     h = jax.lax.cond(jnp.sum(b) > 0, lambda x: jnp.sin(x) * b, lambda x: jnp.cos(x) ** 2, h)
     # a loop off the differentiated path
     count = jax.lax.while_loop(lambda n: n < 3, lambda n: n + 1, jnp.sum(a > 100))
-    return jnp.sum(h) * count + jnp.sum(jnp.real(jnp.fft.fft(a + 1j * b[:4]) ** 2))
+    held = jax.lax.while_loop(lambda x: x < 3, lambda x: 2 * x + 1, jax.lax.stop_gradient(jnp.sum(a**2)))
+    turns = jax.lax.while_loop(lambda x: x[0] < jnp.sum(a**2), lambda x: (x[0] + 1, 2 * x[1]), (0.0, 1.0))[1]
+    return jnp.sum(h) * count * held * turns + jnp.sum(jnp.real(jnp.fft.fft(a + 1j * b[:4]) ** 2))
 
 
 def complex_leaf(params):
@@ -253,6 +255,59 @@ def test_a_reverse_rule_of_its_own_is_good_for_two_orders():
         taylor(inside, params, steps(params), groups="leaf")
 
 
+@jax.custom_vjp
+def clipped_backwards(x):
+    return x
+
+
+clipped_backwards.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),))
+
+
+def test_a_reverse_rule_need_not_be_linear():
+    params = tree((4,), (4,))
+    value_fn = lambda p: jnp.sum(clipped_backwards(p[0]) * jnp.sin(p[1]) ** 2)  # never clipped
+    exact = oracle(lambda p: jnp.sum(p[0] * jnp.sin(p[1]) ** 2), params, steps(params), "leaf")
+    assert_same(taylor(value_fn, params, steps(params), groups="leaf", order=2)[:3], exact[:3])
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_leaves_that_are_not_floating_are_constants(chunk_size):
+    value_fn = lambda p: jnp.sum(jnp.where(p["mask"], p["x"] ** 3, 0.0)) * p["count"]
+    params = {"count": jnp.array(2), "mask": jnp.array([True, False]), "x": jnp.array([0.5, 2.0])}
+    updates = {"count": jnp.array(1), "mask": jnp.array([True, True]), "x": jnp.ones(2)}
+    terms = taylor(value_fn, params, updates, groups="leaf", chunk_size=chunk_size)
+    np.testing.assert_allclose(terms.gradient, [0, 0, 1.5])
+    np.testing.assert_allclose(terms.hessian, np.diag([0, 0, 6.0]))
+    np.testing.assert_allclose(terms.third, [0, 0, 12.0])
+    phi = restriction(value_fn, params, updates, groups="leaf")
+    np.testing.assert_allclose(jax.grad(phi)(jnp.zeros(3)), terms.gradient)
+
+
+@jax.tree_util.register_pytree_node_class
+class Box:
+    def __init__(self, content):
+        self.content = content
+
+    def tree_flatten(self):
+        return (self.content,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_parameters_may_be_of_any_class():
+    terms = taylor(lambda p: jnp.sum(p.content**2), Box(jnp.ones(2)), Box(jnp.ones(2)))
+    np.testing.assert_allclose(terms.hessian, [[4.0]])
+
+
+def test_no_parameters_give_no_terms():
+    for chunk_size in (None, 1):
+        value, *terms = taylor(lambda p: jnp.asarray(3.0), {}, {}, groups="leaf", chunk_size=chunk_size)
+        assert value == 3.0
+        assert [term.shape for term in terms] == [(0,), (0, 0), (0,)]
+
+
 def test_a_constant_objective_has_no_terms():
     terms = taylor(lambda p: jnp.asarray(2.0), tree((2,), (3,)), tree((2,), (3,)), groups="leaf")
     assert terms.value == 2.0
@@ -266,7 +321,7 @@ def test_wrong_arguments_are_named():
         taylor(quadratic, params, params, order=4)
     with pytest.raises(ValueError, match="chunk_size must be an int, at least 1, got 0"):
         taylor(quadratic, params, params, chunk_size=0)
-    with pytest.raises(ValueError, match="updates must have the shapes of params"):
+    with pytest.raises(ValueError, match="updates must be a tree like params"):
         taylor(quadratic, params, tree((2,), (4,)))
     with pytest.raises(TypeError, match=r"value_fn must return a real scalar, got float64\[2\]"):
         taylor(lambda p: p[0], params, params)

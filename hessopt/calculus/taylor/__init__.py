@@ -29,7 +29,7 @@ from hessopt.typing import Matrix, Params, ValueFn, Vector
 class Taylor(NamedTuple):
     """Derivatives of phi at 0, in at least float32; groups in the order of `group_labels`."""
 
-    value: jax.Array  # scalar
+    value: jax.Array  # scalar, in the dtype of value_fn
     gradient: Vector  # (S,)
     hessian: Matrix | None  # (S, S), from order 2 on
     third: Vector | None  # (S,), d^3 phi / d eta_s^3, signed, for order 3
@@ -66,6 +66,10 @@ def taylor(
       TypeError: when value_fn does not return a real scalar; for order 3 where it depends on params through a
         `jax.custom_vjp`, which the message names.
 
+    Outside of jit every call compiles anew. Where a derivative rule is not that of its function (a straight-through
+    estimator), `jax.hessian(phi)` is not symmetric, and this Hessian, which is, need not equal it. Leaves that are not
+    floating or complex are constants.
+
     Cost: two gradients, and for every group one tangent of what lies behind it: for a network of L layers with a group
     for each of its S = 2 L tensors about S / 4 gradients, of order 3 twice that.
 
@@ -85,24 +89,33 @@ def taylor(
 
     @jax.jit  # one program, also where the caller does not jit
     def compute(params: Params, updates: Params) -> Taylor:
-        leaves, treedef = jax.tree.flatten(strong(params))
-        steps, dtype = jax.tree.leaves(updates), solve_dtype(params)
+        every, treedef = jax.tree.flatten(strong(params))
+        moving = [i for i, leaf in enumerate(every) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        leaves, steps, own = ([some[i] for i in moving] for some in (every, jax.tree.leaves(updates), labels))
+        dtype = solve_dtype(leaves)
 
         def objective(*parts: jax.Array) -> jax.Array:
-            return value_fn(jax.tree.unflatten(treedef, parts))
+            now = dict(zip(moving, parts, strict=True))
+            return value_fn(jax.tree.unflatten(treedef, [now.get(i, leaf) for i, leaf in enumerate(every)]))
 
         tape = record(objective, leaves)
+        used = (o for o, adjoint in zip(tape.operations, tape.adjoints, strict=True) if adjoint is not None)
+        custom = next((operation.custom for operation in used if operation.custom), "")
+        if order == 3 and custom:
+            raise TypeError(
+                f"taylor(order=3) needs forward derivatives, but {custom} has a jax.custom_vjp; use order=2"
+            )
         slopes = [jnp.zeros((), dtype)] * count
-        for adjoint, step, label in zip(tape.gradient, steps, labels, strict=True):
+        for adjoint, step, label in zip(tape.gradient, steps, own, strict=True):
             if adjoint is not None:
                 slopes[label] = slopes[label] + gram(adjoint[None], step[None], dtype)[0, 0]
         gradient = jnp.stack([jnp.zeros((), dtype), *slopes])[1:]
         if order == 1:
             return Taylor(tape.value, gradient, None, None)
         if chunk_size is None:
-            hessian, third = sweep(tape, steps, labels, count, order, dtype)
+            hessian, third = sweep(tape, steps, own, count, order, dtype)
         else:
-            hessian, third = rows(objective, leaves, steps, labels, count, order, dtype, chunk_size)
+            hessian, third = rows(objective, leaves, steps, own, count, order, dtype, chunk_size)
         return Taylor(tape.value, gradient, hessian, third if order == 3 else None)
 
     return compute(params, updates)

@@ -21,6 +21,8 @@ def rows(
     chunk_size: int,
 ) -> tuple[Matrix, Vector]:
     """The Hessian of phi a few rows at a time, by derivatives of the gradient, and the third derivatives."""
+    if not count:
+        return jnp.zeros((0, 0), dtype), jnp.zeros(0, dtype)
     gradient = jax.grad(objective, argnums=tuple(range(len(leaves))))
 
     def terms(group: jax.Array) -> tuple[Vector, jax.Array]:

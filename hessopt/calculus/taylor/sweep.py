@@ -106,10 +106,6 @@ def _third(
     operation: Operation, reverse: Any, x: dict[int, Tangents], xx: dict[int, Tangents], dtype: Any
 ) -> list[Any]:
     """What an operation adds to the third derivative."""
-    if operation.custom:
-        raise TypeError(
-            f"taylor(order=3) needs forward derivatives, but {operation.custom} has a jax.custom_vjp; order=2 does not"
-        )
     found = []
     for groups, tangents, bends in _movements(x, xx):
         twice = stacked(_curve(reverse, operation, tangents, bends), *_arguments(tangents, bends))
@@ -188,12 +184,10 @@ def _along(fun: Callable[..., Any], operation: Operation, places: Places) -> Cal
 
 
 def _forward(operation: Operation, places: Places) -> Callable[..., Any]:
-    """The same of the operation itself: where it has a reverse rule only, the transpose of that."""
+    """The same of the operation itself; of a `jax.custom_vjp`, the derivative of its forward pass, as JAX has it."""
     if not operation.custom:
         return _along(operation.fun, operation, places)
-    moving, values = _at(operation.fun, operation, places)
-    outputs, pull = jax.vjp(moving, *values)
-    return lambda *tangents: jax.linear_transpose(pull, outputs)(tangents)[0]
+    return _along(lambda *values: jax.vjp(operation.fun, *values)[0], operation, places)
 
 
 def _arguments(tangents: Stacks, bends: Stacks) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:

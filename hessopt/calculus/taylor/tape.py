@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from hessopt.calculus.programs import CALLS, REMATERIALIZED, called, inner_programs, single
+from hessopt.calculus.programs import CALLS, REMATERIALIZED, called, depends, inner_programs, single
 
 CUSTOM = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
@@ -86,7 +86,7 @@ def _operate(program: Any, equation: Any, read: Any, fresh: Iterator[int], pulle
     entries = [read(v) for v in variables]
     active = {i: value for value, i in entries if i is not None}
     smooth = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
-    if not active or not any(smooth):
+    if not active or not any(smooth) or _is_constant(equation, call, entries):
         return [(value, None) for value in call(*(value for value, _ in entries))]
 
     def fun(*values: jax.Array) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
@@ -102,6 +102,21 @@ def _operate(program: Any, equation: Any, read: Any, fresh: Iterator[int], pulle
     pulled.append((operation, (outputs, pull)))
     ours, rest = zip(outputs, results, strict=True), iter(others)
     return [next(ours) if s else (next(rest), None) for s in smooth]
+
+
+def _is_constant(equation: Any, call: Callable[..., Any], entries: Sequence[tuple[Any, int | None]]) -> bool:
+    """Whether it stops all derivatives: by its name, or as a loop of which only the condition sees parameters."""
+    if equation.primitive.name != "while":
+        return equation.primitive.name == "stop_gradient"
+    active = [place for place, (_, i) in enumerate(entries) if i is not None]
+    values = tuple(entries[place][0] for place in active)
+
+    def loop(*moving: jax.Array) -> list[jax.Array]:
+        now = dict(zip(active, moving, strict=True))
+        outputs = call(*(now.get(place, value) for place, (value, _) in enumerate(entries)))
+        return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
+
+    return not any(depends(jax.make_jaxpr(lambda *along: jax.jvp(loop, values, along)[1])(*values)))
 
 
 def _custom(equation: Any) -> str:
