@@ -129,9 +129,11 @@ def folded(H: InverseHessian) -> InverseHessian:
     """H with the identity and all terms in the base, in one pass over it, in place."""
     (a, b), base = H.weights, H.base
     base = jnp.where(b == 0, 0.0, b * base) + jnp.where(jnp.eye(len(base), dtype=bool), a, 0.0)
-    # one sum of outer products, not a matrix product: XLA's is slower on CPUs, and not exactly symmetric
+    # one sum of outer products, not a matrix product: XLA's is slower on CPUs, and not exactly symmetric. Zero is added
+    # so that products are rounded alike in all entries, whichever of them a compiler fuses with the sum
+    zero = (a > jnp.inf).astype(base.dtype)
     for sign, column in zip(jnp.sign(H.terms), jnp.sqrt(jnp.abs(H.terms))[:, None] * H.columns, strict=True):
-        base = base + (sign * column)[:, None] * column
+        base = base + ((sign * column)[:, None] * column + zero)
     return H._replace(weights=jnp.array([0.0, 1.0], H.weights.dtype), base=base, terms=jnp.zeros_like(H.terms))
 
 

@@ -42,7 +42,8 @@ def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> T
     program = jax.make_jaxpr(value_fn)(*leaves)
     avals = program.out_avals
     if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
-        raise TypeError(f"value_fn must return a real scalar, got {', '.join(map(str, avals))}")
+        found = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in avals)
+        raise TypeError(f"value_fn must return a real scalar, got {found}")
     pulled: list[tuple[Operation, Any]] = []
     fresh = itertools.count()
     ((value, top),) = _evaluate(program, [(leaf, next(fresh)) for leaf in leaves], fresh, pulled)
