@@ -50,7 +50,7 @@ def _evaluate(program: Any, operands: Any) -> list[tuple[Any, bool]]:
         return (variable.val, False) if isinstance(variable, Literal) else known[variable]
 
     for equation in jaxpr.eqns:
-        inside = called(equation, CALLS)
+        inside = called(program, equation, CALLS)
         if inside is not None:
             results = _evaluate(inside, [read(v) for v in equation.invars])
         else:

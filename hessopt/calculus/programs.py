@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 """Equations that are calls of a program and no more, by the names that versions of JAX give them, and where it is."""
@@ -13,12 +13,12 @@ REMATERIALIZED = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
 """The same, of what is to be evaluated again in a backward pass."""
 
 
-def called(equation: Any, calls: dict[str, str]) -> Any:
-    """The program that an equation calls, None if it is none of these calls."""
+def called(program: Any, equation: Any, calls: dict[str, str]) -> Any:
+    """The program that an equation of a program calls, None if it is none of these calls."""
     if equation.primitive.name not in calls:
         return None
-    program = equation.params[calls[equation.primitive.name]]
-    return program if hasattr(program, "consts") else ClosedJaxpr(program, ())
+    inside = equation.params[calls[equation.primitive.name]]
+    return inside if hasattr(inside, "consts") else program.replace(jaxpr=inside, consts=())
 
 
 def single(program: Any, equation: Any) -> tuple[list[Any], Callable[..., list[jax.Array]]]:

@@ -40,10 +40,10 @@ class Tape(NamedTuple):
 def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> Tape:
     """Evaluate `value_fn(*leaves)` and its derivatives in all intermediate results."""
     program = jax.make_jaxpr(value_fn)(*leaves)
-    avals = program.out_avals
+    avals: list[Any] = list(program.out_avals)
     if len(avals) != 1 or avals[0].shape or not jnp.issubdtype(avals[0].dtype, jnp.floating):
-        found = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in avals)
-        raise TypeError(f"value_fn must return a real scalar, got {found}")
+        what = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in avals)
+        raise TypeError(f"value_fn must return a real scalar, got {what}")
     pulled: list[tuple[Operation, Any]] = []
     fresh = itertools.count()
     ((value, top),) = _evaluate(program, [(leaf, next(fresh)) for leaf in leaves], fresh, pulled)
@@ -72,7 +72,7 @@ def _evaluate(program: Any, operands: Any, fresh: Iterator[int], pulled: Any) ->
         return (variable.val, None) if isinstance(variable, Literal) else known[variable]
 
     for equation in jaxpr.eqns:
-        inside = called(equation, CALLS | REMATERIALIZED)
+        inside = called(program, equation, CALLS | REMATERIALIZED)
         if inside is not None:
             results = _evaluate(inside, [read(v) for v in equation.invars], fresh, pulled)
         else:
