@@ -46,7 +46,7 @@ def restriction(
             smooth = jnp.issubdtype(p.dtype, jnp.inexact)
             return p + jnp.asarray(eta[label], p.dtype) * u if smooth else p
 
-        return value_fn(jax.tree.map(moved, strong(params), steps, labels))
+        return value_fn(jax.tree.map(moved, as_arrays(params), steps, labels))
 
     return phi
 
@@ -60,6 +60,6 @@ def grouped(params: Params, updates: Params, groups: Groups | None) -> tuple[Any
     return labels, names, jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), updates, params)
 
 
-def strong(params: Params) -> Params:
+def as_arrays(params: Params) -> Params:
     """Params with arrays for leaves."""
     return jax.tree.map(jnp.asarray, params)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from hessopt._checks import check_count
 from hessopt.calculus.flat import solve_dtype
 from hessopt.calculus.groups import Groups
-from hessopt.calculus.restriction import grouped, strong
+from hessopt.calculus.restriction import as_arrays, grouped
 from hessopt.calculus.taylor.rows import rows
 from hessopt.calculus.taylor.sweep import sweep
 from hessopt.calculus.taylor.tangents import gram
@@ -89,7 +89,7 @@ def taylor(
 
     @jax.jit  # one program, also where the caller does not jit
     def compute(params: Params, updates: Params) -> Taylor:
-        every, treedef = jax.tree.flatten(strong(params))
+        every, treedef = jax.tree.flatten(as_arrays(params))
         moving = [i for i, leaf in enumerate(every) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
         leaves, steps, own = ([some[i] for i in moving] for some in (every, jax.tree.leaves(updates), labels))
         dtype = solve_dtype(leaves)

@@ -21,13 +21,12 @@ NAMES = frozenset(
 """Primitives of which every entry of the result depends on the same entry of the operand only."""
 
 
-def is_pointwise(operation: Operation) -> bool:
+def is_pointwise(operation: Operation, adjoint: tuple[jax.Array, ...]) -> bool:
     """Whether the operation is one of these, real, in one operand."""
-    if operation.name not in NAMES or len(operation.values) != 1 or len(operation.results) != 1:
+    if operation.name not in NAMES or len(operation.values) != 1 or len(adjoint) != 1:
         return False
-    (value,) = operation.values
-    (result,) = jax.eval_shape(operation.fun, value)
-    return value.shape == result.shape and not jnp.iscomplexobj(value) and not jnp.iscomplexobj(result)
+    (value,), (lam,) = operation.values, adjoint
+    return value.shape == lam.shape and not jnp.iscomplexobj(value) and not jnp.iscomplexobj(lam)
 
 
 def contract(

@@ -54,7 +54,7 @@ def sweep(
         x, xx = ({p: of[i] for p, i in enumerate(operation.operands) if i in of} for of in (first, second))
         if adjoint is None or not x:
             continue
-        if is_pointwise(operation):
+        if is_pointwise(operation, adjoint):
             found = contract_pointwise(operation, adjoint, x[0], xx.get(0), order, dtype)
         else:
             found = _contract(operation, adjoint, x, xx, order, dtype)

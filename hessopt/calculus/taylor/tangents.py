@@ -23,9 +23,7 @@ class Tangents(NamedTuple):
 class Contribution(NamedTuple):
     """What one operation adds to the Taylor terms, and the tangents of its results."""
 
-    hessian: list[
-        tuple[Groups, Groups, jax.Array]
-    ]  # rows, columns, and what stands there; if they differ, mirrored too
+    hessian: list[tuple[Groups, Groups, jax.Array]]  # rows, columns, what stands there; if they differ, mirrored too
     third: list[tuple[Groups, jax.Array]]
     first: dict[int, Tangents]
     second: dict[int, Tangents]

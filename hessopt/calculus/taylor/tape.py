@@ -87,8 +87,6 @@ def _operate(program: Any, equation: Any, read: Any, fresh: Iterator[int], pulle
     entries = [read(v) for v in variables]
     active = {i: value for value, i in entries if i is not None}
     smooth = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
-    if not active or not any(smooth) or _is_constant(equation, call, entries):
-        return [(value, None) for value in call(*(value for value, _ in entries))]
 
     def fun(*values: jax.Array) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
         now = dict(zip(active, values, strict=True))
@@ -96,6 +94,8 @@ def _operate(program: Any, equation: Any, read: Any, fresh: Iterator[int], pulle
         split = [[x for x, s in zip(outputs, smooth, strict=True) if s is kind] for kind in (True, False)]
         return tuple(split[0]), split[1]
 
+    if not active or not any(smooth) or _is_constant(equation.primitive.name, fun, tuple(active.values())):
+        return [(value, None) for value in call(*(value for value, _ in entries))]
     outputs, pull, others = jax.vjp(fun, *active.values(), has_aux=True)
     results = tuple(next(fresh) for _ in outputs)
     values, name = tuple(active.values()), equation.primitive.name
@@ -105,19 +105,11 @@ def _operate(program: Any, equation: Any, read: Any, fresh: Iterator[int], pulle
     return [next(ours) if s else (next(rest), None) for s in smooth]
 
 
-def _is_constant(equation: Any, call: Callable[..., Any], entries: Sequence[tuple[Any, int | None]]) -> bool:
+def _is_constant(name: str, fun: Callable[..., Any], values: tuple[jax.Array, ...]) -> bool:
     """Whether it stops all derivatives: by its name, or as a loop of which only the condition sees parameters."""
-    if equation.primitive.name != "while":
-        return equation.primitive.name == "stop_gradient"
-    active = [place for place, (_, i) in enumerate(entries) if i is not None]
-    values = tuple(entries[place][0] for place in active)
-
-    def loop(*moving: jax.Array) -> list[jax.Array]:
-        now = dict(zip(active, moving, strict=True))
-        outputs = call(*(now.get(place, value) for place, (value, _) in enumerate(entries)))
-        return [x for x in outputs if jnp.issubdtype(x.dtype, jnp.inexact)]
-
-    return not any(depends(jax.make_jaxpr(lambda *along: jax.jvp(loop, values, along)[1])(*values)))
+    if name != "while":
+        return name == "stop_gradient"
+    return not any(depends(jax.make_jaxpr(lambda *along: jax.jvp(fun, values, along, has_aux=True)[1])(*values)))
 
 
 def _custom(equation: Any) -> str:
