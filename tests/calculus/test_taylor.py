@@ -113,6 +113,15 @@ def calls(params):
     return jnp.sum(h) * count * held * turns + jnp.sum(jnp.real(jnp.fft.fft(a + 1j * b[:4]) ** 2))
 
 
+def implicit(params):
+    """The solution of a linear system, by the rule that JAX has for it."""
+    a, b = params
+    B = data(4, 4)
+    matrix = lambda v: B.T @ (B @ v) + jnp.exp(a) * v
+    x, _ = jax.scipy.sparse.linalg.cg(matrix, jnp.sin(b), tol=1e-15, maxiter=20)
+    return jnp.sum(x**3)
+
+
 def complex_leaf(params):
     (z,) = params
     return jnp.sum(jnp.abs(jnp.exp(z * z)) ** 2) + jnp.sum(jnp.real(z) ** 3)
@@ -127,6 +136,7 @@ MODELS = {
     "pieces": (pieces, tree((4, 4), (4, 4), (4, 4))),
     "shared": (shared, tree((4, 3), (2,), (2,))),
     "calls": (calls, tree((4,), (4,))),
+    "implicit": (implicit, tree((4,), (4,))),
     "complex": (complex_leaf, [data(3) + 1j * data(3, seed=2)]),
 }
 
@@ -229,6 +239,23 @@ def test_sharded_parameters_and_data_give_the_same():
     fun = jax.jit(lambda p, x: taylor(lambda p: value_fn(p, x), p, steps(p), groups="leaf"))
     spread = [place(params[0], None, "model"), place(params[1], "model"), place(params[2], "model")]
     chex.assert_trees_all_close(fun(spread, place(x, "data")), fun(params, x), rtol=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding")
+@pytest.mark.parametrize("split", [None, "model"])
+def test_explicit_sharding_gives_the_same(split):
+    explicit = (jax.sharding.AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=explicit, devices=jax.devices()[:4])
+    x, params = data(8, 4), tree((4, 6), (6,), (6,))
+
+    def value_fn(params, x):
+        return jnp.mean(jnp.sum(jnp.tanh(x @ params[0] + params[1]) * params[2] ** 2, axis=1) ** 2)
+
+    fun = jax.jit(lambda p, x: taylor(lambda p: value_fn(p, x), p, steps(p), groups="leaf"))
+    place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    with jax.set_mesh(mesh):
+        spread = [place(params[0], None, split), place(params[1], split), place(params[2], split)]
+        chex.assert_trees_all_close(fun(spread, place(x, "data")), fun(params, x), rtol=1e-12)
 
 
 @jax.custom_vjp

@@ -10,7 +10,8 @@ Source: the sums are the chain rule for second and third derivatives, see Griewa
 Derivatives", 2nd ed., 2008, chapter 13; the use of these terms is that of arXiv 2312.03885.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from hessopt.calculus.restriction import as_arrays, grouped
 from hessopt.calculus.taylor.rows import rows
 from hessopt.calculus.taylor.sweep import sweep
 from hessopt.calculus.taylor.tangents import gram
-from hessopt.calculus.taylor.tape import record
+from hessopt.calculus.taylor.tape import Tape, record
 from hessopt.typing import Matrix, Params, ValueFn, Vector
 
 
@@ -105,17 +106,23 @@ def taylor(
             raise TypeError(
                 f"taylor(order=3) needs forward derivatives, but {custom} has a jax.custom_vjp; use order=2"
             )
-        slopes = [jnp.zeros((), dtype)] * count
-        for adjoint, step, label in zip(tape.gradient, steps, own, strict=True):
-            if adjoint is not None:
-                slopes[label] = slopes[label] + gram(adjoint[None], step[None], dtype)[0, 0]
-        gradient = jnp.stack([jnp.zeros((), dtype), *slopes])[1:]
+        gradient = _gradient(tape, steps, own, count, dtype)
         if order == 1:
             return Taylor(tape.value, gradient, None, None)
         if chunk_size is None:
-            hessian, third = sweep(tape, steps, own, count, order, dtype)
+            slopes, hessian, third = sweep(tape, steps, own, count, order, dtype)
+            gradient = gradient if custom else slopes  # the same, without the adjoints of the parameters
         else:
             hessian, third = rows(objective, leaves, steps, own, count, order, dtype, chunk_size)
         return Taylor(tape.value, gradient, hessian, third if order == 3 else None)
 
     return compute(params, updates)
+
+
+def _gradient(tape: Tape, updates: Sequence[jax.Array], labels: Sequence[int], count: int, dtype: Any) -> Vector:
+    """The gradient of phi at 0, by the adjoints of the parameters."""
+    slopes = [jnp.zeros((), dtype)] * count
+    for adjoint, update, label in zip(tape.gradient, updates, labels, strict=True):
+        if adjoint is not None:
+            slopes[label] = slopes[label] + gram(adjoint[None], update[None], dtype)[0, 0]
+    return jnp.stack([jnp.zeros((), dtype), *slopes])[1:]

@@ -44,8 +44,8 @@ Stacks = dict[int, jax.Array]
 
 def sweep(
     tape: Tape, updates: Sequence[jax.Array], labels: Sequence[int], count: int, order: int, dtype: Any
-) -> tuple[Matrix, Vector]:
-    """The Hessian `(count, count)` of phi at 0 and, for order 3, the diagonal of its third derivative, else zeros."""
+) -> tuple[Vector, Matrix, Vector]:
+    """Gradient and Hessian of phi at 0 and, for order 3, the diagonal of its third derivative, else zeros."""
     every = tuple(range(count))
     H, mirrored, third = jnp.zeros((count, count), dtype), jnp.zeros((count, count), dtype), jnp.zeros(count, dtype)
     first = {i: Tangents((label,), u[None]) for i, (u, label) in enumerate(zip(updates, labels, strict=True))}
@@ -65,7 +65,9 @@ def sweep(
             third = third + placed(vector, (groups,), (every,))
         first |= {operation.results[p]: tangents for p, tangents in found.first.items()}
         second |= {operation.results[p]: tangents for p, tangents in found.second.items()}
-    return H + mirrored + mirrored.T, third
+    top = None if tape.top is None else first.get(tape.top)
+    slopes = jnp.zeros(count, dtype) if top is None else spread(top, every).astype(dtype)
+    return slopes, H + mirrored + mirrored.T, third
 
 
 def _contract(
@@ -79,13 +81,25 @@ def _contract(
     """What any operation adds, and the tangents of its results."""
 
     def reverse(*values: jax.Array) -> tuple[jax.Array, ...]:
-        return jax.vjp(operation.fun, *values)[1](adjoint)
+        own = _held(adjoint, values) if operation.name == "custom_linear_solve" else adjoint
+        return jax.vjp(operation.fun, *values)[1](own)
 
     hessian = _hessian(operation, reverse, x, dtype)
     third = _third(operation, reverse, x, xx, dtype) if order == 3 else []
     done = [*(G for _, _, G in hessian), *(vector for _, vector in third)]
     operation = operation._replace(values=tuple(after(done, value) for value in operation.values))
     return Contribution(hessian, third, _first(operation, x), _second(operation, x, xx) if order == 3 else {})
+
+
+@jax.custom_jvp
+def _held(adjoint: tuple[jax.Array, ...], values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The adjoint, with tangents that are zeros but there: JAX cannot transpose a linear solve without them."""
+    return adjoint
+
+
+@_held.defjvp
+def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _held(*primals), _held(jax.tree.map(jnp.zeros_like, primals[0]), primals[1])
 
 
 def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: Any) -> list[Any]:

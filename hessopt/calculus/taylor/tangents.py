@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
+from jax.sharding import NamedSharding, PartitionSpec
 
 from hessopt.calculus.programs import depends
 
@@ -104,21 +105,25 @@ def gram(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """Real inner products of two stacks, `(j, k)`, not conjugated."""
     if len(a) < len(b):  # XLA transposes the right one
         return gram(b, a, dtype).T
-    axes = list(range(1, a.ndim)), list(range(1, a.ndim))
-    wide = _wide(a, dtype)
-    return _real(jax.lax.dot_general(a, b, (axes, ((), ())), precision="highest", preferred_element_type=wide), dtype)
+    return _contracted(a, b, ((), ()), dtype)
 
 
 def rowwise(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """Real inner products of the rows of two stacks, `(k,)`, not conjugated."""
-    axes = list(range(1, a.ndim)), list(range(1, a.ndim))
-    wide = _wide(a, dtype)
-    return _real(jax.lax.dot_general(a, b, (axes, ([0], [0])), precision="highest", preferred_element_type=wide), dtype)
+    return _contracted(a, b, ((0,), (0,)), dtype)
 
 
-def _wide(a: jax.Array, dtype: Any) -> Any:
-    return jnp.promote_types(dtype, a.dtype)
-
-
-def _real(x: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.real(x).astype(dtype)
+def _contracted(a: jax.Array, b: jax.Array, batch: Any, dtype: Any) -> jax.Array:
+    """The sum over all axes but the first, at least in this dtype, on every device of an explicit mesh."""
+    axes = tuple(range(1, a.ndim))
+    sharding = jax.typeof(a).sharding
+    spread_out = any(axis is not None for axis in sharding.spec)
+    product = jax.lax.dot_general(
+        a,
+        b,
+        ((axes, axes), batch),
+        precision="highest",
+        preferred_element_type=jnp.promote_types(dtype, a.dtype),
+        out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if spread_out else None,
+    )
+    return jnp.real(product).astype(dtype)

@@ -32,6 +32,7 @@ class Tape(NamedTuple):
     """The program that was evaluated; parameters are the variables 0, 1, ..."""
 
     value: jax.Array  # scalar
+    top: int | None  # its variable, None if it does not depend on the parameters
     operations: list[Operation]
     adjoints: list[tuple[jax.Array, ...] | None]  # of the results of each operation, None where value does not depend
     gradient: list[jax.Array | None]  # adjoints of the parameters
@@ -57,9 +58,8 @@ def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> T
         adjoints.append(own)
         for i, part in zip(operation.operands, pull(own), strict=True):
             found[i] = found[i] + part if i in found else part
-    return Tape(
-        value, [operation for operation, _ in pulled], adjoints[::-1], [found.get(i) for i in range(len(leaves))]
-    )
+    operations = [operation for operation, _ in pulled]
+    return Tape(value, top, operations, adjoints[::-1], [found.get(i) for i in range(len(leaves))])
 
 
 def _evaluate(program: Any, operands: Any, fresh: Iterator[int], pulled: Any) -> list[tuple[Any, int | None]]:
