@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.calculus.curvature import CurvatureFn
-from hessopt.calculus.flat import strongly_typed
+from hessopt.calculus.flat import all_finite, strongly_typed
 from hessopt.calculus.groups import Groups
 from hessopt.calculus.objective import bind, require_given, require_params
 from hessopt.calculus.recycling import LinesearchState
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.positivity import Positivity
 from hessopt.transforms.bfgs import scale_by_bfgs
+from hessopt.transforms.generalized_newton import Mode, scale_by_generalized_newton
+from hessopt.transforms.grouped_newton import scale_by_grouped_newton
 from hessopt.transforms.lbfgs import scale_by_lbfgs
 from hessopt.transforms.linesearch import scale_by_wolfe_linesearch
 from hessopt.transforms.newton import scale_by_newton
@@ -152,6 +154,151 @@ def lbfgs(
     """
     direction = scale_by_lbfgs(memory_size, same_batch_pairs=same_batch_pairs, memory_dtype=memory_dtype)
     return _descend(direction, learning_rate, linesearch)
+
+
+def generalized_newton(
+    base: optax.GradientTransformation,
+    *,
+    mode: str | Mode = "exact",
+    groups: Groups | None = None,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    update_every: int = 1,
+    curvature_decay: float = 0.8,
+    rate_decay: float = 0.0,
+    initial_rate: float = 1e-2,
+    min_rate: float = 0.0,
+    max_rate: float = math.inf,
+    max_change: float = 2.0,
+    safeguard: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Any optimizer, with a learning rate that finds itself.
+
+    Args:
+      base: any optax transformation whose updates are to be added, of constant scale: `optax.sgd(1.0, momentum=0.9)`,
+        `optax.adamw(1.0)`. The scale itself does not matter.
+      mode, groups, learning_rate, update_every, curvature_decay, rate_decay, initial_rate, min_rate, max_rate,
+        max_change, safeguard: see `scale_by_generalized_newton`.
+
+    Returns:
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs the objective on the
+      batch of the gradient. The direction that is applied is the one that was measured: the state of base advances once
+      per step, and not at all for a value or an update that is not finite.
+
+    Raises:
+      ValueError, TypeError: see `scale_by_generalized_newton`.
+
+    Cost per step: that of base, and see `scale_by_generalized_newton`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> x, y = jnp.array([[1.0], [2.0]]), jnp.array([3.0, 6.0])
+      >>> def loss(w, x, y):
+      ...     return jnp.mean((x @ w - y) ** 2)
+      >>> w, tx = jnp.zeros(1), generalized_newton(optax.sgd(1.0))
+      >>> value, grad = jax.value_and_grad(loss)(w, x, y)
+      >>> updates, state = tx.update(grad, tx.init(w), w, value=value, grad=grad, value_fn=loss, x=x, y=y)
+      >>> jnp.round(optax.apply_updates(w, updates), 4).tolist()
+      [3.0]
+
+    Source: see `scale_by_generalized_newton`.
+    """
+    rate = scale_by_generalized_newton(
+        mode=mode,
+        groups=groups,
+        learning_rate=learning_rate,
+        update_every=update_every,
+        curvature_decay=curvature_decay,
+        rate_decay=rate_decay,
+        initial_rate=initial_rate,
+        min_rate=min_rate,
+        max_rate=max_rate,
+        max_change=max_change,
+        safeguard=safeguard,
+    )
+    return _rated(base, rate)
+
+
+def grouped_newton(
+    base: optax.GradientTransformation,
+    *,
+    groups: Groups = "leaf",
+    cubic_damping: optax.ScalarOrSchedule = 1.0,
+    learning_rate: optax.ScalarOrSchedule = 1.0,
+    update_every: int = 2,
+    curvature_decay: float = 0.9,
+    rate_decay: float = 0.0,
+    nonnegative: bool = False,
+    cross_groups: bool = True,
+    ridge: float = 0.0,
+    initial_rate: float = 0.0,
+    safeguard: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    """Any optimizer, with a learning rate for each group of parameters that they find together.
+
+    Args:
+      base: any optax transformation whose updates are to be added, of constant scale: `optax.sgd(1.0, momentum=0.9)`,
+        `optax.adamw(1.0)`. The scale itself does not matter.
+      groups, cubic_damping, learning_rate, update_every, curvature_decay, rate_decay, nonnegative, cross_groups, ridge,
+        initial_rate, safeguard: see `scale_by_grouped_newton`.
+
+    Returns:
+      An optimizer whose `update(grads, state, params, *, value, value_fn, **data)` needs the objective. The state of
+      base advances once per step, and not at all for a value or an update that is not finite.
+
+    Raises:
+      ValueError, TypeError: see `scale_by_grouped_newton`.
+
+    Cost per step: that of base, and see `scale_by_grouped_newton`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> def loss(p):
+      ...     return jnp.sum((p["scale"] * p["w"] - 3.0) ** 2) + 1e-3 * p["scale"] ** 2
+      >>> params, tx = {"scale": jnp.array(1.0), "w": jnp.array([0.1, 5.0])}, grouped_newton(optax.sgd(1.0))
+      >>> state = tx.init(params)
+      >>> for _ in range(20):
+      ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+      ...     params = optax.apply_updates(params, updates)
+      >>> float(loss(params)) < 0.1
+      True
+
+    Source: see `scale_by_grouped_newton`.
+    """
+    rate = scale_by_grouped_newton(
+        groups=groups,
+        cubic_damping=cubic_damping,
+        learning_rate=learning_rate,
+        update_every=update_every,
+        curvature_decay=curvature_decay,
+        rate_decay=rate_decay,
+        nonnegative=nonnegative,
+        cross_groups=cross_groups,
+        ridge=ridge,
+        initial_rate=initial_rate,
+        safeguard=safeguard,
+    )
+    return _rated(base, rate)
+
+
+def _rated(
+    base: optax.GradientTransformation, rate: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
+    """Chain an optimizer with a rate, and keep its state where its update, or the value, is not finite."""
+    base = optax.with_extra_args_support(base)
+
+    def init(params: Params) -> Any:
+        return base.init(params), rate.init(params)
+
+    def update(
+        updates: optax.Updates, state: Any, params: Params | None = None, **keywords: Any
+    ) -> tuple[optax.Updates, Any]:
+        updates, new = base.update(updates, state[0], params, **keywords)
+        sound = all_finite((updates, keywords.get("value")))
+        kept = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, state[0])
+        updates, rate_state = rate.update(updates, state[1], params, **keywords)
+        return updates, (kept, rate_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _descend(

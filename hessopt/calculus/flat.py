@@ -92,6 +92,11 @@ def _dot(x: jax.Array, y: jax.Array, first: int) -> jax.Array:
     return jnp.real(jnp.tensordot(jnp.conj(x), y, [axes, axes], precision="highest"))
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no entry of any leaf is inf or NaN."""
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
 def zeros(shapes: Any) -> Any:
     """Return zeros for each `jax.ShapeDtypeStruct` of a tree, by one program: one each takes seconds to compile."""
     leaves, treedef = jax.tree.flatten(shapes)

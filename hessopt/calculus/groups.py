@@ -19,7 +19,7 @@ def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
       params: pytree of arrays.
       groups: `"all"` (one group), `"leaf"` (one per leaf), `"layer"` (leaves with the same parent path),
         `"weights_biases"` (leaves of rank 2 and more; the others), a tree of labels with the structure of
-        `params`, or a callable `path, leaf -> label` with JAX's key path.
+        `params` or a prefix of it, or a callable `path, leaf -> label` with JAX's key path.
 
     Returns:
       `(labels, names)`: a tree like `params` of ints, and the names of the groups, in the order in which
@@ -40,12 +40,29 @@ def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
     if callable(groups):
         labels = [groups(path, leaf) for path, leaf in leaves]
     elif not isinstance(groups, str):
-        labels = _given(groups, leaves)
+        labels = given_labels("groups", groups, params)
     else:
         check_word("groups", groups, WORDS)
         labels = [WORDS[groups](path, leaf) for path, leaf in leaves]
     names = tuple(dict.fromkeys(map(str, labels)))
     return jax.tree.unflatten(treedef, [names.index(str(label)) for label in labels]), names
+
+
+def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
+    """The labels, leaf by leaf of params, of a tree that has their structure or a prefix of it."""
+    given = dict(jax.tree_util.tree_leaves_with_path(tree))
+    unused, found = set(given), []
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        above = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
+        if above is None:
+            raise ValueError(f"{name} must be a tree like params: {_name(path)!r} has no label")
+        unused.discard(above)
+        found.append(given[above])
+    if unused and found:
+        raise ValueError(
+            f"{name} must be a tree like params: {_name(min(unused, key=str))!r} is labelled but no parameter"
+        )
+    return found
 
 
 def take(tree: Any, labels: Any, group: int) -> Any:
@@ -73,16 +90,3 @@ WORDS: dict[str, Callable[[Any, Any], str]] = {
     "layer": lambda path, leaf: _name(_unboxed(path)[:-1]),
     "weights_biases": lambda path, leaf: "weights" if jnp.ndim(leaf) >= 2 else "biases",
 }
-
-
-def _given(groups: Any, leaves: list[tuple[Any, Any]]) -> list[Any]:
-    """The labels of a tree that must have the paths of `leaves`."""
-    if not leaves:
-        return []
-    given = dict(jax.tree_util.tree_leaves_with_path(groups))
-    paths = [path for path, _ in leaves]
-    for path in [*paths, *given]:
-        if (path in given) != (path in paths):
-            where = "has no label" if path in paths else "is labelled but no parameter"
-            raise ValueError(f"groups must be a tree like params: {_name(path)!r} {where}")
-    return [given[path] for path in paths]

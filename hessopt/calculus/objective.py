@@ -9,7 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hessopt.calculus.groups import combine, take
 from hessopt.typing import Params, ValueFn
+
+PROTOCOL = ("value", "grad", "value_fn")
+"""The keywords of `update` that are no data."""
 
 UPDATE = "tx.update(grads, state, params, value_fn={name}, {given})"
 """The call to write for an objective that lacks data."""
@@ -136,6 +140,18 @@ def precompose(value_fn: Any, inner: Callable[..., Params]) -> Any:
         model_fn = value_fn.model_fn
         return Composite(lambda x: model_fn(inner(x)), value_fn.loss_fn)
     return lambda x: value_fn(inner(x))
+
+
+def of_group(labels: Any, group: Any, params: Params, keywords: Mapping[str, Any], *, caller: str) -> dict[str, Any]:
+    """Return the keywords of `update` for the leaves of a group alone: an objective that holds the others."""
+    own = {name: thing for name, thing in keywords.items() if thing is not None or name not in PROTOCOL}
+    if "grad" in own:
+        own["grad"] = take(own["grad"], labels, group)
+    if "value_fn" in own:
+        data = {name: thing for name, thing in own.items() if name not in PROTOCOL}
+        objective = bind(own["value_fn"], data, caller=caller)
+        own["value_fn"] = precompose(objective, lambda part: combine(part, params))
+    return own
 
 
 def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:

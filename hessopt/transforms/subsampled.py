@@ -16,9 +16,9 @@ import optax
 from hessopt._checks import check_range, check_word
 from hessopt.calculus.flat import ravel, solve_dtype
 from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
-from hessopt.calculus.objective import bind, precompose, require_params
+from hessopt.calculus.objective import of_group, require_params
 from hessopt.numerics.norms import norm
-from hessopt.typing import Params, StepStatus, ValueFn, step_status
+from hessopt.typing import Params, StepStatus, step_status
 
 _NAME = "subsampled"
 
@@ -105,29 +105,16 @@ def subsampled(
         updates: optax.Updates,
         state: Any,
         params: Params | None = None,
-        *,
-        value_fn: ValueFn | None = None,
-        grad: optax.Updates | None = None,
-        value: jax.Array | None = None,
-        **data: Any,
+        **keywords: Any,
     ) -> tuple[optax.Updates, SubsampledState]:
         require_params(params, caller=_NAME)
         labels, names = group_labels(params, blocks)
         drawn = jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), state.count), probability, (len(names),))
 
-        extra = dict(data)
-        if value is not None:
-            extra["value"] = value
-
         def step(group: int) -> tuple[Any, Any]:
             """The block's update, and the state of `inner` for it: both as they were if the block is not drawn."""
             part, kept_state = take(updates, labels, group), state.inner[names[group]]
-            own = dict(extra)
-            if grad is not None:
-                own["grad"] = take(grad, labels, group)
-            if value_fn is not None:
-                objective = bind(value_fn, data, caller=_NAME)
-                own["value_fn"] = precompose(objective, lambda moved: combine(moved, params))
+            own = of_group(labels, group, params, keywords, caller=_NAME)
 
             def inner_step() -> tuple[Any, Any]:
                 new, new_state = inner.update(part, kept_state, take(params, labels, group), **own)

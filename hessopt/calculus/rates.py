@@ -1,0 +1,197 @@
+"""Rates by a local model of `phi(eta) = f(params + sum_s eta_s u_s)`: what all such rules have in common.
+
+Every so many steps the model is measured, averaged with its predecessors, and solved for the rates; a safeguard looks
+whether the step raises the objective, and shortens it if so. In the steps between, no group goes farther than it went
+when its rate was measured: an update that has grown, as momentum does, would run past the minimum along it. For the
+same reason the first steps are all measured. A rule says how to measure and how to solve.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt._checks import check_count, check_range, check_word
+from hessopt.calculus.flat import all_finite, applied, inner, solve_dtype
+from hessopt.calculus.groups import WORDS, Groups, group_labels, take
+from hessopt.calculus.objective import bind, require_params
+from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
+
+RISE = 1e-3
+"""By how much of itself the objective may rise in a step: batches are noisy."""
+HALVINGS = 5
+"""Of a step that raises it by more, before it is dropped."""
+FIRST = 2
+"""Periods at the start of which every step is measured."""
+
+
+class Restricted(NamedTuple):
+    """The objective, the point, and the updates whose rates are sought."""
+
+    objective: ValueFn  # of params
+    params: Params
+    updates: Params
+    groups: Groups
+    labels: Any  # tree like params of ints, the group of every leaf
+    value: jax.Array | None  # objective(params), if it was given
+    grad: Params | None  # its gradient there in optax's convention (conjugated), if it was given
+
+
+class Measured(NamedTuple):
+    """A model of phi at 0."""
+
+    value: jax.Array  # phi(0), scalar
+    model: Any  # tree of arrays, each `(S,)` or `(S, S)`
+    beyond: jax.Array  # bool (S,), whether phi was not finite where it was probed
+
+
+class Solved(NamedTuple):
+    """What a model says."""
+
+    rate: Vector  # (S,)
+    usable: jax.Array  # bool (S,), for which groups it says anything
+    facts: dict[StepStatus, jax.Array]
+
+
+class Rule(NamedTuple):
+    """What tells one method from another."""
+
+    name: str
+    State: Callable[[jax.Array, Any, Any], Any]  # count, memory, info
+    blank: Callable[[int, Any], Any]  # number of groups, dtype -> a model of zeros
+    measure: Callable[[Restricted, Vector], Measured]  # with the rates so far
+    solve: Callable[[Any, Vector, jax.Array, jax.Array], Solved]  # model, rates so far, which were solved for, count
+
+
+class Memory(NamedTuple):
+    """What is carried from one measurement to the next."""
+
+    measured: jax.Array  # int32 scalar, models taken into the average
+    solved: jax.Array  # bool (S,), whether a rate is no longer the initial one
+    rate: Vector  # (S,), before learning_rate
+    length: Vector  # (S,), norm of the updates of a group when they were measured
+    model: Any  # average
+
+
+class RateInfo(NamedTuple):
+    """What the last update did."""
+
+    status: jax.Array  # int32 scalar, StepStatus
+    rate: Vector  # (S,), by which the updates were multiplied
+    halvings: jax.Array  # int32 scalar, by the safeguard
+
+
+def scale_by_rates(
+    rule: Rule,
+    *,
+    groups: Groups | None,
+    learning_rate: optax.ScalarOrSchedule,
+    update_every: int,
+    curvature_decay: jax.typing.ArrayLike,
+    rate_decay: jax.typing.ArrayLike,
+    initial_rate: jax.typing.ArrayLike,
+    safeguard: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Scale updates by the rates that a rule finds; arguments are those of `scale_by_generalized_newton`."""
+    check_count("update_every", update_every)
+    check_range("learning_rate", learning_rate, 0)
+    check_range("curvature_decay", curvature_decay, 0, 1)
+    check_range("rate_decay", rate_decay, 0, 1)
+    groups = "all" if groups is None else groups
+    if isinstance(groups, str):
+        check_word("groups", groups, WORDS)
+
+    def init(params: Params) -> Any:
+        dtype, size = solve_dtype(params), len(group_labels(params, groups)[1])
+        return rule.State(
+            jnp.zeros((), jnp.int32),
+            Memory(
+                measured=jnp.zeros((), jnp.int32),
+                solved=jnp.zeros(size, bool),
+                rate=jnp.full(size, initial_rate, dtype),
+                length=jnp.full(size, jnp.inf, dtype),
+                model=rule.blank(size, dtype),
+            ),
+            RateInfo(jnp.zeros((), jnp.int32), jnp.full(size, initial_rate, dtype), jnp.zeros((), jnp.int32)),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: optax.Updates | None = None,
+        value_fn: ValueFn | None = None,
+        **data: Any,
+    ) -> tuple[optax.Updates, Any]:
+        require_params(params, caller=rule.name)
+        objective, labels = bind(value_fn, data, caller=rule.name), group_labels(params, groups)[0]
+        at, old = Restricted(objective, params, updates, groups, labels, value, grad), state.memory
+        dtype = old.rate.dtype
+        factor = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate, dtype)
+        parts = (take(updates, labels, group) for group in range(old.rate.size))
+        length = jnp.sqrt(jnp.array([inner(part, part) for part in parts], dtype))
+
+        def renew() -> tuple[Memory, RateInfo]:
+            value, new, beyond = rule.measure(at, old.rate)
+            new = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), new, old.model)
+            finite = all_finite(new)
+            keep = jnp.where(old.measured > 0, jnp.asarray(curvature_decay, dtype), 0)
+            model = jax.tree.map(lambda x, past: jnp.where(finite, keep * past + (1 - keep) * x, past), new, old.model)
+            found, usable, facts = rule.solve(model, old.rate, old.solved, state.count)
+            usable = usable & finite & ~beyond
+            keep = jnp.where(old.solved, jnp.asarray(rate_decay, dtype), 0)
+            rate = jnp.where(usable, keep * old.rate + (1 - keep) * found, old.rate)
+            rate = jnp.where(beyond, rate / 2, rate)
+            halvings, dropped = _guard(at, factor * rate, value) if safeguard else (jnp.int32(0), jnp.bool_(False))
+            rate = rate * jnp.asarray(0.5, dtype) ** halvings
+            status = step_status(
+                {flag: finite & fact for flag, fact in facts.items()}
+                | {
+                    StepStatus.NONFINITE: ~finite | jnp.any(beyond),
+                    StepStatus.RATE_KEPT: ~jnp.all(usable),
+                    StepStatus.SAFEGUARDED: halvings > 0,
+                    StepStatus.STEP_REJECTED: dropped,
+                }
+            )
+            memory = Memory(old.measured + finite.astype(jnp.int32), old.solved | usable, rate, length, model)
+            return memory, RateInfo(status, jnp.where(dropped, 0, factor * rate), halvings)
+
+        def reuse() -> tuple[Memory, RateInfo]:
+            shorter = jnp.where(length > old.length, old.length / jnp.where(length > 0, length, 1), 1)
+            return old, RateInfo(jnp.zeros((), jnp.int32), factor * old.rate * shorter, jnp.zeros((), jnp.int32))
+
+        due = (state.count % update_every == 0) | (state.count < FIRST * update_every)
+        memory, info = renew() if update_every == 1 else jax.lax.cond(due, renew, reuse)
+        sound = all_finite((updates, value))
+        trouble = RateInfo(jnp.int32(StepStatus.NONFINITE), jnp.zeros_like(old.rate), jnp.zeros((), jnp.int32))
+        memory, info = jax.tree.map(lambda new, kept: jnp.where(sound, new, kept), (memory, info), (old, trouble))
+        step = jax.tree.map(lambda u: jnp.where(sound, u, 0), scaled(updates, labels, info.rate))
+        return step, rule.State(jnp.asarray(optax.safe_increment(state.count)), memory, info)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scaled(updates: Params, labels: Any, rate: Vector) -> Params:
+    """Every leaf times the rate of its group."""
+    return jax.tree.map(lambda u, label: (rate[label] * u).astype(u.dtype), updates, labels)
+
+
+def _guard(at: Restricted, rate: Vector, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How often a step must be halved before it raises the objective by no more than RISE, and whether none does."""
+    limit = value + max(RISE, 4 * float(jnp.finfo(value.dtype).eps)) * jnp.abs(value)
+
+    def goes_on(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
+        trial, rises = carry
+        return rises & (trial <= HALVINGS)
+
+    def attempt(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        trial, _ = carry
+        shorter = scaled(at.updates, at.labels, rate * jnp.asarray(0.5, rate.dtype) ** trial)
+        return trial + 1, ~(at.objective(applied(at.params, shorter)) <= limit)
+
+    trials, rises = jax.lax.while_loop(goes_on, attempt, (jnp.zeros((), jnp.int32), jnp.ones((), bool)))
+    return trials - 1, rises
