@@ -10,8 +10,8 @@ from jax.core import Tracer
 
 
 def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raise `ValueError` unless `low <= value <= high`; schedules and traced values pass."""
-    if callable(value) or isinstance(value, Tracer):
+    """Raise `ValueError` unless `low <= value <= high`; schedules pass, and what is traced."""
+    if callable(value) or any(isinstance(x, Tracer) for x in (value, low, high)):
         return
     if not low <= value <= high:
         bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"

@@ -16,9 +16,10 @@ def diagnostics(state: optax.OptState) -> dict[str, jax.Array]:
 
     Returns:
       `{name: scalar}`. A name is the transformation's, taken from its state's type (`NewtonState` gives `newton`,
-      `ScaleByAdamState` gives `adam`), then the field's: `newton.count`, `newton.status`. States inside others are
-      prefixed by these, and by the keys of mappings between; of equal names the later ones get a number. Arrays like
-      the parameters are left out. Works under jit.
+      `ScaleByAdamState` gives `adam`), then the field's: `newton.count`, `newton.status`; the entries of a vector that
+      `info` reports are numbered, `grouped_newton.rate.0`, unless there is one only. States inside others are prefixed
+      by these, and by the keys of mappings between; of equal names the later ones get a number. Arrays like the
+      parameters are left out. Works under jit.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -39,7 +40,7 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
         prefix = _unused(prefix + _name(type(node)), found)
         for field, child in zip(node._fields, node, strict=True):
             if field in ("info", "hyperparams"):
-                found.update({f"{prefix}.{name}": x for name, x in _items(child) if _is_array(x)})
+                found.update({f"{prefix}.{name}": x for key, part in _items(child) for name, x in _scalars(key, part)})
             elif _is_array(child):
                 found.update({f"{prefix}.{field}": child} if jnp.ndim(child) == 0 else {})
             else:
@@ -51,6 +52,14 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
 
 def _items(node: Any) -> list[tuple[str, Any]]:
     return list((node if isinstance(node, dict) else node._asdict()).items())
+
+
+def _scalars(name: str, x: Any) -> list[tuple[str, Any]]:
+    """The entries of a scalar or a vector with their names."""
+    if not _is_array(x):
+        return []
+    entries = jnp.ravel(x) if jnp.ndim(x) else [x]
+    return [(name, entries[0])] if len(entries) == 1 else [(f"{name}.{i}", entry) for i, entry in enumerate(entries)]
 
 
 def _is_array(x: Any) -> bool:

@@ -350,7 +350,8 @@ def passes_data_on_to_the_objective(case: Case) -> None:
 def survives_what_is_not_finite(case: Case) -> None:
     """In value, gradient or probes: parameters stay finite, the next step is sound, and the memory stays as it was.
 
-    What a direction has taken in before a search behind it met trouble in its probes may also be as after a sound step.
+    What a direction has taken in before a search behind it met trouble in its probes may also be as after a sound step,
+    and a rate may have been halved a few times.
     """
     run = stepper(case).run
     params, state = walk(case, 1)
@@ -367,7 +368,8 @@ def survives_what_is_not_finite(case: Case) -> None:
 
 
 def _is_one_of(leaf: jax.Array, before: jax.Array, sound: jax.Array) -> None:
-    assert np.array_equal(leaf, before) or np.array_equal(leaf, sound)
+    halved = [before * 0.5**k for k in range(7)] if np.issubdtype(before.dtype, np.floating) else [before]
+    assert any(np.array_equal(leaf, expected) for expected in (*halved, sound))
 
 
 def _memory(state: Any) -> Any:
@@ -388,7 +390,8 @@ def reports_a_status(case: Case) -> None:
     assert all(np.ndim(x) == 0 for x in hessopt.diagnostics(state).values())
     statuses = [int(x) for name, x in hessopt.diagnostics(state).items() if name.endswith(".status")]
     assert statuses
-    assert all(status in (StepStatus.OK, StepStatus.NEGATIVE_CURVATURE) for status in statuses)
+    trouble = StepStatus.NONFINITE | StepStatus.SEARCH_FAILED | StepStatus.FACTORIZATION_FAILED
+    assert not any(status & trouble for status in statuses)
     poisoned = stepper(case).run(params, state, Trouble(grad=np.nan)).state
     flags = [int(x) for name, x in hessopt.diagnostics(poisoned).items() if name.endswith(".status")]
     assert functools.reduce(lambda a, b: a | b, flags) & StepStatus.NONFINITE

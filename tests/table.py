@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import hessopt
@@ -45,6 +47,13 @@ def newton(name: str, **arguments: Any) -> Case:
 
 def subsampled_newton(probability: float) -> optax.GradientTransformation:
     return hessopt.subsampled(hessopt.scale_by_newton(), probability=probability)
+
+
+RATES = ("learning_rate", "curvature_decay", "rate_decay", "min_rate", "max_change")
+
+
+def masked_newton() -> optax.GradientTransformation:
+    return hessopt.masked(hessopt.newton(), lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) > 0, params))
 
 
 HESSOPT = (
@@ -104,6 +113,50 @@ HESSOPT += (
         unitless=True,
     ),
     Case("scale_by_bfgs, DFP", hessopt.scale_by_bfgs, {"formula": "dfp"}, kind="direction", rate=0.1, unitless=True),
+)
+
+HESSOPT += (
+    Case(
+        "generalized_newton",
+        hessopt.generalized_newton,
+        {"base": optax.sgd(1.0, momentum=0.9)},
+        needs=("value_fn",),
+        injectable=RATES,
+        unitless=True,
+        main=True,
+    ),
+    Case(
+        "generalized_newton, forward, leaves",
+        hessopt.generalized_newton,
+        {"base": optax.sgd(1.0), "mode": "forward", "groups": "leaf", "update_every": 3},
+        needs=("value_fn",),
+        injectable=RATES,
+    ),
+    Case("scale_by_generalized_newton", hessopt.scale_by_generalized_newton, kind="rate", needs=("value_fn",)),
+    Case(
+        "scale_by_generalized_newton, central",
+        hessopt.scale_by_generalized_newton,
+        {"mode": "central", "safeguard": False},
+        kind="rate",
+        needs=("value_fn",),
+    ),
+    Case(
+        "grouped_newton",
+        hessopt.grouped_newton,
+        {"base": optax.sgd(1.0)},
+        needs=("value_fn",),
+        injectable=("cubic_damping", "learning_rate", "curvature_decay", "rate_decay", "ridge"),
+        unitless=True,
+        main=True,
+    ),
+    Case(
+        "scale_by_grouped_newton",
+        hessopt.scale_by_grouped_newton,
+        {"groups": "weights_biases", "update_every": 1},
+        kind="rate",
+        needs=("value_fn",),
+    ),
+    Case("masked", masked_newton, needs=SEARCHED, unitless=True),
 )
 
 NO_STATUS = {"reports_a_status": "optax has no statuses"}

@@ -138,21 +138,21 @@ def scale_by_rates(
         def renew() -> tuple[Memory, RateInfo]:
             value, new, beyond = rule.measure(at, old.rate)
             new = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), new, old.model)
-            finite = all_finite(new)
+            finite = all_finite(new) & ~jnp.any(beyond)
             keep = jnp.where(old.measured > 0, jnp.asarray(curvature_decay, dtype), 0)
             model = jax.tree.map(lambda x, past: jnp.where(finite, keep * past + (1 - keep) * x, past), new, old.model)
             found, usable, facts = rule.solve(model, old.rate, old.solved, state.count)
-            usable = usable & finite & ~beyond
+            usable = usable & finite
             keep = jnp.where(old.solved, jnp.asarray(rate_decay, dtype), 0)
             rate = jnp.where(usable, keep * old.rate + (1 - keep) * found, old.rate)
             rate = jnp.where(beyond, rate / 2, rate)
             halvings, dropped = _guard(at, factor * rate, value) if safeguard else (jnp.int32(0), jnp.bool_(False))
-            rate = rate * jnp.asarray(0.5, dtype) ** halvings
+            rate = jnp.where(jnp.isfinite(value), rate * jnp.asarray(0.5, dtype) ** halvings, old.rate)
             status = step_status(
                 {flag: finite & fact for flag, fact in facts.items()}
                 | {
-                    StepStatus.NONFINITE: ~finite | jnp.any(beyond),
-                    StepStatus.RATE_KEPT: ~jnp.all(usable),
+                    StepStatus.NONFINITE: ~finite,
+                    StepStatus.RATE_KEPT: jnp.any(~usable & (length > 0)),
                     StepStatus.SAFEGUARDED: halvings > 0,
                     StepStatus.STEP_REJECTED: dropped,
                 }
@@ -191,7 +191,8 @@ def _guard(at: Restricted, rate: Vector, value: jax.Array) -> tuple[jax.Array, j
     def attempt(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         trial, _ = carry
         shorter = scaled(at.updates, at.labels, rate * jnp.asarray(0.5, rate.dtype) ** trial)
-        return trial + 1, ~(at.objective(applied(at.params, shorter)) <= limit)
+        reached = at.objective(applied(at.params, shorter))
+        return trial + 1, ~(reached <= limit) | ~jnp.isfinite(reached)
 
     trials, rises = jax.lax.while_loop(goes_on, attempt, (jnp.zeros((), jnp.int32), jnp.ones((), bool)))
     return trials - 1, rises

@@ -1,0 +1,224 @@
+"""Train with learning rates that find themselves, beside grids of constant rates and cosine schedules.
+
+On minibatches of scikit-learn's digits, cross-entropy. A small CNN: generalized Newton finds one rate for SGD and one
+for AdamW. An MLP (64-32-10, tanh): grouped Newton finds a rate for each tensor, for SGD with momentum. All runs start
+from the same parameters and see the same batches. The table shows where each one ends and what an epoch takes; the
+figure shows the training losses, the rates that were applied at every step, and how the groups of the MLP interact.
+
+    python examples/learning_rates.py                                     # about 2 minutes
+    python examples/learning_rates.py --epochs 100 --seed 1
+"""
+
+import argparse
+import pathlib
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from flax import linen as nn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tqdm import tqdm
+
+import hessopt
+from hessopt.linen import TrainState
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # the backend comes first
+
+BATCH = 128
+TRAIN = 11 * BATCH  # images of the 1797; the others are for the test
+
+
+class CNN(nn.Module):
+    """Two convolutions and a dense layer."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the logits `(batch, 10)` of images `(batch, 8, 8, 1)`."""
+        x = nn.gelu(nn.Conv(8, (3, 3))(x))
+        x = nn.gelu(nn.Conv(16, (3, 3), strides=2)(x))
+        return nn.Dense(10)(x.reshape(len(x), -1))
+
+
+class MLP(nn.Module):
+    """64-32-10 with tanh."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return the logits `(batch, 10)` of images `(batch, 8, 8, 1)`."""
+        return nn.Dense(10)(jnp.tanh(nn.Dense(32)(x.reshape(len(x), -1))))
+
+
+MODELS: dict[str, nn.Module] = {"CNN": CNN(), "MLP": MLP()}
+
+
+def optimizers(steps: int) -> dict[str, dict[str, optax.GradientTransformation]]:
+    """By network and name; `steps` is what the cosine schedules span."""
+
+    def cosine(peak: float) -> optax.Schedule:
+        return optax.cosine_decay_schedule(peak, steps)
+
+    return {
+        "CNN": {
+            **{f"sgd {rate:g}": optax.sgd(rate) for rate in (0.03, 0.1, 0.3)},
+            "sgd cosine 0.3": optax.sgd(cosine(0.3)),
+            "sgd gen-newton": hessopt.generalized_newton(optax.sgd(1.0)),
+            **{f"adamw {rate:g}": optax.adamw(rate) for rate in (0.001, 0.003, 0.01)},
+            "adamw cosine 0.01": optax.adamw(cosine(0.01)),
+            "adamw gen-newton": hessopt.generalized_newton(optax.adamw(1.0)),
+        },
+        "MLP": {
+            **{f"momentum {rate:g}": optax.sgd(rate, momentum=0.9) for rate in (0.01, 0.03, 0.1)},
+            "momentum cosine 0.1": optax.sgd(cosine(0.1), momentum=0.9),
+            "momentum grouped-newton": hessopt.grouped_newton(optax.sgd(1.0, momentum=0.9), groups="leaf"),
+        },
+    }
+
+
+class Run(NamedTuple):
+    """One training run."""
+
+    losses: list[float]  # on all training images: at the start, and after each epoch
+    rates: np.ndarray | None  # (steps, groups), as applied; None where the optimizer finds none
+    accuracy: float  # on the test images
+    seconds: float  # median of the epochs, compilation not counted
+    params: Any
+    opt_state: Any
+
+
+def applied_rate(opt_state: Any) -> jax.Array | None:
+    """Return the rates `(groups,)` of the last step, if the optimizer finds any: its state is `(base, rate)`."""
+    return opt_state[1].info.rate if hasattr(opt_state[1], "info") else None
+
+
+def train(model: nn.Module, tx: optax.GradientTransformation, data: tuple[Any, ...], epochs: int, seed: int) -> Run:
+    """Train for some epochs, each one compiled scan over its batches."""
+    x, y, x_test, y_test = data
+    params_key, *epoch_keys = jax.random.split(jax.random.key(seed), epochs + 1)
+    state = TrainState.create(apply_fn=model.apply, params=model.init(params_key, x[:1])["params"], tx=tx)
+
+    def logits(params: Any, x: jax.Array) -> Any:
+        return model.apply({"params": params}, x)
+
+    def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+
+    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array | None]:
+        state, *_ = state.step_with(loss_fn, x[batch], y[batch])  # the optimizer sees the loss on this batch
+        return state, applied_rate(state.opt_state)
+
+    @jax.jit
+    def run_epoch(state: TrainState, key: jax.Array) -> tuple[TrainState, jax.Array | None]:
+        return jax.lax.scan(step, state, jax.random.permutation(key, len(x)).reshape(-1, BATCH))
+
+    evaluate = jax.jit(lambda state: loss_fn(state.params, x, y))
+    jax.block_until_ready(run_epoch(state, epoch_keys[0]))  # to compile
+
+    losses, rates, seconds = [float(evaluate(state))], [], []
+    for key in epoch_keys:
+        start = time.perf_counter()
+        state, rate = jax.block_until_ready(run_epoch(state, key))
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(evaluate(state)))
+        rates.append(rate)
+    found = None if rates[0] is None else np.concatenate(rates)
+    accuracy = float(jnp.mean(jnp.argmax(logits(state.params, x_test), axis=1) == y_test))
+    return Run(losses, found, accuracy, statistics.median(seconds), state.params, state.opt_state)
+
+
+def print_table(runs: dict[str, dict[str, Run]]) -> None:
+    """One line per run."""
+    titles = ("network", "method", "final training loss", "test accuracy", "seconds per epoch")
+    print(("{:>7} {:>23}" + " {:>19}" * 3).format(*titles))
+    for network, of_network in runs.items():
+        for name, run in of_network.items():
+            print(f"{network:>7} {name:>23} {run.losses[-1]:19.6f} {run.accuracy:19.4f} {run.seconds:19.4f}")
+
+
+def normalized_hessian(run: Run) -> np.ndarray:
+    """Return `H_st / sqrt(|H_ss H_tt|)` of a run of grouped Newton; its state has H averaged over the last models."""
+    hessian = np.asarray(run.opt_state[1].memory.model.hessian)
+    scale = np.sqrt(np.abs(np.diagonal(hessian)))
+    return hessian / np.where(scale > 0, scale, 1) / np.where(scale > 0, scale, 1)[:, None]
+
+
+def draw(runs: dict[str, dict[str, Run]], path: pathlib.Path) -> None:
+    """Losses by network; rates of generalized and of grouped Newton; the interaction of the groups."""
+    figure, axes = plt.subplot_mosaic("AAABBB;CCDDEE", figsize=(13, 9), layout="constrained")
+    shades = {"sgd": plt.colormaps["Blues"], "adamw": plt.colormaps["Oranges"], "momentum": plt.colormaps["Greens"]}
+    for ax, (network, of_network) in zip((axes["A"], axes["C"]), runs.items(), strict=True):
+        depth = dict.fromkeys(shades, 0.25)
+        for name, run in of_network.items():
+            base = name.split()[0]
+            depth[base] += 0.15
+            style = {"color": shades[base](depth[base]), "linestyle": "--" if "cosine" in name else "-"}
+            ax.plot(run.losses, label=name, linewidth=1.2 if run.rates is None else 2.8, **style)
+            if run.rates is not None and network == "CNN":
+                axes["B"].plot(np.arange(len(run.rates)), run.rates[:, 0], label=name, color=style["color"])
+        ax.set(yscale="log", xlabel="epochs", ylabel="loss on all training images", title=f"{network}: training loss")
+        ax.legend(fontsize="small")
+
+    axes["B"].set(yscale="log", xlabel="steps", ylabel="rate", title="CNN: rate of generalized Newton")
+    axes["B"].legend(fontsize="small")
+
+    grouped = runs["MLP"]["momentum grouped-newton"]
+    names = hessopt.group_labels(grouped.params, "leaf")[1]
+    assert grouped.rates is not None
+    for name, rate in zip(names, grouped.rates.T, strict=True):
+        axes["D"].plot(np.arange(len(rate)), rate, label=name)
+    axes["D"].set(xlabel="steps", ylabel="rate", title="MLP: rates of grouped Newton")
+    axes["D"].legend(fontsize="small")
+    for key in "ABCD":
+        axes[key].grid(alpha=0.3)
+
+    matrix = normalized_hessian(grouped)
+    image = axes["E"].imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    for (row, column), entry in np.ndenumerate(matrix):
+        axes["E"].text(column, row, f"{entry:.2f}", ha="center", va="center")
+    figure.colorbar(image, ax=axes["E"], shrink=0.8)
+    axes["E"].set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes["E"].set_yticks(range(len(names)), names)
+    axes["E"].set_title(r"MLP: $H_{st} / \sqrt{|H_{ss} H_{tt}|}$, at the end")
+    figure.suptitle(f"Digits, minibatches of {BATCH}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=40, help="of every run")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial parameters and the batches")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"), help="folder for the figure")
+    parser.add_argument("--quick", action="store_true", help="two epochs only, to see that it runs")
+    args = parser.parse_args()
+    epochs = min(args.epochs, 2) if args.quick else args.epochs
+
+    x, y = load_digits(return_X_y=True)
+    images = (x / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    x, x_test, y, y_test = train_test_split(images, y, train_size=TRAIN, stratify=y, random_state=0)
+    data = tuple(map(jnp.asarray, (x, y, x_test, y_test)))
+
+    plan = optimizers(epochs * TRAIN // BATCH)
+    runs: dict[str, dict[str, Run]] = {network: {} for network in plan}
+    with tqdm(total=sum(map(len, plan.values()))) as bar:
+        for network, methods in plan.items():
+            for name, tx in methods.items():
+                bar.set_description(f"{network} {name}")
+                runs[network][name] = train(MODELS[network], tx, data, epochs, args.seed)
+                bar.update()
+
+    print_table(runs)
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw(runs, args.out / "learning_rates.png")
+    print(f"figure: {args.out / 'learning_rates.png'}")
+
+
+if __name__ == "__main__":
+    main()
