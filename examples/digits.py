@@ -153,7 +153,7 @@ def print_table(runs: dict[str, Run]) -> None:
 def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
     """Loss above the lowest one reached by any run, against steps and against seconds."""
     lowest = min(min(run.losses) for run in runs.values())
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True, layout="constrained")
     for index, (name, run) in enumerate(runs.items()):
         excess = np.maximum(np.array(run.losses) - lowest, 1e-7)
         line = ("-", "--")[index // 10 % 2]  # there are ten colours
@@ -161,7 +161,7 @@ def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
         axes[1].plot(run.seconds, excess, line, label=name)
     axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel="loss above the lowest one reached")
     axes[1].set(xlabel="seconds, compilation not counted")
-    axes[1].legend()
+    axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for ax in axes:
         ax.grid(alpha=0.3)
     figure.suptitle("Digits, MLP 64-32-10, full batch")

@@ -1,9 +1,10 @@
 """Train with learning rates that find themselves, beside grids of constant rates and cosine schedules.
 
 On minibatches of scikit-learn's digits, cross-entropy. A small CNN: generalized Newton finds one rate for SGD and one
-for AdamW. An MLP (64-32-10, tanh): grouped Newton finds a rate for each tensor, for SGD with momentum. All runs start
-from the same parameters and see the same batches. The table shows where each one ends and what an epoch takes; the
-figure shows the training losses, the rates that were applied at every step, and how the groups of the MLP interact.
+for AdamW. An MLP (64-32-10, tanh), SGD with momentum: generalized Newton finds one rate, grouped Newton one for each
+tensor. All runs of a network start from the same parameters and see the same batches. The table shows where each one
+ends and what an epoch takes; the figure shows the training losses, the rates that were applied at every step, and how
+the groups of the MLP interact. Note plain SGD: the rate that is best for one step is far below the best constant one.
 
     python examples/learning_rates.py                                     # about 2 minutes
     python examples/learning_rates.py --epochs 100 --seed 1
@@ -30,6 +31,7 @@ from hessopt.linen import TrainState
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib.axes import Axes
 
 BATCH = 128
 TRAIN = 11 * BATCH  # images of the 1797; the others are for the test
@@ -66,16 +68,17 @@ def optimizers(steps: int) -> dict[str, dict[str, optax.GradientTransformation]]
 
     return {
         "CNN": {
-            **{f"sgd {rate:g}": optax.sgd(rate) for rate in (0.03, 0.1, 0.3)},
-            "sgd cosine 0.3": optax.sgd(cosine(0.3)),
+            **{f"sgd {rate:g}": optax.sgd(rate) for rate in (0.1, 0.3, 1.0, 2.0)},
+            "sgd cosine 1": optax.sgd(cosine(1.0)),
             "sgd gen-newton": hessopt.generalized_newton(optax.sgd(1.0)),
-            **{f"adamw {rate:g}": optax.adamw(rate) for rate in (0.001, 0.003, 0.01)},
-            "adamw cosine 0.01": optax.adamw(cosine(0.01)),
+            **{f"adamw {rate:g}": optax.adamw(rate) for rate in (0.01, 0.03, 0.1, 0.3)},
+            "adamw cosine 0.1": optax.adamw(cosine(0.1)),
             "adamw gen-newton": hessopt.generalized_newton(optax.adamw(1.0)),
         },
         "MLP": {
-            **{f"momentum {rate:g}": optax.sgd(rate, momentum=0.9) for rate in (0.01, 0.03, 0.1)},
-            "momentum cosine 0.1": optax.sgd(cosine(0.1), momentum=0.9),
+            **{f"momentum {rate:g}": optax.sgd(rate, momentum=0.9) for rate in (0.1, 0.3, 1.0, 2.0)},
+            "momentum cosine 1": optax.sgd(cosine(1.0), momentum=0.9),
+            "momentum gen-newton": hessopt.generalized_newton(optax.sgd(1.0, momentum=0.9)),
             "momentum grouped-newton": hessopt.grouped_newton(optax.sgd(1.0, momentum=0.9), groups="leaf"),
         },
     }
@@ -148,42 +151,58 @@ def normalized_hessian(run: Run) -> np.ndarray:
     return hessian / np.where(scale > 0, scale, 1) / np.where(scale > 0, scale, 1)[:, None]
 
 
+def draw_losses(ax: Axes, network: str, of_network: dict[str, Run]) -> None:
+    """Training losses; a colour for each base optimizer, from light to dark, and thick lines for rates found."""
+    shades = {"sgd": plt.colormaps["Blues"], "adamw": plt.colormaps["Oranges"], "momentum": plt.colormaps["Greens"]}
+    depth = dict.fromkeys(shades, 0.2)
+    for name, run in of_network.items():
+        base = name.split()[0]
+        depth[base] += 0.11
+        width, line = (1.2 if run.rates is None else 2.5), ("--" if "cosine" in name else "-")
+        ax.plot(run.losses, line, label=name, color=shades[base](depth[base]), linewidth=width)
+    ax.set(yscale="log", xlabel="epochs", ylabel="loss on all training images", title=f"{network}: training loss")
+    ax.set_ylim(top=10.0)  # some diverge
+    ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def draw_matrix(ax: Axes, matrix: np.ndarray, names: tuple[str, ...]) -> None:
+    """A heat map of entries in [-1, 1], with the names of rows and columns."""
+    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
+    for (row, column), entry in np.ndenumerate(matrix):
+        color = "white" if abs(entry) > 0.6 else "black"
+        ax.text(column, row, f"{entry:.2f}", ha="center", va="center", color=color)
+    plt.colorbar(image, ax=ax, shrink=0.5)
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set_yticks(range(len(names)), names)
+
+
 def draw(runs: dict[str, dict[str, Run]], path: pathlib.Path) -> None:
     """Losses by network; rates of generalized and of grouped Newton; the interaction of the groups."""
-    figure, axes = plt.subplot_mosaic("AAABBB;CCDDEE", figsize=(13, 9), layout="constrained")
-    shades = {"sgd": plt.colormaps["Blues"], "adamw": plt.colormaps["Oranges"], "momentum": plt.colormaps["Greens"]}
-    for ax, (network, of_network) in zip((axes["A"], axes["C"]), runs.items(), strict=True):
-        depth = dict.fromkeys(shades, 0.25)
+    figure, axes = plt.subplot_mosaic("ABE;CDE", figsize=(18, 9), layout="constrained")
+    for key, (network, of_network) in zip("AC", runs.items(), strict=True):
+        draw_losses(axes[key], network, of_network)
         for name, run in of_network.items():
-            base = name.split()[0]
-            depth[base] += 0.15
-            style = {"color": shades[base](depth[base]), "linestyle": "--" if "cosine" in name else "-"}
-            ax.plot(run.losses, label=name, linewidth=1.2 if run.rates is None else 2.8, **style)
-            if run.rates is not None and network == "CNN":
-                axes["B"].plot(np.arange(len(run.rates)), run.rates[:, 0], label=name, color=style["color"])
-        ax.set(yscale="log", xlabel="epochs", ylabel="loss on all training images", title=f"{network}: training loss")
-        ax.legend(fontsize="small")
-
-    axes["B"].set(yscale="log", xlabel="steps", ylabel="rate", title="CNN: rate of generalized Newton")
-    axes["B"].legend(fontsize="small")
+            if run.rates is not None and "gen-newton" in name:
+                rate, steps = run.rates[:, 0], np.arange(len(run.rates))
+                (line,) = axes["B"].plot(steps, rate, label=f"{network} {name.split()[0]}", linewidth=1)
+                none, bottom = steps[rate == 0], axes["B"].get_xaxis_transform()
+                axes["B"].plot(none, np.full(none.size, 0.02), "|", color=line.get_color(), transform=bottom)
+    axes["B"].set_yscale("log", nonpositive="mask")
+    axes["B"].set(xlabel="steps", ylabel="rate", title="rate of generalized Newton (ticks: no step)")
 
     grouped = runs["MLP"]["momentum grouped-newton"]
     names = hessopt.group_labels(grouped.params, "leaf")[1]
     assert grouped.rates is not None
     for name, rate in zip(names, grouped.rates.T, strict=True):
-        axes["D"].plot(np.arange(len(rate)), rate, label=name)
+        axes["D"].plot(np.arange(len(rate)), rate, label=name, linewidth=1)
+    axes["D"].set_yscale("symlog", linthresh=0.1)
     axes["D"].set(xlabel="steps", ylabel="rate", title="MLP: rates of grouped Newton")
-    axes["D"].legend(fontsize="small")
     for key in "ABCD":
         axes[key].grid(alpha=0.3)
+    for key in "BD":
+        axes[key].legend(fontsize="small")
 
-    matrix = normalized_hessian(grouped)
-    image = axes["E"].imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
-    for (row, column), entry in np.ndenumerate(matrix):
-        axes["E"].text(column, row, f"{entry:.2f}", ha="center", va="center")
-    figure.colorbar(image, ax=axes["E"], shrink=0.8)
-    axes["E"].set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes["E"].set_yticks(range(len(names)), names)
+    draw_matrix(axes["E"], normalized_hessian(grouped), names)
     axes["E"].set_title(r"MLP: $H_{st} / \sqrt{|H_{ss} H_{tt}|}$, at the end")
     figure.suptitle(f"Digits, minibatches of {BATCH}")
     figure.savefig(path, dpi=150)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.calculus.flat import strongly_typed
+from hessopt.calculus.rates import RateInfo
 from hessopt.typing import Params, ValueFn
 
 
@@ -73,13 +74,15 @@ def evaluations(state: optax.OptState) -> jax.Array:
 def counts_evaluations(state: optax.OptState) -> bool:
     """Whether `evaluations` sees all evaluations of the transformation that has this state.
 
-    What says so is a search, or a state of ours, which has a status and evaluates the objective in searches alone.
+    What says so is a search, or a state of ours, which has a status and evaluates the objective in searches alone;
+    a rate evaluates it elsewhere.
     """
 
     def is_ours(node: Any) -> bool:
         return hasattr(getattr(node, "info", None), "status")
 
-    return bool(searches(state)) or any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours)))
+    ours = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+    return bool(searches(state) or ours) and not any(isinstance(node.info, RateInfo) for node in ours)
 
 
 def value_and_grad_from_state(value_fn: ValueFn) -> Callable[..., tuple[jax.Array, Any]]:
