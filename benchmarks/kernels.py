@@ -1,5 +1,6 @@
-"""The kernels: Hessians, products, spectra, quasi-Newton updates, lanes, Taylor terms and the cubic solve."""
+"""The kernels: Hessians, products, spectra, quasi-Newton updates, lanes, Taylor terms, rates and the cubic solve."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.problems import mlp
 from hessopt.transforms.bfgs import ROOM as PERIOD  # updates between two writings of the matrix
 
 LANES, STEPS = 64, 10
+RATED = 16  # training steps, behind those that are all measured
 NETWORKS = ((784, 256, 256, 10), (784, *[100] * 11, 10), (784, *[100] * 29, 10))  # 6, 24 and 60 tensors
 
 
@@ -39,6 +41,10 @@ def run(quick: bool) -> Sequence[Table]:
         *(
             compare(f"Taylor terms, a group for each tensor, {p.name}", taylor_terms(p), rounds, 0.0)
             for p in (mlp.noise(sizes, 512) for sizes in (NETWORKS[:1] if quick else NETWORKS))
+        ),
+        *(
+            compare(f"training step, mean of {RATED}, {p.name}", rated_steps(p), rounds, 0.0)
+            for p in (mlp.noise(NETWORKS[0], 512),)
         ),
         *(compare(f"cubic model, {n} groups, float32", cubic_models(n), 5 * rounds, 0.0) for n in (6, 60)),
         *(compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0) for p in problems[1:2]),
@@ -213,6 +219,42 @@ def taylor_terms(problem: mlp.Problem) -> list[Contender]:
         compiled("one value and gradient", jax.value_and_grad(problem.value_fn), problem.params),
         *contenders,
         theirs,
+    ]
+
+
+def rated_steps(problem: mlp.Problem) -> list[Contender]:
+    """Training steps of plain SGD, then with rates that find themselves, dispatched one by one."""
+
+    def stepped(name: str, tx: optax.GradientTransformation, count: int = 0) -> Contender:
+        tx = optax.with_extra_args_support(tx)
+
+        def step(params: Any, state: Any) -> Any:
+            value, grad = jax.value_and_grad(problem.value_fn)(params)
+            updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=problem.value_fn)
+            return optax.apply_updates(params, updates), state
+
+        run_step = jax.jit(step)
+        state = tx.init(problem.params)
+        carry = [problem.params, optax.tree.set(state, count=jnp.int32(count)) if count else state]
+
+        def run() -> Any:
+            for _ in range(RATED):
+                carry[:] = run_step(*carry)
+            return carry[0]
+
+        run()
+        return compiled(name, step, *carry)._replace(run=run)
+
+    generalized, grouped, sgd = hessopt.generalized_newton, hessopt.grouped_newton, functools.partial(optax.sgd, 1.0)
+    return [
+        stepped("optax.sgd", optax.sgd(1e-2)),
+        stepped("generalized_newton", generalized(sgd())),
+        stepped("generalized_newton, no safeguard", generalized(sgd(), safeguard=False)),
+        stepped("generalized_newton, every 8", generalized(sgd(), update_every=8)),
+        stepped("generalized_newton, forward", generalized(sgd(), mode="forward")),
+        stepped("generalized_newton, forward, no safeguard", generalized(sgd(), mode="forward", safeguard=False)),
+        stepped("grouped_newton", grouped(sgd())),
+        stepped("grouped_newton, not measured", grouped(sgd(), update_every=10**6), count=2 * 10**6 + 1),
     ]
 
 

@@ -40,7 +40,9 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
         prefix = _unused(prefix + _name(type(node)), found)
         for field, child in zip(node._fields, node, strict=True):
             if field in ("info", "hyperparams"):
-                found.update({f"{prefix}.{name}": x for key, part in _items(child) for name, x in _scalars(key, part)})
+                every = [(name, x) for name, x in _items(child) if _is_array(x)]
+                lanes = min((jnp.ndim(x) for _, x in every), default=0)  # of a batch of states
+                found.update({f"{prefix}.{name}": x for pair in every for name, x in _scalars(*pair, lanes)})
             elif _is_array(child):
                 found.update({f"{prefix}.{field}": child} if jnp.ndim(child) == 0 else {})
             else:
@@ -54,12 +56,12 @@ def _items(node: Any) -> list[tuple[str, Any]]:
     return list((node if isinstance(node, dict) else node._asdict()).items())
 
 
-def _scalars(name: str, x: Any) -> list[tuple[str, Any]]:
-    """The entries of a scalar or a vector with their names."""
-    if not _is_array(x):
-        return []
-    entries = jnp.ravel(x) if jnp.ndim(x) else [x]
-    return [(name, entries[0])] if len(entries) == 1 else [(f"{name}.{i}", entry) for i, entry in enumerate(entries)]
+def _scalars(name: str, x: Any, lanes: int) -> list[tuple[str, Any]]:
+    """A scalar, or the entries of a vector, with their names."""
+    if jnp.ndim(x) == lanes:
+        return [(name, x)]
+    size = jnp.shape(x)[-1]
+    return [(name if size == 1 else f"{name}.{i}", x[..., i]) for i in range(size)]
 
 
 def _is_array(x: Any) -> bool:

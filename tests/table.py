@@ -126,19 +126,12 @@ HESSOPT += (
         main=True,
     ),
     Case(
-        "generalized_newton, forward, leaves",
-        hessopt.generalized_newton,
-        {"base": optax.sgd(1.0), "mode": "forward", "groups": "leaf", "update_every": 3},
-        needs=("value_fn",),
-        injectable=RATES,
-    ),
-    Case("scale_by_generalized_newton", hessopt.scale_by_generalized_newton, kind="rate", needs=("value_fn",)),
-    Case(
-        "scale_by_generalized_newton, central",
+        "scale_by_generalized_newton, forward, leaves",
         hessopt.scale_by_generalized_newton,
-        {"mode": "central", "safeguard": False},
+        {"mode": "forward", "groups": "leaf", "update_every": 3, "initial_rate": 0.5},
         kind="rate",
         needs=("value_fn",),
+        injectable=RATES,
     ),
     Case(
         "grouped_newton",
@@ -148,13 +141,6 @@ HESSOPT += (
         injectable=("cubic_damping", "learning_rate", "curvature_decay", "rate_decay", "ridge"),
         unitless=True,
         main=True,
-    ),
-    Case(
-        "scale_by_grouped_newton",
-        hessopt.scale_by_grouped_newton,
-        {"groups": "weights_biases", "update_every": 1},
-        kind="rate",
-        needs=("value_fn",),
     ),
     Case("masked", masked_newton, needs=SEARCHED, unitless=True),
 )

@@ -43,3 +43,14 @@ def test_works_on_anything_under_jit_and_on_batches():
     assert set(jax.jit(diagnostics)(state)) == set(diagnostics(state))
     lanes = jax.vmap(hessopt.scale_by_newton().init)(jnp.ones((4, 2)))
     assert diagnostics(lanes)["newton.status"].shape == (4,)
+
+
+def test_rates_of_groups_are_numbered_unless_there_is_one():
+    one, many = (diagnostics(hessopt.scale_by_generalized_newton(groups=g).init(PARAMS)) for g in (None, "leaf"))
+    count = len(jax.tree.leaves(PARAMS))
+    assert one["generalized_newton.rate"].shape == ()
+    assert [f"generalized_newton.rate.{i}" in many for i in range(count)] == [True] * count
+    lanes = jax.vmap(hessopt.scale_by_generalized_newton(groups="leaf").init)(
+        jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
+    )
+    assert diagnostics(lanes)["generalized_newton.rate.0"].shape == (2,)

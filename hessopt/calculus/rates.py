@@ -166,7 +166,7 @@ def scale_by_rates(
 
         due = (state.count % update_every == 0) | (state.count < FIRST * update_every)
         memory, info = renew() if update_every == 1 else jax.lax.cond(due, renew, reuse)
-        sound = all_finite((updates, value))
+        sound = all_finite((length, value))  # an entry that is not finite shows in the length
         trouble = RateInfo(jnp.int32(StepStatus.NONFINITE), jnp.zeros_like(old.rate), jnp.zeros((), jnp.int32))
         memory, info = jax.tree.map(lambda new, kept: jnp.where(sound, new, kept), (memory, info), (old, trouble))
         step = jax.tree.map(lambda u: jnp.where(sound, u, 0), scaled(updates, labels, info.rate))
