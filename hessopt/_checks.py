@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 
-def check_range(name: str, value: Any, low: float, high: float = math.inf) -> None:
+def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
     """Raise `ValueError` unless `low <= value <= high`; schedules pass, and what is traced."""
     if callable(value) or any(isinstance(x, Tracer) for x in (value, low, high)):
         return
-    if not low <= value <= high:
+    try:
+        low, value, high = (np.asarray(x) if isinstance(x, jax.Array) else x for x in (low, value, high))
+        inside = low <= value <= high  # not by JAX, which would trace it within another program
+    except TypeError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    if not inside:
         bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise ValueError(f"{name} must be {bound}, got {value}")
 

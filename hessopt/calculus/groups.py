@@ -48,16 +48,20 @@ def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
     return jax.tree.unflatten(treedef, [names.index(str(label)) for label in labels]), names
 
 
+ABSENT: Any = object()
+
+
 def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
     """The labels, leaf by leaf of params, of a tree that has their structure or a prefix of it."""
     given = dict(jax.tree_util.tree_leaves_with_path(tree))
     unused, found = set(given), []
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        above = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), None)
-        if above is None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None):
+        above = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), ABSENT)
+        if above is ABSENT and leaf is not None:
             raise ValueError(f"{name} must be a tree like params: {_name(path)!r} has no label")
         unused.discard(above)
-        found.append(given[above])
+        if leaf is not None:  # a hole, where another part of the parameters was
+            found.append(given[above])
     if unused and found:
         raise ValueError(
             f"{name} must be a tree like params: {_name(min(unused, key=str))!r} is labelled but no parameter"

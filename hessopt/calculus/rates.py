@@ -44,7 +44,8 @@ class Measured(NamedTuple):
 
     value: jax.Array  # phi(0), scalar
     model: Any  # tree of arrays, each `(S,)` or `(S, S)`
-    beyond: jax.Array  # bool (S,), whether phi was not finite where it was probed
+    known: jax.Array | bool = True  # bool (S,), whether it says anything about a group
+    beyond: jax.Array | bool = False  # bool (S,), whether phi was not finite where it was probed
 
 
 class Solved(NamedTuple):
@@ -68,10 +69,11 @@ class Rule(NamedTuple):
 class Memory(NamedTuple):
     """What is carried from one measurement to the next."""
 
-    measured: jax.Array  # int32 scalar, models taken into the average
+    age: jax.Array  # int32 scalar, steps since the last measurement
+    measured: jax.Array  # int32 (S,), measurements in the average
     solved: jax.Array  # bool (S,), whether a rate is no longer the initial one
     rate: Vector  # (S,), before learning_rate
-    length: Vector  # (S,), norm of the updates of a group when they were measured
+    length: Vector  # (S,), norm of the updates of a group when they were measured; 0 if the step was not taken
     model: Any  # average
 
 
@@ -108,7 +110,8 @@ def scale_by_rates(
         return rule.State(
             jnp.zeros((), jnp.int32),
             Memory(
-                measured=jnp.zeros((), jnp.int32),
+                age=jnp.int32(update_every),
+                measured=jnp.zeros(size, jnp.int32),
                 solved=jnp.zeros(size, bool),
                 rate=jnp.full(size, initial_rate, dtype),
                 length=jnp.full(size, jnp.inf, dtype),
@@ -129,50 +132,74 @@ def scale_by_rates(
     ) -> tuple[optax.Updates, Any]:
         require_params(params, caller=rule.name)
         objective, labels = bind(value_fn, data, caller=rule.name), group_labels(params, groups)[0]
-        at, old = Restricted(objective, params, updates, groups, labels, value, grad), state.memory
-        dtype = old.rate.dtype
+        old, dtype = state.memory, state.memory.rate.dtype
+        if value is not None:
+            value = _as_value(value, dtype, rule.name)
+        at = Restricted(objective, params, updates, groups, labels, value, grad)
         factor = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate, dtype)
         parts = (take(updates, labels, group) for group in range(old.rate.size))
         length = jnp.sqrt(jnp.array([inner(part, part) for part in parts], dtype))
+        moves = length > 0
 
         def renew() -> tuple[Memory, RateInfo]:
-            value, new, beyond = rule.measure(at, old.rate)
+            start, new, known, beyond = rule.measure(at, old.rate)
             new = jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), new, old.model)
             finite = all_finite(new) & ~jnp.any(beyond)
+            seen = finite & known & moves
             keep = jnp.where(old.measured > 0, jnp.asarray(curvature_decay, dtype), 0)
-            model = jax.tree.map(lambda x, past: jnp.where(finite, keep * past + (1 - keep) * x, past), new, old.model)
+
+            def averaged(x: jax.Array, past: jax.Array) -> jax.Array:
+                here = seen if x.ndim == 1 else seen & seen[:, None]
+                kept = keep if x.ndim == 1 else jnp.minimum(keep, keep[:, None])
+                return jnp.where(here, kept * past + (1 - kept) * x, past)
+
+            model = jax.tree.map(averaged, new, old.model)
             found, usable, facts = rule.solve(model, old.rate, old.solved, state.count)
-            usable = usable & finite
-            keep = jnp.where(old.solved, jnp.asarray(rate_decay, dtype), 0)
-            rate = jnp.where(usable, keep * old.rate + (1 - keep) * found, old.rate)
+            usable, keep = usable & seen, jnp.where(old.solved, jnp.asarray(rate_decay, dtype), 0)
+            rate = jnp.where(usable, keep * old.rate + (1 - keep) * found.astype(dtype), old.rate)
             rate = jnp.where(beyond, rate / 2, rate)
-            halvings, dropped = _guard(at, factor * rate, value) if safeguard else (jnp.int32(0), jnp.bool_(False))
-            rate = jnp.where(jnp.isfinite(value), rate * jnp.asarray(0.5, dtype) ** halvings, old.rate)
-            status = step_status(
-                {flag: finite & fact for flag, fact in facts.items()}
-                | {
-                    StepStatus.NONFINITE: ~finite,
-                    StepStatus.RATE_KEPT: jnp.any(~usable & (length > 0)),
-                    StepStatus.SAFEGUARDED: halvings > 0,
-                    StepStatus.STEP_REJECTED: dropped,
-                }
+            halvings, dropped = _guard(at, factor * rate, start) if safeguard else (jnp.int32(0), jnp.bool_(False))
+            rate = jnp.where(jnp.isfinite(start), rate * jnp.asarray(0.5, dtype) ** halvings, old.rate)
+            happened = {
+                StepStatus.NONFINITE: ~finite,
+                StepStatus.RATE_KEPT: jnp.any(~usable & moves),
+                StepStatus.SAFEGUARDED: halvings > 0,
+                StepStatus.STEP_REJECTED: dropped,
+            }
+            status = step_status(happened) | step_status({flag: finite & fact for flag, fact in facts.items()})
+            memory = Memory(
+                age=jnp.ones((), jnp.int32),
+                measured=old.measured + seen.astype(jnp.int32),
+                solved=old.solved | usable,
+                rate=rate,
+                length=jnp.where(dropped, 0, jnp.where(moves, length, old.length)),
+                model=model,
             )
-            memory = Memory(old.measured + finite.astype(jnp.int32), old.solved | usable, rate, length, model)
             return memory, RateInfo(status, jnp.where(dropped, 0, factor * rate), halvings)
 
         def reuse() -> tuple[Memory, RateInfo]:
-            shorter = jnp.where(length > old.length, old.length / jnp.where(length > 0, length, 1), 1)
-            return old, RateInfo(jnp.zeros((), jnp.int32), factor * old.rate * shorter, jnp.zeros((), jnp.int32))
+            shorter = jnp.where(length > old.length, old.length / jnp.where(moves, length, 1), 1)
+            none = jnp.zeros((), jnp.int32)
+            return old._replace(age=old.age + 1), RateInfo(none, factor * old.rate * shorter, none)
 
-        due = (state.count % update_every == 0) | (state.count < FIRST * update_every)
+        # nothing is learnt from updates that are zero, as those of a base that accumulates gradients
+        due = ((old.age >= update_every) | (state.count < FIRST * update_every)) & jnp.any(moves)
         memory, info = renew() if update_every == 1 else jax.lax.cond(due, renew, reuse)
         sound = all_finite((length, value))  # an entry that is not finite shows in the length
         trouble = RateInfo(jnp.int32(StepStatus.NONFINITE), jnp.zeros_like(old.rate), jnp.zeros((), jnp.int32))
         memory, info = jax.tree.map(lambda new, kept: jnp.where(sound, new, kept), (memory, info), (old, trouble))
+        info = info._replace(rate=jnp.where(jnp.isfinite(info.rate), info.rate, 0))
         step = jax.tree.map(lambda u: jnp.where(sound, u, 0), scaled(updates, labels, info.rate))
         return step, rule.State(jnp.asarray(optax.safe_increment(state.count)), memory, info)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_value(value: Any, dtype: Any, caller: str) -> jax.Array:
+    value = jnp.asarray(value)
+    if value.shape:
+        raise TypeError(f"{caller} needs value to be a scalar, got shape {value.shape}")
+    return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(dtype)
 
 
 def scaled(updates: Params, labels: Any, rate: Vector) -> Params:

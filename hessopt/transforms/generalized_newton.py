@@ -4,7 +4,7 @@
 
 No parabola opens downwards, and none is trusted where u points uphill: the last rate is kept where A <= 0 or b <= 0.
 
-Source: Bu and Xu, "Automatic gradient descent with generalized Newton's method", arXiv 2407.02772.
+Source: Bu and Xu, "Gradient descent with generalized Newton's method", arXiv 2407.02772.
 """
 
 import math
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, choose
-from hessopt.calculus.flat import applied, inner
+from hessopt.calculus.flat import applied, eps, inner
 from hessopt.calculus.groups import Groups, take
 from hessopt.calculus.rates import Measured, Memory, RateInfo, Restricted, Rule, Solved, scale_by_rates, scaled
 from hessopt.calculus.taylor import taylor
@@ -48,7 +48,7 @@ def exact(at: Restricted, rate: Vector) -> Measured:
     """By derivatives: one sweep of tangents."""
     terms = taylor(at.objective, at.params, at.updates, groups=at.groups, order=2)
     assert terms.hessian is not None
-    return Measured(terms.value, Parabola(-terms.gradient, jnp.diagonal(terms.hessian)), jnp.zeros(rate.shape, bool))
+    return Measured(terms.value, Parabola(-terms.gradient, jnp.diagonal(terms.hessian)))
 
 
 def forward(at: Restricted, rate: Vector) -> Measured:
@@ -57,40 +57,39 @@ def forward(at: Restricted, rate: Vector) -> Measured:
         start, slope = taylor(at.objective, at.params, at.updates, groups=at.groups, order=1)[:2]
     else:
         parts = (tuple(take(tree, at.labels, s) for tree in (at.grad, at.updates)) for s in range(rate.size))
-        start, slope = jnp.asarray(at.value), jnp.array([inner(*part) for part in parts], rate.dtype)
-    change = _values(at, jnp.diag(rate)) - start.astype(rate.dtype)
-    return _fitted(start, -slope * rate, change - slope * rate, rate)
+        start, slope = at.value, jnp.array([inner(*part) for part in parts], rate.dtype)
+    change = (_values(at, jnp.diag(rate)) - start).astype(rate.dtype)
+    return _fitted(at, start, -slope * rate, change - slope * rate, rate)
 
 
 def central(at: Restricted, rate: Vector) -> Measured:
     """From two values, at the last rate and as far on the other side."""
-    start = at.objective(at.params) if at.value is None else jnp.asarray(at.value)
-    ahead, behind = jnp.split(_values(at, jnp.concatenate([jnp.diag(rate), jnp.diag(-rate)])), 2)
-    return _fitted(start, (behind - ahead) / 2, (ahead + behind) / 2 - start.astype(rate.dtype), rate)
+    start = at.objective(at.params) if at.value is None else at.value
+    changes = _values(at, jnp.concatenate([jnp.diag(rate), jnp.diag(-rate)])) - start
+    ahead, behind = jnp.split(changes.astype(rate.dtype), 2)
+    return _fitted(at, start, (behind - ahead) / 2, (ahead + behind) / 2, rate)
 
 
 MODES: dict[str, Mode] = {"exact": exact, "forward": forward, "central": central}
 
 
 def _values(at: Restricted, rates: jax.Array) -> Vector:
-    """phi at each row of `(k, S)`."""
-
-    def value(rate: Vector) -> jax.Array:
-        return at.objective(applied(at.params, scaled(at.updates, at.labels, rate))).astype(rates.dtype)
-
-    return jax.lax.map(value, rates)
+    """phi at each row of `(k, S)`, in the dtype of the objective."""
+    return jax.lax.map(lambda rate: at.objective(applied(at.params, scaled(at.updates, at.labels, rate))), rates)
 
 
-def _fitted(start: jax.Array, fall: Vector, bend: Vector, rate: Vector) -> Measured:
+def _fitted(at: Restricted, start: jax.Array, fall: Vector, bend: Vector, rate: Vector) -> Measured:
     """The parabola through phi(0) that falls by `fall - bend` up to `rate`, `bend` being due to its curvature.
 
     A bend that rounding hides may be as large as rounding; if the fall is hidden too, nothing is known.
     """
-    beyond, noise = ~jnp.isfinite(bend), 8 * float(jnp.finfo(start.dtype).eps) * jnp.abs(start).astype(rate.dtype)
+    coarsest = max(float(jnp.finfo(start.dtype).eps), eps(at.params))
+    beyond, noise = ~jnp.isfinite(bend), 8 * coarsest * jnp.abs(start).astype(rate.dtype)
     seen = jnp.abs(bend) > noise
     known = (seen | (fall > 2 * noise)) & ~beyond
     bend = jnp.where(seen, bend, noise)
-    return Measured(start, Parabola(jnp.where(known, fall / rate, 0), jnp.where(known, 2 * bend / rate**2, 0)), beyond)
+    model = Parabola(jnp.where(known, fall / rate, 0), jnp.where(known, 2 * bend / rate**2, 0))
+    return Measured(start, model, known, beyond)
 
 
 def scale_by_generalized_newton(
@@ -115,11 +114,14 @@ def scale_by_generalized_newton(
       groups: None for one rate, else a rate for each group by its own parabola, as in `group_labels`.
       learning_rate: factor on the rates, or a schedule of it. The place for schedules: one in the base optimizer would
         be cancelled.
-      update_every: steps from one measurement to the next.
+      update_every: steps from one measurement to the next. In those between, which cost nothing but under vmap,
+        the rates stay, and no
+        group goes farther than when it was measured; the first two periods are measured throughout.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for noisy batches; 0 for none.
       rate_decay: in [0, 1], weight of the past in an average of the rates.
-      initial_rate: until the first parabola is usable; also the first probe.
-      min_rate, max_rate: bounds of the rates.
+      initial_rate: until the first parabola is usable; also the first probe, which must be long enough to be seen
+        beside the rounding of the objective.
+      min_rate, max_rate: bounds of the rates that are found; the safeguard and a probe that is not finite go below.
       max_change: factor, at least 1, by which a rate changes at most, after the first.
       safeguard: whether the objective is evaluated where a measured rate leads: if it rises there by more than 0.1%, or
         is not finite, the rates are halved, at most five times; then no step is taken.
@@ -139,8 +141,9 @@ def scale_by_generalized_newton(
       ValueError: for numbers out of their ranges, or unknown words.
       TypeError: in `update`, for a missing objective or params.
 
-    Cost per measurement: exact, about one gradient, of which half is shared with the caller's in the same program;
-    forward one value per group, central two; the safeguard one value. Memory: scalars.
+    Cost per measurement: exact, about one gradient, of which half is shared with the caller's in the same program, for
+    several groups that of `taylor(order=2)`; forward one value per group, central two; the safeguard one value.
+    Memory: scalars.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -153,9 +156,9 @@ def scale_by_generalized_newton(
     Source: see the head of this file.
     """
     measure = choose("mode", mode, MODES)
-    check_range("initial_rate", initial_rate, FLOOR)
     check_range("min_rate", min_rate, 0)
     check_range("max_rate", max_rate, min_rate)
+    check_range("initial_rate", initial_rate, *_bounds(min_rate, max_rate))
     check_range("max_change", max_change, 1)
 
     def blank(size: int, dtype: Any) -> Parabola:
@@ -166,7 +169,7 @@ def scale_by_generalized_newton(
         usable = (b > 0) & (A > 0)
         eta = b / jnp.where(usable, A, 1)
         eta = jnp.where(solved, jnp.clip(eta, rate / max_change, rate * max_change), eta)
-        eta = jnp.clip(eta, jnp.maximum(min_rate, FLOOR), jnp.minimum(max_rate, 1 / FLOOR))
+        eta = jnp.clip(eta, *_bounds(min_rate, max_rate))
         return Solved(
             eta, usable, {StepStatus.NOT_DESCENT: jnp.any(b < 0), StepStatus.NEGATIVE_CURVATURE: jnp.any(A < 0)}
         )
@@ -185,3 +188,7 @@ def scale_by_generalized_newton(
 
 FLOOR = 1e-18
 """No rate is below this or above its inverse: their squares are still numbers."""
+
+
+def _bounds(min_rate: jax.typing.ArrayLike, max_rate: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    return jnp.maximum(min_rate, FLOOR), jnp.minimum(max_rate, 1 / FLOOR)

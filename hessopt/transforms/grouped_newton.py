@@ -25,6 +25,9 @@ from hessopt.typing import Matrix, StepStatus, Vector
 
 _NAME = "scale_by_grouped_newton"
 
+FACTS = (StepStatus.NEGATIVE_CURVATURE, StepStatus.UNBOUNDED_MODEL, StepStatus.NONFINITE)
+"""Of a model, that `solve_cubic` tells."""
+
 
 class Cubic(NamedTuple):
     """What phi looks like, averaged over steps."""
@@ -47,17 +50,20 @@ def _measure(at: Restricted, rate: Vector) -> Measured:
     value, gradient, hessian, third = taylor(at.objective, at.params, at.updates, groups=at.groups)
     assert hessian is not None
     assert third is not None
-    return Measured(value, Cubic(-gradient, hessian, jnp.cbrt(jnp.abs(third))), jnp.zeros(rate.shape, bool))
+    return Measured(value, Cubic(-gradient, hessian, jnp.cbrt(jnp.abs(third))))
 
 
 def _bounded(g: Vector, H: Matrix) -> Vector:
-    """The minimiser of a parabola above -g.eta + eta.H eta / 2; zero for a group without slope, or curvature.
+    """The minimiser of `-g.eta + eta.|H| eta / 2`, a parabola above that of H; zero for a group without curvature.
 
-    In the units y_s = g_s eta_s every entry of H is at most its magnitude on the diagonal: 2 y_s y_t <= y_s^2 + y_t^2.
+    |H| has the eigenvalues of H by magnitude, in units of the groups in which all rows are alike.
     """
-    moves = g != 0
-    curvature = jnp.sum(jnp.abs(H) * jnp.where(moves, 1 / jnp.where(moves, jnp.abs(g), 1), 0), axis=1)
-    return jnp.where(curvature > 0, jnp.sign(g) / jnp.where(curvature > 0, curvature, 1), 0)
+    largest = jnp.max(jnp.abs(H), axis=1, initial=0.0)
+    t = jnp.where(largest > 0, 1 / jnp.sqrt(jnp.where(largest > 0, largest, 1)), 0)
+    theta, Q = jnp.linalg.eigh(H * t * t[:, None])
+    theta = jnp.maximum(jnp.abs(theta), jnp.finfo(H.dtype).eps ** 0.5 * jnp.max(jnp.abs(theta), initial=0.0))
+    step = jnp.matmul(Q.T, t * g, precision="highest") / jnp.where(theta > 0, theta, 1)
+    return t * jnp.matmul(Q, step, precision="highest")
 
 
 def scale_by_grouped_newton(
@@ -82,7 +88,8 @@ def scale_by_grouped_newton(
         With 0 it is Newton's method in the rates.
       learning_rate: factor on the rates, or a schedule of it. The place for schedules: one in the base optimizer would
         be cancelled.
-      update_every: steps from one model to the next. Between them the rates stay.
+      update_every: steps from one model to the next. In those between, which cost nothing but under vmap, the rates
+        stay, and no group goes farther than when it was measured; the first two periods are measured throughout.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0 for none.
       rate_decay: in [0, 1], weight of the past in an average of the rates, which begins with the first solution.
       nonnegative: whether negative rates are replaced by 0, after the solve and before they are averaged. (What a
@@ -144,10 +151,10 @@ def scale_by_grouped_newton(
         H = (H if cross_groups else jnp.diag(diagonal)) + ridge * jnp.diag(jnp.abs(diagonal))
         damping = cubic_damping(count) if callable(cubic_damping) else cubic_damping
         eta, _, status = solve_cubic(-g, H, d, damping)
-        facts = {flag: status & flag != 0 for flag in (StepStatus.NEGATIVE_CURVATURE, StepStatus.UNBOUNDED_MODEL)}
-        safe = _bounded(g, H)
-        eta = jnp.where(facts[StepStatus.UNBOUNDED_MODEL], safe, eta)
-        usable = ~facts[StepStatus.UNBOUNDED_MODEL] | (safe != 0)
+        facts = {flag: status & flag != 0 for flag in FACTS}
+        unbounded = facts[StepStatus.UNBOUNDED_MODEL]
+        eta = jnp.where(unbounded, _bounded(g, H), eta)
+        usable = ~facts[StepStatus.NONFINITE] & (~unbounded | jnp.any(H != 0, axis=1))
         return Solved(jnp.maximum(eta, 0) if nonnegative else eta, usable, facts)
 
     return scale_by_rates(

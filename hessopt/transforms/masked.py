@@ -74,6 +74,12 @@ def masked(
         labels = chosen(params)
         own = of_group(labels, True, params, keywords, caller=_NAME)
         new, inner_state = inner.update(take(updates, labels, True), state.inner, take(params, labels, True), **own)
-        return combine(new, jax.tree.map(jnp.zeros_like, updates)), MaskedState(inner_state)
+        still = jax.tree.map(_zeros, updates, params)
+        return combine(new, still), MaskedState(inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _zeros(update: Any, leaf: Any) -> jax.Array:
+    """Zeros like the update; like the leaf where that is an integer, whose gradient has no entries."""
+    return jnp.zeros_like(leaf if jnp.result_type(update) == jax.dtypes.float0 else update)

@@ -152,10 +152,10 @@ def test_between_measurements_nothing_is_evaluated_and_no_step_is_longer():
     state = tx.init(x)
     for count in range(12):
         evaluated.clear()
-        longer = 2.0 if count in (7, 10) else 1.0
+        longer = 2.0 if count in (6, 10) else 1.0
         update, state = step(-0.1 * longer * x, state)
         jax.effects_barrier()
-        assert bool(evaluated) == (count < 6 or count % 3 == 0)  # the first two periods are all measured
+        assert bool(evaluated) == (count < 6 or count % 3 == 2)  # the first two periods are all measured
         np.testing.assert_allclose(update, -x, rtol=1e-12)
         assert state.info.status == StepStatus.OK
 
@@ -275,7 +275,7 @@ def test_batch_normalisation_and_dropout_are_those_of_the_gradient():
 def test_wrong_arguments_are_named():
     for name, value, bound in (
         ("max_change", 0.5, "at least 1"),
-        ("initial_rate", 0.0, "at least 1e-18"),
+        ("initial_rate", 0.0, "in"),
         ("min_rate", -1.0, "at least 0"),
         ("max_rate", -1.0, "at least 0.0"),
         ("curvature_decay", 1.5, r"in \[0, 1\]"),

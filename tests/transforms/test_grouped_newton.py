@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hessopt import (
     StepStatus,
+    generalized_newton,
     grouped_newton,
     restriction,
     scale_by_generalized_newton,
@@ -121,6 +122,68 @@ def test_a_model_without_a_minimiser_gives_a_step_that_lowers_it():
     assert gradient @ eta + 0.5 * eta @ H @ eta < 0
 
 
+def walk(tx, loss, params, steps):
+    """Parameters after some steps, and every status."""
+
+    @jax.jit
+    def step(params, state):
+        value, grad = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    state, statuses = tx.init(params), []
+    for _ in range(steps):
+        params, state = step(params, state)
+        statuses.append(int(state[1].info.status))
+    return params, state, statuses
+
+
+def test_a_step_that_was_refused_is_not_taken_later():
+    cliff = lambda p: jnp.where(p < 1.0, 0.5 * (p - 10.0) ** 2, jnp.nan)
+    p, _, statuses = walk(grouped_newton(optax.sgd(1.0)), cliff, jnp.array(0.999), 8)
+    assert any(status & StepStatus.STEP_REJECTED for status in statuses)
+    assert p == 0.999
+
+
+def test_a_converged_group_does_not_hold_the_others_when_the_model_has_no_minimiser():
+    def loss(p):
+        saddle = (p["a"] * p["b"] - 6.0) ** 2
+        return 0.5 * (p["x"] - 1.0) ** 2 + 0.01 * p["x"] * p["z"] + 0.5 * p["z"] ** 2 + saddle
+
+    start = {"a": jnp.array(1.0), "b": jnp.array(1.0), "x": jnp.array(5.0), "z": jnp.array(-0.050001)}
+    p, _, _ = walk(grouped_newton(optax.sgd(1.0)), loss, start, 100)
+    assert loss(p) < 1e-2
+
+
+def test_a_model_that_is_not_finite_keeps_the_rates_and_says_so():
+    tx = grouped_newton(optax.sgd(1.0), cubic_damping=lambda count: jnp.where(count < 1, 0.0, jnp.nan))
+    _, state, statuses = walk(tx, lambda p: 0.5 * jnp.sum(p**2) + jnp.sum(p), jnp.ones(2), 3)
+    assert not statuses[0]
+    assert statuses[1] & StepStatus.NONFINITE
+    assert statuses[1] & StepStatus.RATE_KEPT
+    np.testing.assert_allclose(state[1].memory.rate, 1.0)
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_base_that_accumulates_is_measured_where_it_moves(every):
+    base = optax.MultiSteps(optax.sgd(1.0), every).gradient_transformation()
+    target = jnp.array([1.0, -2.0])
+    p, _, _ = walk(
+        grouped_newton(base, cubic_damping=jnp.array(1.0)), lambda p: jnp.sum(jnp.cosh(p - target)), 0 * target, 40
+    )
+    np.testing.assert_allclose(p, target, atol=1e-3)
+
+
+def test_wide_hyperparameters_leave_the_state_as_it_is():
+    x = jnp.ones(2, jnp.float32)
+    for tx in (
+        grouped_newton(optax.sgd(1.0), ridge=np.float64(1e-3)),
+        generalized_newton(optax.sgd(1.0), max_change=np.float64(2), min_rate=np.float64(1e-4), update_every=2),
+    ):
+        _, state, _ = walk(tx, lambda p: jnp.sum(jnp.cosh(p)), x, 1)
+        assert jax.tree.map(jnp.result_type, state) == jax.tree.map(jnp.result_type, tx.init(x))
+
+
 def test_curvature_of_the_whole_data_and_damping_on_plateau():
     """The two recommendations of the paper, by pieces of optax and a closure."""
     x = jnp.asarray(RNG.normal(size=(64, 3)))
@@ -176,6 +239,11 @@ def test_thirty_layers_at_their_start_take_a_finite_decreasing_step_in_float32()
 
 
 def test_wrong_arguments_are_named():
+    with pytest.raises(TypeError, match="ridge must be a number, got None"):
+        scale_by_grouped_newton(ridge=None)  # pyright: ignore[reportArgumentType]
+    tx = scale_by_grouped_newton()
+    with pytest.raises(TypeError, match=r"needs value to be a scalar, got shape \(1,\)"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=jnp.ones(1), value_fn=convex)
     for name, value, bound in (
         ("cubic_damping", -1.0, "at least 0"),
         ("ridge", -1.0, "at least 0"),

@@ -67,6 +67,21 @@ def test_gauss_newton_curvature_reaches_the_inner_transformation():
     np.testing.assert_allclose(updates["w"], jnp.linalg.solve(2 / 3 * J.T @ J, grad["w"]), rtol=1e-6)
 
 
+def test_masks_nest_and_integers_may_be_held():
+    whole = {"body": {"w": True, "b": False}, "head": True}
+    updates, _ = step(masked(masked(scale_by_newton(), whole), HEAD))
+    expected, _ = step(masked(scale_by_newton(), HEAD))
+    np.testing.assert_allclose(updates["head"], expected["head"])
+    params = {"n": jnp.array(3), "w": jnp.ones(2)}
+    loss = lambda p: jnp.sum(p["w"] ** 2) * p["n"]
+    tx = masked(grouped_newton(optax.sgd(1.0)), {"n": False, "w": True})
+    grad = jax.grad(loss, allow_int=True)(params)
+    updates, _ = tx.update(grad, tx.init(params), params, value_fn=loss)
+    after = optax.apply_updates(params, updates)
+    assert after["n"] == 3
+    np.testing.assert_allclose(after["w"], 0.0, atol=1e-12)
+
+
 def test_what_does_not_match_is_named():
     with pytest.raises(ValueError, match="mask must be a tree like params: 'body/b' has no label"):
         masked(optax.sgd(0.1), {"body": {"w": True}, "head": True}).init(PARAMS)
