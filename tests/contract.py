@@ -373,12 +373,12 @@ def _is_one_of(leaf: jax.Array, before: jax.Array, sound: jax.Array) -> None:
 
 
 def _memory(state: Any) -> Any:
-    """A state without its reports and counters."""
+    """A state without its reports and counters; the length of a step is a report too."""
     if hasattr(state, "_fields"):
         return {
             name: _memory(child)
             for name, child in state._asdict().items()
-            if name != "info" and not (name == "count" and jnp.ndim(child) == 0)
+            if name not in ("info", "length") and not (name == "count" and jnp.ndim(child) == 0)
         }
     if isinstance(state, dict):
         return {name: _memory(child) for name, child in state.items()}
