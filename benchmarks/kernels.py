@@ -27,6 +27,7 @@ def run(quick: bool) -> Sequence[Table]:
         mlp.digits((64, 16, 10), batch),
         mlp.regression((3, 20, 20, 1), min(batch, 1000)),
     ]
+    rated = mlp.noise(NETWORKS[0], 512)
     with jax.enable_x64(True):
         updates = [
             compare(f"{PERIOD} BFGS updates, n = {n}, float64", bfgs_updates(n), 3 * rounds, 0.0)
@@ -42,10 +43,7 @@ def run(quick: bool) -> Sequence[Table]:
             compare(f"Taylor terms, a group for each tensor, {p.name}", taylor_terms(p), rounds, 0.0)
             for p in (mlp.noise(sizes, 512) for sizes in (NETWORKS[:1] if quick else NETWORKS))
         ),
-        *(
-            compare(f"training step, mean of {RATED}, {p.name}", rated_steps(p), rounds, 0.0)
-            for p in (mlp.noise(NETWORKS[0], 512),)
-        ),
+        compare(f"{RATED} training steps, {rated.name}", rated_steps(rated), rounds, 0.0),
         *(compare(f"cubic model, {n} groups, float32", cubic_models(n), 5 * rounds, 0.0) for n in (6, 60)),
         *(compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0) for p in problems[1:2]),
     ]

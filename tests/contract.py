@@ -23,6 +23,7 @@ import pytest
 
 import hessopt
 from hessopt import StepStatus
+from hessopt.calculus import rates
 from tests.table import Case
 
 RNG = np.random.default_rng(0)
@@ -368,17 +369,18 @@ def survives_what_is_not_finite(case: Case) -> None:
 
 
 def _is_one_of(leaf: jax.Array, before: jax.Array, sound: jax.Array) -> None:
-    halved = [before * 0.5**k for k in range(7)] if np.issubdtype(before.dtype, np.floating) else [before]
-    assert any(np.array_equal(leaf, expected) for expected in (*halved, sound))
+    assert np.array_equal(leaf, before) or np.array_equal(leaf, sound)
 
 
 def _memory(state: Any) -> Any:
-    """A state without its reports and counters; the length of a step is a report too."""
+    """A state without its reports and counters; of rates, which may have been halved, the mantissas."""
+    if isinstance(state, rates.Memory):
+        state = state._replace(rate=np.frexp(state.rate)[0], length=())  # 0 where no step may follow
     if hasattr(state, "_fields"):
         return {
             name: _memory(child)
             for name, child in state._asdict().items()
-            if name not in ("info", "length") and not (name == "count" and jnp.ndim(child) == 0)
+            if name != "info" and not (name == "count" and jnp.ndim(child) == 0)
         }
     if isinstance(state, dict):
         return {name: _memory(child) for name, child in state.items()}
@@ -390,8 +392,7 @@ def reports_a_status(case: Case) -> None:
     assert all(np.ndim(x) == 0 for x in hessopt.diagnostics(state).values())
     statuses = [int(x) for name, x in hessopt.diagnostics(state).items() if name.endswith(".status")]
     assert statuses
-    trouble = StepStatus.NONFINITE | StepStatus.SEARCH_FAILED | StepStatus.FACTORIZATION_FAILED
-    assert not any(status & trouble for status in statuses)
+    assert not any(status & ~(StepStatus.NEGATIVE_CURVATURE | case.reports) for status in statuses)
     poisoned = stepper(case).run(params, state, Trouble(grad=np.nan)).state
     flags = [int(x) for name, x in hessopt.diagnostics(poisoned).items() if name.endswith(".status")]
     assert functools.reduce(lambda a, b: a | b, flags) & StepStatus.NONFINITE

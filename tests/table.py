@@ -24,6 +24,7 @@ class Case(NamedTuple):
     composite: bool = False  # wants `hessopt.composite` for an objective
     unitless: bool = False  # its first step is the same in whatever unit the objective is measured
     main: bool = False  # one that runs the costly sweeps in the fast suite too
+    reports: hessopt.StepStatus = hessopt.StepStatus.OK  # facts, besides negative curvature, of its first step here
     fails: Mapping[str, str] = MappingProxyType({})  # law -> why this foreign transformation is known to break it
 
     def make(self) -> optax.GradientTransformationExtraArgs:
@@ -130,6 +131,7 @@ HESSOPT += (
         hessopt.scale_by_generalized_newton,
         {"mode": "forward", "groups": "leaf", "update_every": 3, "initial_rate": 0.5},
         kind="rate",
+        reports=hessopt.StepStatus.RATE_KEPT,
         needs=("value_fn",),
         injectable=RATES,
     ),
@@ -138,6 +140,7 @@ HESSOPT += (
         hessopt.grouped_newton,
         {"base": optax.sgd(1.0)},
         needs=("value_fn",),
+        reports=hessopt.StepStatus.SAFEGUARDED,
         injectable=("cubic_damping", "learning_rate", "curvature_decay", "rate_decay", "ridge"),
         unitless=True,
         main=True,

@@ -70,7 +70,6 @@ def best_constant(name, base):
     """The lowest median over a grid of rates, which must lie inside of it."""
     low = {"sgd": 2.0**-3, "momentum": 2.0**-6, "adam": 2.0**-9}[base] * (8.0 if name == "wine" else 1.0)
     medians = [float(np.median(losses)) for losses in final_losses(name, BASES[base], low * 2.0 ** np.arange(8))]
-    print(name, base, medians)
     place = int(np.nanargmin(medians))
     assert 0 < place < 7, medians
     return medians[place]

@@ -69,6 +69,12 @@ def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
     return found
 
 
+def check_groups(name: str, groups: Groups) -> None:
+    """Raise `ValueError` for an unknown word, as soon as there are no parameters yet to match labels with."""
+    if isinstance(groups, str):
+        check_word(name, groups, WORDS)
+
+
 def take(tree: Any, labels: Any, group: int) -> Any:
     """Return `tree` with None in place of every leaf outside `group`: same paths, fewer leaves."""
     return jax.tree.map(lambda label, leaf: leaf if label == group else None, labels, tree)

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, check_word
+from hessopt._checks import check_count, check_range
 from hessopt.calculus.flat import all_finite, applied, inner, solve_dtype
-from hessopt.calculus.groups import WORDS, Groups, group_labels, take
+from hessopt.calculus.groups import Groups, check_groups, group_labels, take
 from hessopt.calculus.objective import bind, require_params
 from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
 
@@ -102,8 +102,7 @@ def scale_by_rates(
     check_range("curvature_decay", curvature_decay, 0, 1)
     check_range("rate_decay", rate_decay, 0, 1)
     groups = "all" if groups is None else groups
-    if isinstance(groups, str):
-        check_word("groups", groups, WORDS)
+    check_groups("groups", groups)
 
     def init(params: Params) -> Any:
         dtype, size = solve_dtype(params), len(group_labels(params, groups)[1])
@@ -137,8 +136,7 @@ def scale_by_rates(
             value = _as_value(value, dtype, rule.name)
         at = Restricted(objective, params, updates, groups, labels, value, grad)
         factor = jnp.asarray(learning_rate(state.count) if callable(learning_rate) else learning_rate, dtype)
-        parts = (take(updates, labels, group) for group in range(old.rate.size))
-        length = jnp.sqrt(jnp.array([inner(part, part) for part in parts], dtype))
+        length = jnp.sqrt(inner_by_group(updates, updates, labels, old.rate))
         moves = length > 0
 
         def renew() -> tuple[Memory, RateInfo]:
@@ -200,6 +198,12 @@ def _as_value(value: Any, dtype: Any, caller: str) -> jax.Array:
     if value.shape:
         raise TypeError(f"{caller} needs value to be a scalar, got shape {value.shape}")
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(dtype)
+
+
+def inner_by_group(a: Params, b: Params, labels: Any, like: Vector) -> Vector:
+    """The real inner products of the leaves of each group, like a vector `(S,)`."""
+    parts = ((take(a, labels, group), take(b, labels, group)) for group in range(like.size))
+    return jnp.array([inner(*part) for part in parts], like.dtype)
 
 
 def scaled(updates: Params, labels: Any, rate: Vector) -> Params:

@@ -16,13 +16,26 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, choose
-from hessopt.calculus.flat import applied, eps, inner
-from hessopt.calculus.groups import Groups, take
-from hessopt.calculus.rates import Measured, Memory, RateInfo, Restricted, Rule, Solved, scale_by_rates, scaled
+from hessopt.calculus.flat import applied, eps
+from hessopt.calculus.groups import Groups
+from hessopt.calculus.rates import (
+    Measured,
+    Memory,
+    RateInfo,
+    Restricted,
+    Rule,
+    Solved,
+    inner_by_group,
+    scale_by_rates,
+    scaled,
+)
 from hessopt.calculus.taylor import taylor
 from hessopt.typing import StepStatus, Vector
 
 _NAME = "scale_by_generalized_newton"
+
+FLOOR, CEILING = 1e-18, 1e18
+"""No rate is outside of these: their squares are still numbers."""
 
 
 class Parabola(NamedTuple):
@@ -56,8 +69,7 @@ def forward(at: Restricted, rate: Vector) -> Measured:
     if at.value is None or at.grad is None:
         start, slope = taylor(at.objective, at.params, at.updates, groups=at.groups, order=1)[:2]
     else:
-        parts = (tuple(take(tree, at.labels, s) for tree in (at.grad, at.updates)) for s in range(rate.size))
-        start, slope = at.value, jnp.array([inner(*part) for part in parts], rate.dtype)
+        start, slope = at.value, inner_by_group(at.grad, at.updates, at.labels, rate)
     change = (_values(at, jnp.diag(rate)) - start).astype(rate.dtype)
     return _fitted(at, start, -slope * rate, change - slope * rate, rate)
 
@@ -92,6 +104,10 @@ def _fitted(at: Restricted, start: jax.Array, fall: Vector, bend: Vector, rate: 
     return Measured(start, model, known, beyond)
 
 
+def _bounds(min_rate: jax.typing.ArrayLike, max_rate: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
+    return jnp.maximum(min_rate, FLOOR), jnp.minimum(max_rate, CEILING)
+
+
 def scale_by_generalized_newton(
     *,
     mode: str | Mode = "exact",
@@ -114,9 +130,8 @@ def scale_by_generalized_newton(
       groups: None for one rate, else a rate for each group by its own parabola, as in `group_labels`.
       learning_rate: factor on the rates, or a schedule of it. The place for schedules: one in the base optimizer would
         be cancelled.
-      update_every: steps from one measurement to the next. In those between, which cost nothing but under vmap,
-        the rates stay, and no
-        group goes farther than when it was measured; the first two periods are measured throughout.
+      update_every: steps from one measurement to the next. In those between, which cost nothing but under vmap, the
+        rates stay, and no group goes farther than when it was measured; the first two periods are measured throughout.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for noisy batches; 0 for none.
       rate_decay: in [0, 1], weight of the past in an average of the rates.
       initial_rate: until the first parabola is usable; also the first probe, which must be long enough to be seen
@@ -184,11 +199,3 @@ def scale_by_generalized_newton(
         initial_rate=initial_rate,
         safeguard=safeguard,
     )
-
-
-FLOOR = 1e-18
-"""No rate is below this or above its inverse: their squares are still numbers."""
-
-
-def _bounds(min_rate: jax.typing.ArrayLike, max_rate: jax.typing.ArrayLike) -> tuple[jax.Array, jax.Array]:
-    return jnp.maximum(min_rate, FLOOR), jnp.minimum(max_rate, 1 / FLOOR)

@@ -110,9 +110,8 @@ def scale_by_grouped_newton(
       Its status is `state.info.status`. UNBOUNDED_MODEL: the model has no minimiser, as where each group alone makes
       a parabola (ReLU and squares) and H is indefinite; the rates are those of a parabola above it, which lower the
       model too. RATE_KEPT for groups of which the model says nothing, and with NONFINITE where it is not finite.
-      NEGATIVE_CURVATURE, of H, is no trouble. SAFEGUARDED and STEP_REJECTED: a halved
-      step, and none. NONFINITE also for a value or an update that is not: then the update is zero and the state as
-      before, but for count and info.
+      NEGATIVE_CURVATURE, of H, is no trouble. SAFEGUARDED and STEP_REJECTED: a halved step, and none. NONFINITE also
+      for a value or an update that is not: then the update is zero and the state as before, but for count and info.
 
       The damping on plateau of the paper follows the rate, as
 

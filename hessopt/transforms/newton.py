@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, check_word, choose
+from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
 from hessopt.calculus.flat import ravel, solve_dtype, unravel
-from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
+from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.calculus.objective import bind, require_params
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.numerics.positivity import POSITIVITIES, Positivity
@@ -106,8 +106,7 @@ def scale_by_newton(
     check_count("update_every", update_every)
     method = choose("positivity", positivity, POSITIVITIES)
     choose("curvature", curvature, CURVATURES)
-    if isinstance(blocks, str):
-        check_word("blocks", blocks, WORDS)
+    check_groups("blocks", blocks)
 
     def empty_factors(params: Params, labels: Any, count: int) -> list[Any]:
         def empty(group: int) -> Any:

@@ -15,7 +15,7 @@ import optax
 
 from hessopt._checks import check_range, check_word
 from hessopt.calculus.flat import ravel, solve_dtype
-from hessopt.calculus.groups import WORDS, Groups, combine, group_labels, take
+from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.calculus.objective import of_group, require_params
 from hessopt.numerics.norms import norm
 from hessopt.typing import Params, StepStatus, step_status
@@ -85,8 +85,7 @@ def subsampled(
     Source: see the head of this file.
     """
     check_range("probability", probability, 0, 1)
-    if isinstance(blocks, str):
-        check_word("blocks", blocks, WORDS)
+    check_groups("blocks", blocks)
     check_word("rest", rest, ("gradient", "norm_matched"))
     inner = optax.with_extra_args_support(inner)
 

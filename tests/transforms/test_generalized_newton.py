@@ -275,7 +275,7 @@ def test_batch_normalisation_and_dropout_are_those_of_the_gradient():
 def test_wrong_arguments_are_named():
     for name, value, bound in (
         ("max_change", 0.5, "at least 1"),
-        ("initial_rate", 0.0, "in"),
+        ("initial_rate", 0.0, r"in \[1e-18, 1e\+18\]"),
         ("min_rate", -1.0, "at least 0"),
         ("max_rate", -1.0, "at least 0.0"),
         ("curvature_decay", 1.5, r"in \[0, 1\]"),
