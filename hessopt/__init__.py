@@ -12,13 +12,14 @@ from hessopt.calculus.restriction import restriction as restriction
 from hessopt.calculus.spectrum import spectrum as spectrum
 from hessopt.calculus.taylor import Taylor as Taylor
 from hessopt.calculus.taylor import taylor as taylor
-from hessopt.numerics.secular import CubicSolution as CubicSolution
-from hessopt.numerics.secular import solve_cubic as solve_cubic
+from hessopt.numerics.cubic import CubicSolution as CubicSolution
+from hessopt.numerics.cubic import solve_cubic as solve_cubic
 from hessopt.optimizers import bfgs as bfgs
 from hessopt.optimizers import generalized_newton as generalized_newton
 from hessopt.optimizers import grouped_newton as grouped_newton
 from hessopt.optimizers import lbfgs as lbfgs
 from hessopt.optimizers import newton as newton
+from hessopt.optimizers import newton_cg as newton_cg
 from hessopt.transforms.bfgs import inverse_hessian as inverse_hessian
 from hessopt.transforms.bfgs import scale_by_bfgs as scale_by_bfgs
 from hessopt.transforms.generalized_newton import scale_by_generalized_newton as scale_by_generalized_newton
@@ -27,7 +28,9 @@ from hessopt.transforms.lbfgs import scale_by_lbfgs as scale_by_lbfgs
 from hessopt.transforms.linesearch import scale_by_wolfe_linesearch as scale_by_wolfe_linesearch
 from hessopt.transforms.masked import masked as masked
 from hessopt.transforms.newton import scale_by_newton as scale_by_newton
+from hessopt.transforms.newton_cg import scale_by_newton_cg as scale_by_newton_cg
 from hessopt.transforms.subsampled import subsampled as subsampled
+from hessopt.transforms.trust_region import trust_region_newton as trust_region_newton
 from hessopt.typing import StepStatus as StepStatus
 from hessopt.typing import Termination as Termination
 

@@ -20,6 +20,7 @@ from hessopt.transforms.grouped_newton import scale_by_grouped_newton
 from hessopt.transforms.lbfgs import scale_by_lbfgs
 from hessopt.transforms.linesearch import scale_by_wolfe_linesearch
 from hessopt.transforms.newton import scale_by_newton
+from hessopt.transforms.newton_cg import Preconditioner, scale_by_newton_cg
 from hessopt.typing import Params, ValueFn
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
@@ -78,6 +79,52 @@ def newton(
     """
     direction = scale_by_newton(
         damping, positivity=positivity, blocks=blocks, update_every=update_every, curvature=curvature
+    )
+    return _descend(direction, learning_rate, linesearch)
+
+
+def newton_cg(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    curvature: str | CurvatureFn = "hessian",
+    max_iterations: int = 100,
+    preconditioner: Preconditioner | None = None,
+    warm_start: bool = False,
+    rematerialize: bool = False,
+    linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
+) -> optax.GradientTransformationExtraArgs:
+    """Newton-CG with a line search: second order without a matrix.
+
+    Args:
+      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
+      curvature, max_iterations, preconditioner, warm_start, rematerialize: see `scale_by_newton_cg`.
+      linesearch: a line search that takes the additive update, or None for none.
+
+    Returns:
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs the objective, and
+      with a line search also the value and the gradient at `params`.
+
+    Raises:
+      ValueError, TypeError: see `scale_by_newton_cg`; TypeError also when a line search misses value or grad.
+
+    Cost per step: that of `scale_by_newton_cg`, and one value and gradient per trial step of the search, mostly one.
+
+    Example:
+      >>> import jax.numpy as jnp, hessopt
+      >>> def rosenbrock(x):
+      ...     return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+      >>> solution = hessopt.minimize(rosenbrock, jnp.zeros(10), newton_cg())
+      >>> jnp.round(solution.params, 2).tolist()
+      [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+    Source: see `scale_by_newton_cg`.
+    """
+    direction = scale_by_newton_cg(
+        curvature=curvature,
+        max_iterations=max_iterations,
+        preconditioner=preconditioner,
+        warm_start=warm_start,
+        rematerialize=rematerialize,
     )
     return _descend(direction, learning_rate, linesearch)
 

@@ -157,7 +157,7 @@ def _dense(linearize: CurvatureFn, objective: Any, leaves: list[jax.Array], chun
     for rank, i in enumerate(order):
         strip = order[rank:]
         linear = _strip_product(linearize, objective, leaves, strip)
-        matrix = _fill_rows(matrix, linear, leaves[i], offsets[i], [offsets[j] for j in strip], chunk_size)
+        matrix = fill_rows(matrix, linear, leaves[i], offsets[i], [offsets[j] for j in strip], chunk_size)
         for j in strip:
             rows, columns = slice(offsets[i], offsets[i] + sizes[i]), slice(offsets[j], offsets[j] + sizes[j])
             block = matrix[rows, columns]
@@ -178,7 +178,7 @@ def _strip_product(linearize: CurvatureFn, objective: Any, leaves: Sequence[jax.
     return linearize(precompose(objective, place), embed, leaves[strip[0]])
 
 
-def _fill_rows(matrix: Matrix, linear: Any, leaf: jax.Array, row: int, columns: list[int], chunk_size: int) -> Matrix:
+def fill_rows(matrix: Matrix, linear: Any, leaf: jax.Array, row: int, columns: list[int], chunk_size: int) -> Matrix:
     """Write the products of all unit vectors of `leaf`, a chunk at a time, into its rows of `matrix`."""
     chunk = min(chunk_size, leaf.size)
     products = stacked(linear, leaf)

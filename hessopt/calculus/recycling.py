@@ -65,10 +65,16 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
 
 
 def evaluations(state: optax.OptState) -> jax.Array:
-    """Return how often the searches in `state` evaluated the objective during the last update, an int32 scalar."""
-    infos = [node.info for node in searches(state)]
-    counts = [info.trials if isinstance(info, LinesearchInfo) else info.num_linesearch_steps for info in infos]
+    """Return how often the trials told of in `state` evaluated the objective in the last update, an int32 scalar."""
+    infos = [node.info for node in jax.tree.leaves(state, is_leaf=_tells) if _tells(node)]
+    counts = [info.trials if hasattr(info, "trials") else info.num_linesearch_steps for info in infos]
     return jnp.asarray(sum(counts), jnp.int32)
+
+
+def _tells(node: Any) -> bool:
+    """Whether a node of an optimizer's state counts trials: a search of ours or of optax, or a trust region."""
+    info = getattr(node, "info", None)
+    return hasattr(info, "trials") or hasattr(info, "num_linesearch_steps")
 
 
 def counts_evaluations(state: optax.OptState) -> bool:

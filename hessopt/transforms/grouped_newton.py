@@ -20,7 +20,7 @@ from hessopt._checks import check_range
 from hessopt.calculus.groups import Groups
 from hessopt.calculus.rates import Measured, Memory, RateInfo, Restricted, Rule, Solved, scale_by_rates
 from hessopt.calculus.taylor import taylor
-from hessopt.numerics.secular import solve_cubic
+from hessopt.numerics.cubic import solve_cubic
 from hessopt.typing import Matrix, StepStatus, Vector
 
 _NAME = "scale_by_grouped_newton"

@@ -1,0 +1,98 @@
+"""A quadratic model in the space of g, H g, H^2 g, ...: a small tridiagonal matrix in place of H.
+
+Source: Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the Lanczos method", 1999.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hessopt.calculus.flat import inner
+from hessopt.numerics.secular import Shifted
+from hessopt.typing import Matrix, Vector
+
+
+class Krylov(NamedTuple):
+    """An orthonormal basis V in which H is tridiagonal, `V'H V = S diag(w) S'` and `V'g = |g| e_1`."""
+
+    V: Any  # leaves (m, ...); zeros where not in use
+    diagonal: Vector  # (m,)
+    beside: Vector  # (m,), below the diagonal; the last one in use leads out of the space
+    used: jax.Array  # int32 scalar, k <= m: products with H
+    residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimiser p
+    w: Vector  # (m,), eigenvalues, ascending; the k-th again behind it
+    z: Vector  # (m,), coefficients of g in the eigenvectors; 0 from the k-th on
+    S: Matrix  # (m, m), eigenvectors
+
+
+def krylov(
+    multiply: Callable[[Any], Any],
+    g: Any,
+    size: int,
+    minimize: Callable[[Vector, Vector], Shifted],
+    tolerance: jax.Array,
+) -> Krylov:
+    """Extend the space until the model's minimiser in it has a residual of at most `tolerance`.
+
+    Args:
+      multiply: v -> H v on trees like g.
+      g: pytree of real arrays.
+      size: m, bound on the dimension.
+      minimize: `(w, z) -> step` of the model.
+      tolerance: scalar.
+
+    Cost: a product with H, `4 k n` multiplications (the basis is kept orthogonal) and an eigendecomposition of size m
+    per dimension; memory `m n`.
+    """
+    length = jnp.sqrt(inner(g, g))
+    unit = jax.tree.map(lambda leaf: leaf / jnp.where(length > 0, length, 1.0), g)
+    zeros = jnp.zeros(size, length.dtype)
+    begin = Krylov(
+        V=jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype).at[0].set(leaf), unit),
+        diagonal=zeros,
+        beside=zeros,
+        used=jnp.zeros((), jnp.int32),
+        residual=jnp.full((), jnp.inf, length.dtype),
+        w=zeros,
+        z=zeros,
+        S=jnp.eye(size, dtype=length.dtype),
+    )
+
+    def extend(now: Krylov) -> Krylov:
+        k, V = now.used, now.V
+        vector, coefficients = multiply(jax.tree.map(lambda rows: rows[k], V)), zeros
+        for _ in range(2):
+            step = within(V, vector)
+            vector = jax.tree.map(jnp.subtract, vector, combination(step, V))
+            coefficients += step
+        beta = jnp.sqrt(inner(vector, vector))
+        new = jax.tree.map(lambda leaf: leaf / jnp.where(beta > 0, beta, 1.0), vector)
+        V = jax.tree.map(lambda rows, leaf: rows.at[k + 1].set(leaf, mode="drop"), V, new)
+        diagonal, beside = now.diagonal.at[k].set(coefficients[k]), now.beside.at[k].set(beta)
+
+        inside = jnp.arange(size) <= k
+        beyond = 1 + 4 * jnp.max(jnp.abs(diagonal) + 2 * beside)
+        off = jnp.diag(jnp.where(inside, beside, 0.0)[:-1] * inside[1:], -1)
+        T = jnp.diag(jnp.where(inside, diagonal, beyond)) + off + off.T
+        w, S = jnp.linalg.eigh(T, symmetrize_input=False)
+        w, z = jnp.minimum(w, w[k]), jnp.where(inside, length * S[0], 0.0)
+        residual = beta * jnp.abs(jnp.matmul(S[k], minimize(w, z).y, precision="highest"))
+        return Krylov(V, diagonal, beside, k + 1, residual, w, z, S)
+
+    def goes_on(now: Krylov) -> jax.Array:
+        return (now.used < size) & (now.residual > tolerance)  # ends where it is no number
+
+    return jax.lax.while_loop(goes_on, extend, extend(begin))
+
+
+def within(V: Any, vector: Any) -> Vector:
+    """`V'v`, summed over the leaves."""
+    products = jax.tree.map(lambda rows, x: jnp.tensordot(rows, x, x.ndim, precision="highest"), V, vector)
+    return sum(jax.tree.leaves(products), jnp.zeros(()))
+
+
+def combination(y: Vector, V: Any) -> Any:
+    """`V y`, leaf by leaf."""
+    return jax.tree.map(lambda rows: jnp.tensordot(y, rows, 1, precision="highest"), V)

@@ -1,0 +1,111 @@
+"""The square root of a Gauss-Newton matrix, for losses that look at every output by itself.
+
+Where the Hessian of the loss is diagonal, `L = diag(l)`, as for squared errors,
+
+    J' L J = K' K  with  K = diag(sqrt(l)) J,    gradient = K' r  with  r = (loss gradient) / sqrt(l),
+
+and R of `[K r] = Q R` holds both: its singular values are the roots of the eigenvalues of `J' L J`, to full precision,
+where the product has lost all below sqrt(eps) of the largest.
+
+Source: Bjorck, "Numerical Methods for Least Squares Problems", 1996, section 9.2.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from hessopt.calculus.curvature import CHUNK_SIZE, fill_rows
+from hessopt.calculus.flat import ravel, solve_dtype
+from hessopt.calculus.objective import Composite
+from hessopt.calculus.programs import CALLS, called
+from hessopt.typing import Matrix, Vector
+
+_ENTRYWISE = frozenset(["neg", "convert_element_type", "copy", "mul", "div", "add_any", "add", "sub", "select_n"])
+
+
+class Root(NamedTuple):
+    """`K' K` is the Gauss-Newton matrix, `K' r + rest` the gradient; k = min(number of outputs, n)."""
+
+    K: Matrix  # (k, n), triangular
+    r: Vector  # (k,)
+    rest: Vector  # (n,), of outputs at which the loss has a slope and next to no curvature
+
+
+def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
+    """Return the root of the Gauss-Newton matrix at real leaves; None where the loss is not seen to be diagonal.
+
+    Cost: n tangents of the model, in chunks, and `2 m n^2` multiplications for m outputs; memory `m n`.
+    """
+    if not isinstance(objective, Composite):
+        return None
+    outputs, tangent = jax.linearize(objective.model_fn, parts)
+    slopes, loss_hessian = jax.linearize(jax.grad(objective.loss_fn), outputs)
+    if not is_diagonal(loss_hessian, outputs):
+        return None
+    dtype = solve_dtype(parts)
+    weights = ravel(loss_hessian(jax.tree.map(jnp.ones_like, outputs))).astype(dtype)
+    slopes = ravel(slopes).astype(dtype)
+    curved = weights > jnp.finfo(dtype).eps * jnp.max(weights, initial=0.0)
+    roots = jnp.where(curved, weights, 1.0) ** 0.5
+    r = jnp.where(curved, slopes / roots, 0.0)
+
+    transposed = _transposed_jacobian(tangent, parts, outputs, dtype)  # J', (n, m)
+    K = jnp.where(curved, transposed * roots, 0.0)
+    R = jnp.linalg.qr(jnp.concatenate([K, r[None]]).T, mode="r")
+    n, m = K.shape
+    rest = jnp.matmul(transposed, jnp.where(curved, 0.0, slopes), precision="highest")
+    return Root(R[: min(m, n), :n], R[: min(m, n), n], rest)
+
+
+def _transposed_jacobian(tangent: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any) -> jax.Array:
+    """J', a row for every parameter."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(outputs)]
+    columns = [sum(sizes[:i]) for i in range(len(sizes))]
+    rows = jnp.zeros((sum(part.size for part in parts), sum(sizes)), dtype)
+    offset = 0
+    for i, part in enumerate(parts):
+
+        def along(v: jax.Array, i: int = i) -> list[jax.Array]:
+            return jax.tree.leaves(tangent([v if j == i else jnp.zeros_like(p) for j, p in enumerate(parts)]))
+
+        if part.size:
+            rows = fill_rows(rows, along, part, offset, columns, CHUNK_SIZE)
+        offset += part.size
+    return rows
+
+
+def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
+    """Whether each entry of a linear function's result is seen to depend on the same entry of its argument only."""
+    leaves, treedef = jax.tree.flatten(example)
+    program = jax.make_jaxpr(lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves))))(leaves)
+    sources = _sources(program, list(range(len(program.jaxpr.invars))))
+    return sources is not None and all(found in (None, i) for i, found in enumerate(sources))
+
+
+def _sources(program: Any, given: Sequence[int | None]) -> list[int | None] | None:
+    """For each output the one input on which it depends entrywise, None if on none; None altogether if otherwise."""
+    known: dict[Any, int | None] = dict(zip(program.jaxpr.invars, given, strict=True))
+
+    def source(variable: Any) -> int | None:
+        return None if isinstance(variable, Literal) else known.get(variable)
+
+    for equation in program.jaxpr.eqns:
+        read = [source(v) for v in equation.invars]
+        among = {s for s in read if s is not None}
+        inside = called(program, equation, CALLS)
+        if not among:
+            found: list[int | None] | None = [None for _ in equation.outvars]
+        elif inside is not None:
+            found = _sources(inside, read)
+        elif len(among) == 1 and equation.primitive.name in _ENTRYWISE:
+            shapes = {v.aval.shape for v, s in zip(equation.invars, read, strict=True) if s is not None}
+            found = [among.pop()] if shapes == {equation.outvars[0].aval.shape} else None
+        else:
+            found = None
+        if found is None:
+            return None
+        known |= zip(equation.outvars, found, strict=True)
+    return [source(v) for v in program.jaxpr.outvars]

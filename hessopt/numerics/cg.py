@@ -1,0 +1,101 @@
+"""Conjugate gradients on `H x = g`, for an H that need not be positive definite.
+
+A direction of negative or no curvature ends the iteration, and is used: with `d'H d <= 0` the step along d is the one
+that its curvature would ask for if it had the other sign, `r.z / (|d| |H d|)`.
+
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithms 5.3 and 7.1; Steihaug, "The conjugate gradient
+method and trust regions in large scale optimization", 1983.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Tree = Any
+"""A pytree of real arrays."""
+
+
+class Conjugate(NamedTuple):
+    """Where the iteration is."""
+
+    x: Tree
+    r: Tree  # g - H x
+    d: Tree  # next direction
+    rz: jax.Array  # scalar, r.z with z = M r
+    residual: jax.Array  # scalar, |r|
+    products: jax.Array  # int32 scalar, products with H
+    negative: jax.Array  # bool scalar, it ended with a direction that has no positive curvature
+    finite: jax.Array  # bool scalar, nothing met was inf or NaN; where it is false, x is what came before
+
+
+def forcing(length: jax.Array, first_length: jax.Array) -> jax.Array:
+    """Return what part of |g| may remain: `min(1/2, sqrt(|g| / |g_0|))`, so that convergence is superlinear."""
+    return jnp.minimum(0.5, jnp.sqrt(length / jnp.where(first_length > 0, first_length, 1.0)))
+
+
+def conjugate_gradients(
+    multiply: Callable[[Tree], Tree],
+    g: Tree,
+    start: tuple[Tree, Tree] | None,
+    *,
+    gram: Callable[..., jax.Array],
+    precondition: Callable[[Tree], Tree],
+    tolerance: jax.Array,
+    max_iterations: int,
+) -> Conjugate:
+    """Solve `H x = g` until `|g - H x| <= tolerance`, or a direction has no positive curvature.
+
+    Args:
+      multiply: v -> H v, symmetric.
+      g: pytree of real arrays.
+      start: x to begin with and H x; zero by default.
+      gram: the inner products among trees, `(k, k)`.
+      precondition: r -> M r, symmetric positive definite; near the inverse of H, if it is any good.
+      tolerance: scalar.
+      max_iterations: bound on products.
+
+    Cost: one product per iteration; memory for four vectors.
+    """
+    x, q = (jax.tree.map(jnp.zeros_like, g),) * 2 if start is None else start
+    r = jax.tree.map(jnp.subtract, g, q)
+    d = precondition(r)
+    (rr, rz), _ = gram(r, d)
+    begin = Conjugate(
+        x, r, d, rz, jnp.sqrt(rr), jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.isfinite(rr) & jnp.isfinite(rz)
+    )
+
+    def goes_on(now: Conjugate) -> jax.Array:
+        unsolved = (now.residual > tolerance) & (now.rz > 0)
+        return unsolved & now.finite & ~now.negative & (now.products < max_iterations)
+
+    def iterate(now: Conjugate) -> Conjugate:
+        q = multiply(now.d)
+        (dd, dq), (_, qq) = gram(now.d, q)
+        size = jnp.sqrt(dd) * jnp.sqrt(qq)
+        finite, negative = jnp.isfinite(size), dq <= 4 * jnp.finfo(dq.dtype).eps * size
+        below = jnp.where(negative, size, dq)
+        unit = 1.0 / jnp.where(dd > 0, jnp.sqrt(dd), 1.0)  # without any curvature, a step of that length
+        alpha = jnp.where(below > 0, now.rz / jnp.where(below > 0, below, 1.0), unit)
+        alpha = jnp.where(finite, alpha, 0.0)
+        x = _plus(now.x, alpha, now.d)
+        r = jax.tree.map(lambda r, q: jnp.where(finite, r - alpha * q, r), now.r, q)
+        z = precondition(r)
+        (rr, rz), _ = gram(r, z)
+        return Conjugate(
+            x=x,
+            r=r,
+            d=_plus(z, rz / now.rz, now.d),
+            rz=rz,
+            residual=jnp.sqrt(rr),
+            products=now.products + 1,
+            negative=finite & negative,
+            finite=finite & jnp.isfinite(rr) & jnp.isfinite(rz),
+        )
+
+    return jax.lax.while_loop(goes_on, iterate, begin)
+
+
+def _plus(x: Tree, a: jax.Array, y: Tree) -> Tree:
+    return jax.tree.map(lambda x, y: x + a * y, x, y)

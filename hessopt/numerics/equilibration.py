@@ -1,0 +1,32 @@
+"""Scales that bring the rows and columns of a symmetric matrix to size 1, by powers of two: they round nothing.
+
+Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from hessopt.typing import Matrix, Vector
+
+ROUNDS = 10
+"""Each takes the square root of what the rows still differ by."""
+
+
+def equilibration(H: Matrix) -> Vector:
+    """Return powers of two t for which every row of `t H t` has a largest entry near 1; 1 for a row of zeros."""
+
+    def improve(_: int, t: Vector) -> Vector:
+        return t * unit_power(jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0) ** 0.5)
+
+    return jax.lax.fori_loop(0, ROUNDS, improve, jnp.ones_like(H[0]))
+
+
+def unit_power(sizes: Vector) -> Vector:
+    """Return the powers of two that bring each of `sizes` near 1; 1 for zero."""
+    return power(-jnp.round(jnp.log2(jnp.where(sizes > 0, sizes, 1.0))))
+
+
+def power(exponent: jax.Array) -> jax.Array:
+    """`2^exponent`, within what the dtype can hold."""
+    info = jnp.finfo(exponent.dtype)
+    return jnp.where(exponent == -jnp.inf, 0.0, jnp.exp2(jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)))

@@ -1,0 +1,63 @@
+"""What a step gained over what its model promised, and what that does to how far the model is trusted.
+
+Source: Conn, Gould and Toint, "Trust-Region Methods", 2000, sections 6.1 and 17.4.2; Cartis, Gould and Toint, "Adaptive
+cubic regularisation methods for unconstrained optimization", part I, 2011.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hessopt.numerics import secular
+from hessopt.typing import Vector
+
+TAKEN = 1e-4
+"""Least ratio at which a step is taken."""
+POOR = 0.1
+"""Below this ratio the model is trusted less."""
+GOOD = 0.5
+"""Above this ratio the model is trusted more."""
+
+
+def gain_ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
+    """Return `actual / predicted`, drawn to 1 where both fall below `noise`; -inf where it is no number."""
+    promised = predicted + noise
+    ratio = (actual + noise) / jnp.where(promised > 0, promised, 1.0)
+    return jnp.where(jnp.isfinite(ratio) & (promised > 0), ratio, -jnp.inf)
+
+
+class Model(NamedTuple):
+    """A bound on steps, of which one positive number says how strict it is."""
+
+    minimize: Callable[[Vector, Vector, jax.Array], secular.Shifted]  # (w, z, size) -> step, as in `secular`
+    first: Callable[[Vector, secular.Shifted], jax.Array]  # (w, Cauchy's radius and the step within it) -> size
+    adapt: Callable[[jax.Array, jax.Array, secular.Shifted, Vector], jax.Array]  # (size, ratio, step, w) -> size
+
+
+def _adapt_radius(size: jax.Array, ratio: jax.Array, step: secular.Shifted, w: Vector) -> jax.Array:
+    """A quarter of a poor step, twice a good one that was held back."""
+    larger = jnp.where(step.shift > 0, jnp.maximum(size, 2 * step.length), size)
+    return jnp.where(ratio < POOR, step.length / 4, jnp.where(ratio > GOOD, larger, size))
+
+
+def _first_sigma(w: Vector, ball: secular.Shifted) -> jax.Array:
+    """The one that gives a step as long; but no shift less than a thousandth of the curvature."""
+    return jnp.maximum(ball.shift, 1e-3 * jnp.max(jnp.abs(w))) / jnp.where(ball.length > 0, ball.length, 1.0)
+
+
+def _adapt_sigma(size: jax.Array, ratio: jax.Array, step: secular.Shifted, w: Vector) -> jax.Array:
+    """Twice after a poor step, a quarter after a good one, while it makes a difference to the curvature."""
+    least = jnp.finfo(size.dtype).eps * jnp.max(jnp.abs(w)) / jnp.where(step.length > 0, step.length, 1.0)
+    size = jnp.maximum(size, least)
+    return jnp.where(ratio < POOR, 2 * size, jnp.where(ratio > GOOD, jnp.maximum(size / 4, least), size))
+
+
+RADIUS = Model(secular.within_radius, lambda w, ball: ball.length, _adapt_radius)
+"""The quadratic model within a ball; its size is the radius."""
+
+CUBIC = Model(secular.with_cubic_term, _first_sigma, _adapt_sigma)
+"""The quadratic model with `sigma/3 |p|^3`; its size is sigma."""
+
+MODELS = {"radius": RADIUS, "cubic": CUBIC}

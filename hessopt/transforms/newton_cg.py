@@ -1,0 +1,189 @@
+"""Newton-CG: `H p = g` by conjugate gradients, as far as it is worth it, and no farther than to negative curvature.
+
+Products with H come from one linearisation of the gradient; H is never formed and vectors stay trees. The residual may
+be `min(1/2, sqrt(|g|/|g_0|)) |g|`, so that little work goes into early steps and the last ones converge superlinearly.
+A direction of negative curvature ends the iteration and is part of p: a step along it is what leaves a saddle.
+
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 7.1; Martens, "Deep learning via Hessian-free
+optimization", 2010, for the warm start.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt._checks import check_count, choose
+from hessopt.calculus.curvature import CURVATURES, CurvatureFn
+from hessopt.calculus.flat import gram, inner, real_leaves, solve_dtype
+from hessopt.calculus.objective import bind, precompose, require_params
+from hessopt.numerics.cg import conjugate_gradients, forcing
+from hessopt.typing import Params, StepStatus, ValueFn, step_status
+
+_NAME = "scale_by_newton_cg"
+
+Preconditioner = Callable[[Params, Params], Params]
+"""`(residual, params) -> tree like residual`: near `H^-1 residual`, linear, symmetric and positive definite."""
+
+
+class NewtonCgInfo(NamedTuple):
+    """What the last update found."""
+
+    status: jax.Array  # int32 scalar, StepStatus
+    products: jax.Array  # int32 scalar, with H
+    residual: jax.Array  # scalar, |g - H p| over |g|
+
+
+class NewtonCgState(NamedTuple):
+    """State of `scale_by_newton_cg`."""
+
+    count: jax.Array  # int32 scalar, updates so far
+    first_length: jax.Array  # scalar, |g| at the first update; 0 before
+    direction: Any  # with warm_start, p of the last update, a tree like params; None else
+    info: NewtonCgInfo
+
+
+def scale_by_newton_cg(
+    *,
+    curvature: str | CurvatureFn = "hessian",
+    max_iterations: int = 100,
+    preconditioner: Preconditioner | None = None,
+    warm_start: bool = False,
+    rematerialize: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Multiply the gradient by the inverse of the Hessian, approximately, by conjugate gradients.
+
+    Args:
+      curvature: `"hessian"`, or `"gauss_newton"` with `value_fn=hessopt.composite(model_fn, loss_fn)`.
+      max_iterations: products with H at most, per update.
+      preconditioner: `(residual, params) -> tree`, near `H^-1 residual`, linear, symmetric and positive definite.
+      warm_start: whether to begin with the last direction, at the length that suits this gradient; one more product.
+      rematerialize: whether to linearise the gradient anew in every product: less memory, more time.
+
+    Returns:
+      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *, value_fn, **data)` needs
+      the objective. Its status is `state.info.status`.
+
+      NEGATIVE_CURVATURE: p ends with a step along a direction without positive curvature. A gradient or product that
+      is not finite (NONFINITE) ends the iteration, with what it had, or zero; state is then as before, but for count
+      and info. Where p would not point downhill (NOT_DESCENT), which takes rounding, it is the gradient.
+
+    Raises:
+      ValueError: for max_iterations < 1 or an unknown word.
+      TypeError: in `update`, when params or value_fn is missing, or data that value_fn requires.
+
+    Cost per update: one gradient, and about two per product. Memory: the intermediates of the gradient and of its
+    tangent, and five vectors like params; with rematerialize the intermediates are held only during a product.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> def loss(x):
+      ...     return jnp.sum(jnp.array([1.0, 10.0, 100.0]) * (x - 1.0) ** 2)
+      >>> tx = optax.chain(scale_by_newton_cg(), optax.scale(-1.0))
+      >>> x = jnp.zeros(3)
+      >>> state = tx.init(x)
+      >>> for _ in range(6):
+      ...     updates, state = tx.update(jax.grad(loss)(x), state, x, value_fn=loss)
+      ...     x = optax.apply_updates(x, updates)
+      >>> jnp.round(x, 3).tolist()
+      [1.0, 1.0, 1.0]
+
+    Source: see the head of this file.
+    """
+    check_count("max_iterations", max_iterations)
+    linearize = choose("curvature", curvature, CURVATURES)
+
+    def init(params: Params) -> NewtonCgState:
+        zero, none = jnp.zeros((), solve_dtype(params)), jnp.zeros((), jnp.int32)
+        direction = jax.tree.map(jnp.zeros_like, params) if warm_start else None
+        return NewtonCgState(none, zero, direction, NewtonCgInfo(none, none, zero))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: optax.Updates | None = None,
+        value_fn: ValueFn | None = None,
+        **data: Any,
+    ) -> tuple[optax.Updates, NewtonCgState]:
+        require_params(params, caller=_NAME)
+        objective = bind(value_fn, data, caller=_NAME)
+        dtype = solve_dtype(params)
+        parts, restore = real_leaves(params)
+        like, restore_updates = real_leaves(updates)
+        objective = precompose(objective, restore)
+
+        def wide(tree: Any) -> list[jax.Array]:
+            return [leaf.astype(dtype) for leaf in real_leaves(tree)[0]]
+
+        def product_at(parts: Any) -> Callable[[Any], Any]:
+            return linearize(objective, lambda parts: parts, parts)
+
+        once = None if rematerialize else product_at(parts)
+
+        def multiply(v: list[jax.Array]) -> list[jax.Array]:
+            v = [x.astype(p.dtype) for x, p in zip(v, parts, strict=True)]
+            if once is None:  # at params that seem to depend on v, or the linearisation would be moved out of the loop
+                point, v = jax.lax.optimization_barrier((parts, v))
+                return wide(product_at(point)(v))
+            return wide(once(v))
+
+        def precondition(r: list[jax.Array]) -> list[jax.Array]:
+            return r if preconditioner is None else wide(preconditioner(restore(r), params))
+
+        g = wide(updates)
+        length = jnp.sqrt(inner(g, g))
+        first_length = jnp.where(state.first_length > 0, state.first_length, length)
+        start, known = None, jnp.isfinite(length) & (True if value is None else jnp.isfinite(value))
+        if warm_start:
+            start = _warm(wide(state.direction), multiply, g)
+        g = [jnp.where(known, leaf, 0.0) for leaf in g]
+        found = conjugate_gradients(
+            multiply,
+            g,
+            start,
+            gram=gram,
+            precondition=precondition,
+            tolerance=forcing(length, first_length) * length,
+            max_iterations=max_iterations,
+        )
+        downhill = inner(g, found.x) > 0
+        p = [jnp.where(downhill, x, leaf) for x, leaf in zip(found.x, g, strict=True)]
+
+        status = {
+            StepStatus.NONFINITE: ~known | ~found.finite,
+            StepStatus.NEGATIVE_CURVATURE: found.negative,
+            StepStatus.NOT_DESCENT: known & (length > 0) & ~downhill,
+        }
+        direction = restore_updates([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
+        sound = known & found.finite
+        kept = None
+        if warm_start:
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(sound, new, old).astype(old.dtype), direction, state.direction
+            )
+        return direction, NewtonCgState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            first_length=jnp.where(known, first_length, state.first_length),
+            direction=kept,
+            info=NewtonCgInfo(
+                status=step_status(status),
+                products=found.products + jnp.int32(warm_start),
+                residual=found.residual / jnp.where(length > 0, length, 1.0),
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _warm(p: list[jax.Array], multiply: Any, g: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The multiple of p that minimises the model, and H times it; zero where p has no positive curvature."""
+    q = multiply(p)
+    (_, pq, _), (_, _, _), (pg, _, _) = gram(p, q, g)
+    usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)
+    rate = jnp.where(usable, pg / jnp.where(usable, pq, 1.0), 0.0)
+    return tuple([jnp.where(usable, rate * leaf, 0.0) for leaf in tree] for tree in (p, q))  # type: ignore[return-value]

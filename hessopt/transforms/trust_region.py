@@ -1,0 +1,305 @@
+"""Trust-region Newton: the global minimiser of a quadratic model, kept to where the model is good.
+
+With g and H the gradient and the Hessian (or Gauss-Newton matrix) at params, the step minimises one of
+
+    g.p + p.H p / 2  over  |D p| <= radius,        g.p + p.H p / 2 + (sigma/3) |D p|^3,
+
+and is taken if the objective falls. How much it falls, over how much the quadratic promised, sets the radius, or sigma,
+for the next one. Indefinite H is welcome: both minimisers go along negative curvature. D equilibrates H, so that the
+units of the parameters do not matter. One eigendecomposition of `D^-1 H D^-1` serves for all trials of an update.
+
+Geodesic acceleration bends the step: along `p t + a t^2 / 2`, `a = -(J'LJ + kappa D^2)^-1 J'L r''`, with r'' the second
+derivative of the model's outputs along p, outputs change in a straight line to second order.
+
+Source: Conn, Gould and Toint, "Trust-Region Methods", 2000; Cartis, Gould and Toint, "Adaptive cubic regularisation
+methods for unconstrained optimization", 2011; Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using
+the Lanczos method", 1999; Transtrum and Sethna, arXiv 1201.5885.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt._checks import check_count, check_range, choose
+from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians, product
+from hessopt.calculus.flat import all_finite, applied, inner, ravel, real_leaves, solve_dtype, unravel
+from hessopt.calculus.krylov import combination, krylov, within
+from hessopt.calculus.least_squares import root
+from hessopt.calculus.objective import bind, precompose, require_params
+from hessopt.numerics import secular
+from hessopt.numerics.cg import forcing
+from hessopt.numerics.equilibration import equilibration, unit_power
+from hessopt.numerics.gain_ratio import MODELS, TAKEN, Model, gain_ratio
+from hessopt.numerics.norms import norm, unit_scale
+from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
+
+_NAME = "trust_region_newton"
+
+BEND = 0.75
+"""Largest length of an acceleration in that of its step: beyond, the series in t means nothing."""
+
+
+DIMENSION = 50
+"""Largest Krylov space; each of its vectors is kept."""
+
+
+class TrustRegionInfo(NamedTuple):
+    """What the last update found."""
+
+    status: jax.Array  # int32 scalar, StepStatus
+    ratio: jax.Array  # scalar, what the objective fell by over what the model promised, at the last trial
+    shift: jax.Array  # scalar, kappa of the last trial, in the scaled parameters
+    lowest: jax.Array  # scalar, smallest eigenvalue of the scaled curvature
+    trials: jax.Array  # int32 scalar, values evaluated at trial points
+
+
+class TrustRegionState(NamedTuple):
+    """State of `trust_region_newton`. None of it is shaped like params."""
+
+    count: jax.Array  # int32 scalar, updates so far
+    size: jax.Array  # scalar, the radius or sigma for the next update; 0 before the first
+    first_length: jax.Array  # scalar, |g| at the first update; 0 before
+    info: TrustRegionInfo
+
+
+class Local(NamedTuple):
+    """The quadratic model at a point, over real leaves, and what bounds it."""
+
+    objective: Any
+    parts: list[jax.Array]
+    gradient: list[jax.Array]
+    curvature: str | CurvatureFn
+    minimize: Callable[[Vector, Vector], secular.Shifted]  # (w, z) -> step in the eigenvectors
+    tolerance: jax.Array  # what part of |g| an approximate solution may leave
+
+
+class Spectral(NamedTuple):
+    """The same in the eigenvectors of the curvature."""
+
+    w: Vector  # (k,), eigenvalues, ascending
+    z: Vector  # (k,), coefficients of the gradient
+    lift: Callable[[Vector], list[jax.Array]]  # coefficients of a step -> the step
+    project: Callable[[list[jax.Array]], Vector]  # what is like a gradient -> its coefficients
+
+
+Subproblem = Callable[[Local], Spectral]
+
+
+def exact(local: Local) -> Spectral:
+    """All eigenvectors of the scaled curvature, from its root where there is one."""
+    found = root(local.objective, local.parts) if local.curvature == "gauss_newton" else None
+    if found is not None:
+        lengths = jnp.sqrt(jnp.sum(found.K**2, axis=0))
+        t = _like_others(unit_power(lengths), lengths > 0)
+        U, s, Q = jnp.linalg.svd(found.K * t, full_matrices=False)
+        z = s * _matmul(found.r, U) + _matmul(Q, t * found.rest)
+        w, z, Q = s[::-1] ** 2, z[::-1], Q[::-1].T
+    else:
+        everything = [0] * len(local.parts)
+        (H,) = block_hessians(local.objective, local.parts, everything, 1, curvature=local.curvature)
+        t = _like_others(equilibration(H), jnp.any(H != 0, axis=1))
+        w, Q = jnp.linalg.eigh(H * t * t[:, None], symmetrize_input=False)
+        z = _matmul(t * ravel(local.gradient), Q)
+    return Spectral(w, z, lambda y: unravel(t * _matmul(Q, y), local.parts), lambda c: _matmul(t * ravel(c), Q))
+
+
+def conjugate(local: Local) -> Spectral:
+    """The Krylov space of the gradient, unscaled."""
+    wide = solve_dtype(local.parts)
+    linear = product(local.objective, local.parts, local.curvature)
+
+    def multiply(v: Any) -> Any:
+        return _cast(linear(jax.tree.map(lambda x, p: x.astype(p.dtype), v, local.parts)), wide)
+
+    g = _cast(local.gradient, wide)
+    size = min(DIMENSION, sum(part.size for part in local.parts))
+    tolerance = local.tolerance * jnp.sqrt(inner(g, g))
+    V, _, _, _, _, w, z, S = krylov(multiply, g, size, local.minimize, tolerance)
+    return Spectral(w, z, lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, _cast(c, wide)), S))
+
+
+SUBPROBLEMS: dict[str, Subproblem] = {"exact": exact, "cg": conjugate}
+
+
+def trust_region_newton(
+    *,
+    model: str | Model = "cubic",
+    subproblem: str | Subproblem = "exact",
+    curvature: str | CurvatureFn = "hessian",
+    initial_radius: float | None = None,
+    max_trials: int = 20,
+    geodesic_acceleration: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Newton's method in a region of trust, with any curvature.
+
+    Args:
+      model: `"cubic"`, with `sigma/3 |D p|^3`, or `"radius"`, with `|D p| <= radius`.
+      subproblem: `"exact"`, by an eigendecomposition, with a D that makes units of parameters irrelevant, or `"cg"`, in
+        the space that conjugate gradients span (at most 50 products with the curvature, D = 1), until the residual is
+        at most `min(1/2, sqrt(|g|/|g_0|)) |g|`, g_0 being the first gradient.
+      curvature: `"hessian"`, or `"gauss_newton"` with `value_fn=hessopt.composite(model_fn, loss_fn)`; with
+        `"exact"` that is the method of Levenberg and Marquardt. A loss whose Hessian in the outputs is diagonal, such
+        as a sum of squares, is solved by the singular values of its Jacobian, which does not square their ratio; the
+        gradient is then that of value_fn itself, whatever updates are.
+      initial_radius: length of the first trial step, in units of D p; Cauchy's by default.
+      max_trials: at most, per update; each poor one makes the next one shorter.
+      geodesic_acceleration: whether to bend steps by the second derivative of the outputs; for `"gauss_newton"` and
+        `"exact"`.
+
+    Returns:
+      An optimizer, alone in its chain: gradient in, additive update out. Its `update(grads, state, params, *, value,
+      value_fn, **data)` needs the objective, and evaluates it at params where value is missing. Its status is
+      `state.info.status`.
+
+      Where no trial is taken (STEP_REJECTED) the step is zero, and the next update begins with a shorter one. A value,
+      gradient or curvature that is not finite (NONFINITE) gives a step of zero; the state is then as before, but for
+      count and info. NEGATIVE_CURVATURE says that H has a negative eigenvalue.
+
+    Raises:
+      ValueError: for max_trials < 1, initial_radius <= 0, an unknown word, or geodesic_acceleration without what it
+        is for.
+      TypeError: in `update`, when params or value_fn is missing, or data that value_fn requires.
+
+    Cost per update: n products of about two gradients each (with a diagonal loss: tangents of the model and
+    `2 m n^2` multiplications, m outputs) and about `9 n^3` multiplications; per trial one value and `n^2`. With `"cg"`
+    one such product and 4 n multiplications times its number per dimension. Memory: `n^2` three times; m n; 50 n.
+
+    Example:
+      >>> import jax.numpy as jnp, hessopt
+      >>> def saddle(x):
+      ...     return (x[0] ** 2 - 1.0) ** 2 + x[1] ** 2
+      >>> solution = hessopt.minimize(saddle, jnp.array([0.0, 1.0]), trust_region_newton())
+      >>> jnp.round(jnp.abs(solution.params), 3).tolist()
+      [1.0, 0.0]
+
+    Source: see the head of this file.
+    """
+    check_count("max_trials", max_trials)
+    if initial_radius is not None:
+        check_range("initial_radius", initial_radius, float(jnp.finfo(jnp.float32).tiny))
+    bound = choose("model", model, MODELS)
+    solve = choose("subproblem", subproblem, SUBPROBLEMS)
+    choose("curvature", curvature, CURVATURES)
+    if geodesic_acceleration and (curvature != "gauss_newton" or subproblem != "exact"):
+        raise ValueError(
+            'geodesic_acceleration needs curvature="gauss_newton" and subproblem="exact", '
+            f"got {curvature!r} and {subproblem!r}"
+        )
+
+    def init(params: Params) -> TrustRegionState:
+        zero, none = jnp.zeros((), solve_dtype(params)), jnp.zeros((), jnp.int32)
+        return TrustRegionState(none, zero, zero, TrustRegionInfo(none, zero, zero, zero, none))
+
+    def update(
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        *,
+        value: Any = None,
+        grad: optax.Updates | None = None,
+        value_fn: ValueFn | None = None,
+        **data: Any,
+    ) -> tuple[optax.Updates, TrustRegionState]:
+        require_params(params, caller=_NAME)
+        objective = bind(value_fn, data, caller=_NAME)
+        dtype = solve_dtype(params)
+        parts, restore = real_leaves(params)
+        gradient, restore_step = real_leaves(updates)
+        objective = precompose(objective, restore)
+        value = objective(parts) if value is None else jnp.asarray(value)
+        noise = (10 * jnp.finfo(value.dtype).eps * jnp.abs(value)).astype(dtype)
+        value = value.astype(dtype)
+
+        def sized(w: Vector, z: Vector) -> jax.Array:
+            radius = _cauchy(w, z) if initial_radius is None else jnp.asarray(initial_radius, dtype)
+            return jnp.where(state.size > 0, state.size, bound.first(w, secular.within_radius(w, z, radius)))
+
+        length = norm(ravel(gradient))
+        first_length = jnp.where(state.first_length > 0, state.first_length, length)
+        local = Local(
+            objective, parts, gradient, curvature,
+            lambda w, z: bound.minimize(w, z, sized(w, z)), forcing(length, first_length),
+        )  # fmt: skip
+        w, z, lift, project = solve(local)
+        finite = jnp.isfinite(value) & jnp.isfinite(length) & all_finite((w, z))
+        w, z = jnp.where(finite, w, 1.0), jnp.where(finite, z, 0.0)
+
+        def attempt(last: _Trial) -> _Trial:
+            step = bound.minimize(w, z, last.size)
+            p, sound = lift(step.y), jnp.isfinite(step.length)
+            if geodesic_acceleration:
+                a = secular.divided(w, project(_bending(objective, parts, p)), step.shift)
+                sound &= norm(a) <= BEND * step.length
+                p = lift(step.y + a / 2)
+            p = jax.tree.map(lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts)
+            fall = value - jnp.asarray(objective(applied(parts, p)), dtype)
+            ratio = jnp.where(sound, gain_ratio(fall, step.decrease, noise), -jnp.inf)
+            size = bound.adapt(last.size, ratio, step, w)
+            return _Trial(p, size, ratio, step.shift, last.count + 1)
+
+        def goes_on(last: _Trial) -> jax.Array:
+            return finite & (last.count < max_trials) & ~(last.ratio >= TAKEN)
+
+        zero = jnp.zeros((), dtype)
+        begin = _Trial(jax.tree.map(jnp.zeros_like, parts), sized(w, z), zero, zero, jnp.zeros((), jnp.int32))
+        last = jax.lax.while_loop(goes_on, attempt, begin)
+
+        taken = last.ratio >= TAKEN
+        status = {
+            StepStatus.NONFINITE: ~finite,
+            StepStatus.STEP_REJECTED: finite & ~taken,
+            StepStatus.NEGATIVE_CURVATURE: w[0] < -jnp.finfo(dtype).eps * len(w) * jnp.max(jnp.abs(w)),
+        }
+        step = restore_step([jnp.where(taken, p, 0.0).astype(g.dtype) for p, g in zip(last.p, gradient, strict=True)])
+        return step, TrustRegionState(
+            count=jnp.asarray(optax.safe_increment(state.count)),
+            size=jnp.where(finite, last.size, state.size),
+            first_length=jnp.where(finite, first_length, state.first_length),
+            info=TrustRegionInfo(step_status(status), last.ratio, last.shift, w[0], last.count),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Trial(NamedTuple):
+    p: list[jax.Array]  # real leaves
+    size: jax.Array  # for the next trial
+    ratio: jax.Array
+    shift: jax.Array
+    count: jax.Array
+
+
+def _bending(objective: Any, parts: list[jax.Array], p: list[jax.Array]) -> Any:
+    """`J'L r''`, r'' the second derivative of the outputs along p."""
+    outputs, transposed = jax.vjp(objective.model_fn, parts)
+
+    def slope(x: Any) -> Any:
+        return jax.jvp(objective.model_fn, (x,), (p,))[1]
+
+    second = jax.jvp(slope, (parts,), (p,))[1]
+    return transposed(jax.jvp(jax.grad(objective.loss_fn), (outputs,), (second,))[1])[0]
+
+
+def _cauchy(w: Vector, z: Vector) -> jax.Array:
+    """The length of the step to the minimum along the gradient, of curvature by magnitude; without any, 1."""
+    scale = unit_scale(z)
+    z = z / scale
+    along, curved = jnp.sum(z**2), jnp.sum(jnp.abs(w) * z**2)
+    return jnp.where(curved > 0, scale * along**1.5 / jnp.where(curved > 0, curved, 1.0), 1.0)
+
+
+def _like_others(t: Vector, known: jax.Array) -> Vector:
+    """The smallest of the scales that are known where one is not."""
+    smallest = jnp.min(t, where=known, initial=jnp.inf)
+    return jnp.where(known, t, jnp.where(jnp.isfinite(smallest), smallest, 1.0))
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision="highest")

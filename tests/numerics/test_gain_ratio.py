@@ -1,0 +1,43 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hessopt.numerics.gain_ratio import GOOD, MODELS, POOR, gain_ratio
+from hessopt.numerics.secular import within_radius
+
+W, Z = jnp.array([1.0, 4.0]), jnp.array([3.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("actual", "predicted", "noise", "ratio"),
+    [(1.0, 2.0, 0.0, 0.5), (-3e-17, 1e-17, 1e-15, 0.96), (jnp.nan, 1.0, 0.0, -jnp.inf), (-jnp.inf, 1.0, 0.0, -jnp.inf)],
+)
+def test_it_is_actual_over_predicted_unless_both_are_noise(actual, predicted, noise, ratio):
+    found = gain_ratio(jnp.asarray(actual), jnp.asarray(predicted), jnp.asarray(noise))
+    np.testing.assert_allclose(found, ratio, rtol=1e-2)
+
+
+def test_nothing_promised_is_nothing_gained():
+    assert gain_ratio(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())) == -jnp.inf
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_poor_trial_shortens_the_next_and_a_good_one_lengthens_it(name):
+    model = MODELS[name]
+    size = model.first(W, within_radius(W, Z, jnp.asarray(0.1)))
+    step = model.minimize(W, Z, size)
+    lengths = [model.minimize(W, Z, model.adapt(size, jnp.asarray(r), step, W)).length for r in (POOR / 2, 0.3, 1.0)]
+    assert lengths[0] < lengths[1] < lengths[2]
+    assert lengths[1] == step.length
+    assert GOOD > POOR
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trust_returns_after_any_number_of_good_steps(name):
+    model = MODELS[name]
+    size = jnp.asarray(1.0)
+    for _ in range(400):
+        size = model.adapt(size, jnp.asarray(1.0), model.minimize(W, Z, size), W)
+    for _ in range(3):  # no more than a few poor trials until the step is shorter than Newton's by some amount
+        size = model.adapt(size, jnp.asarray(-1.0), model.minimize(W, Z, size), W)
+    assert 0 < size < jnp.inf
