@@ -148,6 +148,34 @@ HESSOPT += (
     Case("masked", masked_newton, needs=SEARCHED, unitless=True),
 )
 
+HESSOPT += (
+    Case("trust_region_newton", hessopt.trust_region_newton, needs=("value_fn",), unitless=True, main=True),
+    Case(
+        "trust_region_newton, radius, cg",
+        hessopt.trust_region_newton,
+        {"model": "radius", "subproblem": "cg"},
+        needs=("value_fn",),
+        unitless=True,
+    ),
+    Case(
+        "trust_region_newton, Gauss-Newton",
+        hessopt.trust_region_newton,
+        {"curvature": "gauss_newton", "geodesic_acceleration": True},
+        needs=("value_fn",),
+        unitless=True,
+        composite=True,
+    ),
+    Case("newton_cg", hessopt.newton_cg, needs=SEARCHED, unitless=True, main=True),
+    Case(
+        "scale_by_newton_cg, Gauss-Newton, warm",
+        hessopt.scale_by_newton_cg,
+        {"curvature": "gauss_newton", "warm_start": True, "rematerialize": True},
+        kind="direction",
+        needs=("value_fn",),
+        composite=True,
+    ),
+)
+
 NO_STATUS = {"reports_a_status": "optax has no statuses"}
 NAN_THROUGH = {"survives_what_is_not_finite": "optax leaves that to apply_if_finite"}
 

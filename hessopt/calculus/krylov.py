@@ -3,6 +3,7 @@
 Source: Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the Lanczos method", 1999.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def krylov(
 def within(V: Any, vector: Any) -> Vector:
     """`V'v`, summed over the leaves."""
     products = jax.tree.map(lambda rows, x: jnp.tensordot(rows, x, x.ndim, precision="highest"), V, vector)
-    return sum(jax.tree.leaves(products), jnp.zeros(()))
+    return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
 def combination(y: Vector, V: Any) -> Any:

@@ -18,7 +18,8 @@ def equilibration(H: Matrix) -> Vector:
     def improve(_: int, t: Vector) -> Vector:
         return t * unit_power(jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0) ** 0.5)
 
-    return jax.lax.fori_loop(0, ROUNDS, improve, jnp.ones_like(H[0]))
+    # from the diagonal on, since so begun they follow a change of units exactly
+    return jax.lax.fori_loop(0, ROUNDS, improve, unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H)))))
 
 
 def unit_power(sizes: Vector) -> Vector:

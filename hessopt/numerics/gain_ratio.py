@@ -33,25 +33,34 @@ class Model(NamedTuple):
 
     minimize: Callable[[Vector, Vector, jax.Array], secular.Shifted]  # (w, z, size) -> step, as in `secular`
     first: Callable[[Vector, secular.Shifted], jax.Array]  # (w, Cauchy's radius and the step within it) -> size
-    adapt: Callable[[jax.Array, jax.Array, secular.Shifted, Vector], jax.Array]  # (size, ratio, step, w) -> size
+    adapt: Callable[[Vector, Vector, jax.Array, jax.Array, secular.Shifted], jax.Array]
+    """`(w, z, size, ratio, step) -> size`"""
 
 
-def _adapt_radius(size: jax.Array, ratio: jax.Array, step: secular.Shifted, w: Vector) -> jax.Array:
+def _adapt_radius(w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted) -> jax.Array:
     """A quarter of a poor step, twice a good one that was held back."""
     larger = jnp.where(step.shift > 0, jnp.maximum(size, 2 * step.length), size)
     return jnp.where(ratio < POOR, step.length / 4, jnp.where(ratio > GOOD, larger, size))
 
 
+def _sigma(step: secular.Shifted) -> jax.Array:
+    """The sigma that gives a step found within a radius."""
+    return step.shift / jnp.where(step.length > 0, step.length, 1.0)
+
+
 def _first_sigma(w: Vector, ball: secular.Shifted) -> jax.Array:
     """The one that gives a step as long; but no shift less than a thousandth of the curvature."""
-    return jnp.maximum(ball.shift, 1e-3 * jnp.max(jnp.abs(w))) / jnp.where(ball.length > 0, ball.length, 1.0)
+    least = 1e-3 * jnp.max(jnp.abs(w))
+    return _sigma(ball._replace(shift=jnp.maximum(ball.shift, least)))
 
 
-def _adapt_sigma(size: jax.Array, ratio: jax.Array, step: secular.Shifted, w: Vector) -> jax.Array:
-    """Twice after a poor step, a quarter after a good one, while it makes a difference to the curvature."""
-    least = jnp.finfo(size.dtype).eps * jnp.max(jnp.abs(w)) / jnp.where(step.length > 0, step.length, 1.0)
-    size = jnp.maximum(size, least)
-    return jnp.where(ratio < POOR, 2 * size, jnp.where(ratio > GOOD, jnp.maximum(size / 4, least), size))
+def _adapt_sigma(w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted) -> jax.Array:
+    """What halves a poor step, at least twice as much; a quarter after a good one, while that makes a difference."""
+    eps = jnp.finfo(size.dtype).eps
+    least = _sigma(step._replace(shift=eps * jnp.maximum(w[0], eps * jnp.max(jnp.abs(w)))))
+    half = _sigma(secular.within_radius(w, z, jnp.where(step.length > 0, step.length / 2, 1.0)))
+    more, less = jnp.maximum(2 * size, half), jnp.maximum(size / 4, least)
+    return jnp.where(ratio < POOR, more, jnp.where(ratio > GOOD, less, size))
 
 
 RADIUS = Model(secular.within_radius, lambda w, ball: ball.length, _adapt_radius)

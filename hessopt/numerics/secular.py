@@ -62,8 +62,8 @@ def _solve(w: Vector, z: Vector, length: Callable[[jax.Array], tuple[jax.Array, 
     """The step for which `|y(kappa)|` is `length(kappa)`, given with its logarithmic derivative."""
     info = jnp.finfo(z.dtype)
     unit_w, unit_z = unit_scale(w), unit_scale(z)
-    lowest = jnp.maximum(-w[0], 0.0) / unit_w
-    gaps, z = jnp.maximum(w / unit_w + lowest, 0.0), z / unit_z
+    lowest = jnp.maximum(-w[0], 0.0)
+    gaps, lowest, z = (w + lowest) / unit_w, lowest / unit_w, z / unit_z  # the first gap is 0, however XLA divides
     tiny = float(info.tiny) ** 0.5
     hard = (lowest > 0) & (jnp.abs(z[0]) < tiny)  # nothing there to stop at
     z = z.at[0].set(jnp.where(hard, jnp.where(z[0] < 0, -tiny, tiny), z[0]))

@@ -17,7 +17,7 @@ import optax
 
 from hessopt._checks import check_count, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn
-from hessopt.calculus.flat import gram, inner, real_leaves, solve_dtype
+from hessopt.calculus.flat import gram, inner, real_leaves, solve_dtype, zeros
 from hessopt.calculus.objective import bind, precompose, require_params
 from hessopt.numerics.cg import conjugate_gradients, forcing
 from hessopt.typing import Params, StepStatus, ValueFn, step_status
@@ -96,9 +96,9 @@ def scale_by_newton_cg(
     linearize = choose("curvature", curvature, CURVATURES)
 
     def init(params: Params) -> NewtonCgState:
-        zero, none = jnp.zeros((), solve_dtype(params)), jnp.zeros((), jnp.int32)
-        direction = jax.tree.map(jnp.zeros_like, params) if warm_start else None
-        return NewtonCgState(none, zero, direction, NewtonCgInfo(none, none, zero))
+        scalar, count = jax.ShapeDtypeStruct((), solve_dtype(params)), jax.ShapeDtypeStruct((), jnp.int32)
+        state = zeros(NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)))
+        return state._replace(direction=jax.tree.map(jnp.zeros_like, params) if warm_start else None)
 
     def update(
         updates: optax.Updates,

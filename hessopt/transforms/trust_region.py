@@ -25,7 +25,7 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians, product
-from hessopt.calculus.flat import all_finite, applied, inner, ravel, real_leaves, solve_dtype, unravel
+from hessopt.calculus.flat import all_finite, applied, inner, ravel, real_leaves, solve_dtype, unravel, zeros
 from hessopt.calculus.krylov import combination, krylov, within
 from hessopt.calculus.least_squares import root
 from hessopt.calculus.objective import bind, precompose, require_params
@@ -190,8 +190,9 @@ def trust_region_newton(
         )
 
     def init(params: Params) -> TrustRegionState:
-        zero, none = jnp.zeros((), solve_dtype(params)), jnp.zeros((), jnp.int32)
-        return TrustRegionState(none, zero, zero, TrustRegionInfo(none, zero, zero, zero, none))
+        scalar, count = jax.ShapeDtypeStruct((), solve_dtype(params)), jax.ShapeDtypeStruct((), jnp.int32)
+        info = TrustRegionInfo(count, scalar, scalar, scalar, count)
+        return zeros(TrustRegionState(count, scalar, scalar, info))
 
     def update(
         updates: optax.Updates,
@@ -205,12 +206,14 @@ def trust_region_newton(
     ) -> tuple[optax.Updates, TrustRegionState]:
         require_params(params, caller=_NAME)
         objective = bind(value_fn, data, caller=_NAME)
+        if not jax.tree.leaves(params):
+            return updates, state
         dtype = solve_dtype(params)
         parts, restore = real_leaves(params)
         gradient, restore_step = real_leaves(updates)
         objective = precompose(objective, restore)
         value = objective(parts) if value is None else jnp.asarray(value)
-        noise = (10 * jnp.finfo(value.dtype).eps * jnp.abs(value)).astype(dtype)
+        noise = (100 * jnp.finfo(value.dtype).eps * jnp.abs(value)).astype(dtype)
         value = value.astype(dtype)
 
         def sized(w: Vector, z: Vector) -> jax.Array:
@@ -237,14 +240,15 @@ def trust_region_newton(
             p = jax.tree.map(lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts)
             fall = value - jnp.asarray(objective(applied(parts, p)), dtype)
             ratio = jnp.where(sound, gain_ratio(fall, step.decrease, noise), -jnp.inf)
-            size = bound.adapt(last.size, ratio, step, w)
-            return _Trial(p, size, ratio, step.shift, last.count + 1)
+            told = step.decrease > noise  # else the ratio says nothing of the model, nor would that of another trial
+            size = jnp.where(told, bound.adapt(w, z, last.size, ratio, step), last.size)
+            return _Trial(p, size, ratio, step.shift, told, last.count + 1)
 
         def goes_on(last: _Trial) -> jax.Array:
-            return finite & (last.count < max_trials) & ~(last.ratio >= TAKEN)
+            return finite & last.told & (last.count < max_trials) & ~(last.ratio >= TAKEN)
 
-        zero = jnp.zeros((), dtype)
-        begin = _Trial(jax.tree.map(jnp.zeros_like, parts), sized(w, z), zero, zero, jnp.zeros((), jnp.int32))
+        zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+        begin = _Trial(jax.tree.map(jnp.zeros_like, parts), sized(w, z), zero, zero, jnp.ones((), bool), none)
         last = jax.lax.while_loop(goes_on, attempt, begin)
 
         taken = last.ratio >= TAKEN
@@ -269,6 +273,7 @@ class _Trial(NamedTuple):
     size: jax.Array  # for the next trial
     ratio: jax.Array
     shift: jax.Array
+    told: jax.Array  # whether more than rounding was promised
     count: jax.Array
 
 

@@ -1,0 +1,238 @@
+"""Oracles: closed forms, dense derivatives, least squares by NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.flatten_util import ravel_pytree
+
+import hessopt
+from hessopt import StepStatus, Termination, composite, trust_region_newton
+from hessopt.transforms.trust_region import _bending
+from tests.problems import init_mlp, mlp
+
+VARIANTS = {
+    "cubic": {},
+    "radius": {"model": "radius"},
+    "cubic, cg": {"subproblem": "cg"},
+    "radius, cg": {"model": "radius", "subproblem": "cg"},
+}
+
+
+def rosenbrock(x):
+    return jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+
+
+def saddle(x):
+    return x[0] ** 2 - x[1] ** 2 + x[1] ** 4
+
+
+def once(tx, value_fn, params, state=None, **given):
+    state = tx.init(params) if state is None else state
+    grads = given.pop("updates", jax.grad(value_fn)(params))
+    return jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=value_fn, **given))(grads, state, params)
+
+
+def status(state):
+    return StepStatus(int(state.info.status))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_quadratic_ends_at_its_minimum_whatever_its_condition(name):
+    rng = np.random.default_rng(0)
+    Q = np.linalg.qr(rng.normal(size=(8, 8)))[0]
+    H, b = jnp.asarray((Q * np.logspace(0, 4, 8)) @ Q.T), jnp.asarray(rng.normal(size=8))
+    tx = trust_region_newton(**VARIANTS[name])
+    found = hessopt.minimize(lambda x: x @ H @ x / 2 - b @ x, jnp.zeros(8), tx, gtol=1e-10)
+    assert found.termination == Termination.GRADIENT
+    np.testing.assert_allclose(found.params, np.linalg.solve(H, b), rtol=1e-8)
+    assert found.steps < 40
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rosenbrock_is_minimized_and_every_trial_counted(name):
+    tx = trust_region_newton(**VARIANTS[name])
+    found = hessopt.minimize(rosenbrock, jnp.array([-1.2, 1.0, 0.5]), tx, gtol=1e-9)
+    assert found.termination == Termination.GRADIENT
+    np.testing.assert_allclose(found.params, 1.0, atol=1e-4)
+    assert found.evaluations >= 2 * found.steps + 1  # a trial, and the value with the next gradient
+
+
+@pytest.mark.parametrize("model", ["cubic", "radius"])
+@pytest.mark.parametrize("start", [[1.0, 0.0], [0.0, 0.0]])
+def test_a_saddle_is_left_without_any_gradient_along_the_way_out(model, start):
+    x, tx = jnp.array(start), trust_region_newton(model=model)
+
+    def step(_, carry):
+        x, state = carry
+        updates, state = tx.update(jax.grad(saddle)(x), state, x, value_fn=saddle)
+        return x + updates, state
+
+    x, _ = jax.jit(lambda x: jax.lax.fori_loop(0, 30, step, (x, tx.init(x))))(x)
+    np.testing.assert_allclose(jnp.abs(x), [0.0, 0.5**0.5], atol=1e-8)
+
+
+def test_negative_curvature_is_reported_where_it_is():
+    assert status(once(trust_region_newton(), saddle, jnp.array([1.0, 0.0]))[1]) == StepStatus.NEGATIVE_CURVATURE
+    _, state = once(trust_region_newton(), saddle, jnp.array([1.0, 1.0]))
+    assert status(state) == StepStatus.OK
+    assert state.info.lowest > 0
+
+
+@pytest.mark.parametrize("model", ["cubic", "radius"])
+def test_the_unit_of_no_parameter_matters(model):
+    units = 2.0 ** jnp.array([-20, 3, 17])
+    tx, start = trust_region_newton(model=model), jnp.array([-1.2, 1.0, 0.5])
+    plain = hessopt.minimize(rosenbrock, start, tx, max_steps=12)
+    scaled = hessopt.minimize(lambda x: 2.0**40 * rosenbrock(x / units), start * units, tx, max_steps=12)
+    np.testing.assert_allclose(scaled.params / units, plain.params, rtol=1e-12)
+    assert scaled.evaluations == plain.evaluations
+
+
+def test_one_decomposition_serves_all_trials():
+    x, tx = jnp.array([3.0, 4.0]), trust_region_newton(initial_radius=1e3, model="radius")
+    f = lambda x: jnp.sum(jnp.sqrt(1 + x**2))  # from here Newton's steps go to -x^3
+    _, state = once(tx, f, x)
+    assert state.info.trials > 1
+    text = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=f)).lower(x, tx.init(x), x).as_text()
+    assert text.count("stablehlo.custom_call @lapack_dsyevd") == 1
+
+
+def test_where_no_trial_is_better_the_step_is_zero_and_the_next_one_shorter():
+    f = lambda x: jnp.sum(jnp.where(x > 2.9, x**2, 100.0 + x**2))  # falls nowhere near by
+    x, tx = jnp.array([3.0, 3.0]), trust_region_newton(max_trials=2)
+    updates, state = once(tx, f, x)
+    np.testing.assert_array_equal(updates, 0.0)
+    assert status(state) == StepStatus.STEP_REJECTED
+    assert state.info.trials == 2
+    again = jax.jit(lambda s: tx.update(jax.grad(f)(x), s, x, value_fn=f))
+    sizes = [float(state.size)]
+    while status(state) and len(sizes) < 20:
+        updates, state = again(state)
+        sizes.append(float(state.size))
+    assert all(np.diff(sizes[:-1]) > 0)  # sigma grows
+    assert f(x + updates) < f(x)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("what", ["value", "gradient", "curvature", "trial"])
+def test_what_is_not_finite_gives_no_step_and_keeps_the_state(name, what):
+    tx, x = trust_region_newton(**VARIANTS[name], max_trials=3), jnp.array([-1.2, 1.0, 0.5])
+    _, state = once(tx, rosenbrock, x)
+    value_fn = {
+        "curvature": lambda p: jnp.sum(jnp.abs(p - x) ** 1.5),
+        "trial": lambda p: jnp.where(jnp.all(p == x), rosenbrock(p), jnp.nan),
+    }.get(what, rosenbrock)
+    given = {"gradient": {"updates": jnp.full(3, jnp.nan)}, "value": {"value": jnp.inf}}.get(what, {})
+    updates, new = once(tx, value_fn, x, state, **{"updates": jnp.ones(3)} | given)
+    np.testing.assert_array_equal(updates, 0.0)
+    if what == "trial":
+        assert status(new) & StepStatus.STEP_REJECTED
+        return
+    assert status(new) == StepStatus.NONFINITE
+    assert (new.size, new.first_length) == (state.size, state.first_length)
+
+
+def test_the_value_is_evaluated_where_it_is_not_given():
+    x, tx = jnp.array([-1.2, 1.0]), trust_region_newton()
+    given, _ = once(tx, rosenbrock, x, value=rosenbrock(x))
+    np.testing.assert_array_equal(once(tx, rosenbrock, x)[0], given)
+
+
+def test_linear_least_squares_are_solved_though_their_normal_equations_are_singular():
+    A = jnp.asarray(np.vander(np.linspace(0, 1, 40), 13))  # condition number 2e9
+    y = A @ jnp.arange(1.0, 14)
+    value_fn = composite(lambda x: A @ x, lambda z: 0.5 * jnp.sum((z - y) ** 2))
+    tx = trust_region_newton(curvature="gauss_newton")
+    x = hessopt.minimize(value_fn, jnp.zeros(13), tx, gtol=0.0, max_steps=30).params
+    np.testing.assert_allclose(x, jnp.arange(1.0, 14), rtol=1e-6)
+    squared = composite(lambda x: A @ x, lambda z: 0.5 * jnp.sum((z - y)[::-1] ** 2))  # not seen to be diagonal
+    x = hessopt.minimize(squared, jnp.zeros(13), tx, gtol=0.0, max_steps=30).params
+    assert jnp.abs(x - jnp.arange(1.0, 14)).max() > 1e-5
+
+
+def test_a_loss_without_curvature_at_some_outputs_still_counts_their_slopes():
+    x = jax.random.normal(jax.random.key(0), (60, 3))
+    y = x @ jnp.array([1.0, -2.0, 0.5]) + 0.01 * jax.random.normal(jax.random.key(1), (60,)).at[::7].add(500.0)
+    value_fn = composite(lambda w: x @ w, lambda z: jnp.sum(optax.huber_loss(z, y, delta=0.1)))
+    found = hessopt.minimize(value_fn, jnp.zeros(3), trust_region_newton(curvature="gauss_newton"), gtol=1e-9)
+    assert found.termination == Termination.GRADIENT
+    np.testing.assert_allclose(found.params, [1.0, -2.0, 0.5], atol=0.05)
+
+
+def banana(x):
+    return jnp.stack([100.0 * (x[1] - x[0] ** 2), 1.0 - x[0]])
+
+
+def test_acceleration_is_the_second_derivative_of_the_outputs_and_saves_steps():
+    loss = lambda z: 0.5 * jnp.sum(z**2) + jnp.sum(jnp.cosh(z[:1]))
+    x, p = jnp.array([-1.2, 1.0]), jnp.array([0.3, -0.2])
+    J, L = jax.jacobian(banana)(x), jax.hessian(loss)(banana(x))
+    second = jnp.einsum("kij,i,j->k", jax.hessian(banana)(x), p, p)
+    bent = _bending(composite(lambda parts: banana(parts[0]), loss), [x], [p])[0]
+    np.testing.assert_allclose(bent, J.T @ (L @ second), rtol=1e-12)
+
+    value_fn = composite(banana, lambda z: 0.5 * jnp.sum(z**2))
+    steps = [
+        hessopt.minimize(
+            value_fn, x, trust_region_newton(curvature="gauss_newton", geodesic_acceleration=bend), gtol=1e-9
+        ).steps
+        for bend in (False, True)
+    ]
+    assert steps[1] < steps[0]
+
+
+@pytest.mark.parametrize("subproblem", ["exact", "cg"])
+def test_gauss_newton_trains_a_softmax_network(subproblem):
+    x = jax.random.normal(jax.random.key(1), (40, 5))
+    y = jnp.argmax(x[:, :3] ** 2, axis=1)
+    value_fn = composite(
+        lambda p: (mlp(p, x), p),
+        lambda o: (
+            optax.softmax_cross_entropy_with_integer_labels(o[0], y).mean()
+            + 1e-3 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(o[1]))
+        ),
+    )
+    tx = trust_region_newton(curvature="gauss_newton", subproblem=subproblem)
+    assert hessopt.minimize(value_fn, init_mlp(0, (5, 6, 3)), tx, max_steps=40).value < 0.2
+
+
+def test_by_cg_nothing_of_size_n_by_n_is_formed():
+    params = init_mlp(0, (30, 40, 3), jnp.float32)
+    n = ravel_pytree(params)[0].size
+    x = jnp.ones((8, 30), jnp.float32)
+    tx = trust_region_newton(subproblem="cg")
+    f = lambda p: jnp.mean(mlp(p, x) ** 2)
+    program = jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=f)).lower(params, tx.init(params), params).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 4 * n * 200
+    assert 4 * n * 200 < 4 * n * n / 6
+
+
+def test_no_parameters_is_no_trouble():
+    tx = trust_region_newton()
+    updates, state = tx.update({}, tx.init({}), {}, value_fn=lambda p: jnp.ones(()))
+    assert updates == {}
+    assert status(state) == StepStatus.OK
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "ball"}, "model must be one of"),
+        ({"subproblem": "lanczos"}, "subproblem must be one of"),
+        ({"curvature": "fisher"}, "curvature must be one of"),
+        ({"initial_radius": 0.0}, "initial_radius must be at least"),
+        ({"max_trials": 0}, "max_trials must be an int, at least 1, got 0"),
+        ({"geodesic_acceleration": True}, "geodesic_acceleration needs curvature"),
+        ({"geodesic_acceleration": True, "curvature": "gauss_newton", "subproblem": "cg"}, "and subproblem"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        trust_region_newton(**arguments)
+
+
+def test_gauss_newton_needs_a_composite():
+    with pytest.raises(TypeError, match="composite"):
+        once(trust_region_newton(curvature="gauss_newton"), rosenbrock, jnp.ones(3))
