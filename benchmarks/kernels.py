@@ -28,6 +28,8 @@ def run(quick: bool) -> Sequence[Table]:
         mlp.regression((3, 20, 20, 1), min(batch, 1000)),
     ]
     rated = mlp.noise(NETWORKS[0], 512)
+    large = mlp.noise((784, 32, 10) if quick else (784, 1024, 256, 128, 10), 64 if quick else 2048)
+    sizes = f"{sum(leaf.size for leaf in jax.tree.leaves(large.params)):.1e} parameters"
     with jax.enable_x64(True):
         updates = [
             compare(f"{PERIOD} BFGS updates, n = {n}, float64", bfgs_updates(n), 3 * rounds, 0.0)
@@ -43,6 +45,7 @@ def run(quick: bool) -> Sequence[Table]:
             compare(f"Taylor terms, a group for each tensor, {p.name}", taylor_terms(p), rounds, 0.0)
             for p in (mlp.noise(sizes, 512) for sizes in (NETWORKS[:1] if quick else NETWORKS))
         ),
+        compare(f"Newton-CG, {large.name}, {sizes}", newton_cg_updates(large), rounds, 0.0),
         compare(f"{RATED} training steps, {rated.name}", rated_steps(rated), rounds, 0.0),
         *(compare(f"cubic model, {n} groups, float32", cubic_models(n), 5 * rounds, 0.0) for n in (6, 60)),
         *(compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0) for p in problems[1:2]),
@@ -158,6 +161,29 @@ def bfgs_updates(size: int) -> list[Contender]:
         ),
         stepped("hessopt.scale_by_bfgs", update, *rows),
         stepped("hessopt.scale_by_bfgs, in a loop", period, points),
+    ]
+
+
+def newton_cg_updates(problem: mlp.Problem) -> list[Contender]:
+    """A gradient, then updates of Newton-CG with 1 and with 11 products: ten iterations are what lies between."""
+
+    def penalised(params: Any) -> jax.Array:  # positive definite, or CG would end earlier
+        return problem.value_fn(params) + 0.5 * optax.tree.norm(params, squared=True)
+
+    grads = jax.jit(jax.grad(penalised))(problem.params)
+
+    def updates(name: str, **options: Any) -> Contender:
+        tx = hessopt.scale_by_newton_cg(**options)
+        # a first gradient so large that no residual is small enough
+        fresh: Any = tx.init(problem.params)
+        state = fresh._replace(first_length=jnp.asarray(1e30, jnp.float32))
+        return compiled(name, lambda g, p: tx.update(g, state, p, value_fn=penalised), grads, problem.params)
+
+    return [
+        compiled("gradient", jax.grad(penalised), problem.params),
+        updates("hessopt.scale_by_newton_cg, 1 product", max_iterations=1),
+        updates("hessopt.scale_by_newton_cg, 11 products", max_iterations=11),
+        updates("hessopt.scale_by_newton_cg, 11, rematerialize", max_iterations=11, rematerialize=True),
     ]
 
 

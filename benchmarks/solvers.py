@@ -120,8 +120,9 @@ def jax_scipy(value_fn: Any, start: Any, bound: float) -> Outcome:
 
 
 def scipy_solver(method: str) -> Solver:
-    """A solver of SciPy over one compiled value and gradient."""
-    options = {"BFGS": {}, "L-BFGS-B": {"ftol": 0.0, "maxcor": 10, "maxfun": 100 * MAX_ITERATIONS}}[method]
+    """A solver of SciPy over one compiled value and gradient, and a compiled Hessian where it takes one."""
+    options = {"L-BFGS-B": {"ftol": 0.0, "maxcor": 10, "maxfun": 100 * MAX_ITERATIONS}, "Newton-CG": {"xtol": 0.0}}
+    second_order = method not in ("BFGS", "L-BFGS-B")
 
     def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
         import scipy.optimize
@@ -132,17 +133,29 @@ def scipy_solver(method: str) -> Solver:
             value, grad = compiled(x)
             return float(value), np.asarray(grad)
 
+        # a Hessian changes hands as NumPy's array, and Newton-CG knows no bound on the gradient
+        hessian = jax.jit(jax.hessian(value_fn))
+        stop = {} if method == "Newton-CG" else {"gtol": bound}
+
+        def flat_enough(intermediate_result: Any) -> None:
+            if np.max(np.abs(value_and_grad(intermediate_result.x)[1])) <= bound:
+                raise StopIteration
+
         def run() -> Any:
             return scipy.optimize.minimize(
                 value_and_grad,
                 np.asarray(start),
                 jac=True,
+                hess=(lambda x: np.asarray(hessian(x))) if second_order else None,
                 method=method,
-                options={"gtol": bound, "maxiter": MAX_ITERATIONS} | options,
+                callback=flat_enough if second_order else None,
+                options={"maxiter": MAX_ITERATIONS} | stop | options.get(method, {}),
             )
 
         began = time.perf_counter()
         compiled(start)[0].block_until_ready()
+        if second_order:
+            hessian(start).block_until_ready()
         cold = time.perf_counter() - began
         began = time.perf_counter()
         result = run()
@@ -156,6 +169,8 @@ SOLVERS: dict[str, Solver] = {
     "hessopt bfgs": driven(hessopt.bfgs),
     "hessopt ssbroyden": driven(lambda: hessopt.bfgs(formula="ssbroyden")),
     "hessopt newton": driven(hessopt.newton),
+    "hessopt trust_region_newton": driven(hessopt.trust_region_newton),
+    "hessopt newton_cg": driven(hessopt.newton_cg),
     "optax lbfgs": driven(optax.lbfgs),
     "jaxopt LBFGS": jaxopt_solver("LBFGS"),
     "jaxopt BFGS": jaxopt_solver("BFGS"),
@@ -164,4 +179,7 @@ SOLVERS: dict[str, Solver] = {
     "jax.scipy BFGS": jax_scipy,
     "SciPy BFGS": scipy_solver("BFGS"),
     "SciPy L-BFGS-B": scipy_solver("L-BFGS-B"),
+    "SciPy trust-exact": scipy_solver("trust-exact"),
+    "SciPy trust-ncg": scipy_solver("trust-ncg"),
+    "SciPy Newton-CG": scipy_solver("Newton-CG"),
 }

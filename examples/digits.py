@@ -70,6 +70,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "newton": lambda: hessopt.newton(),
     "newton-layers": lambda: hessopt.newton(blocks="layer"),
     "newton-gauss": lambda: hessopt.newton(damping=1e-4, curvature="gauss_newton"),
+    "newton-cg": lambda: hessopt.newton_cg(),
+    "newton-cg-gauss": lambda: hessopt.newton_cg(curvature="gauss_newton"),
+    "trust-region-cg": lambda: hessopt.trust_region_newton(subproblem="cg"),
     "newton-subsampled": lambda: optax.chain(
         hessopt.subsampled(hessopt.scale_by_newton(), probability=0.5),
         optax.scale(-1.0),
@@ -94,9 +97,13 @@ class Run(NamedTuple):
 
 
 def gradients_of_step(opt_state: Any) -> int:
-    """Gradients that the last step evaluated: one per trial of a line search, of which the last is reused, else one."""
+    """Gradients that the last step evaluated: one per trial of a line search, of which the last is reused, else one.
+
+    A product with the Hessian counts as two.
+    """
     found = hessopt.diagnostics(opt_state)
-    return int(found.get("linesearch.trials", found.get("zoom_linesearch.num_linesearch_steps", 1)))
+    products = found.get("newton_cg.products", found.get("trust_region.products", 0))
+    return int(found.get("linesearch.trials", found.get("zoom_linesearch.num_linesearch_steps", 1))) + 2 * int(products)
 
 
 def train(name: str, data: tuple[jax.Array, ...], seed: int, max_steps: int, max_seconds: float) -> Run:

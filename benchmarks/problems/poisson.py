@@ -70,10 +70,20 @@ def exact(x: jax.Array) -> jax.Array:
     return jnp.prod(jnp.sin(jnp.pi * x), axis=1)
 
 
+def residuals(params: Any, where: Points) -> tuple[jax.Array, jax.Array]:
+    """What is left of the equation inside, `(m,)`, and the error on the boundary, `(k,)`."""
+    inside = laplacian(params, where.inside) + 3 * jnp.pi**2 * exact(where.inside)
+    return inside, apply(params, where.boundary) - exact(where.boundary)
+
+
+def half_mean_squares(parts: tuple[jax.Array, ...]) -> jax.Array:
+    """Half the mean square of each part, summed."""
+    return sum((0.5 * jnp.mean(part**2) for part in parts), jnp.zeros(()))
+
+
 def loss(params: Any, where: Points) -> jax.Array:
     """Half the mean squared residual inside, plus half the mean squared error on the boundary."""
-    residual = laplacian(params, where.inside) + 3 * jnp.pi**2 * exact(where.inside)
-    return 0.5 * jnp.mean(residual**2) + 0.5 * jnp.mean((apply(params, where.boundary) - exact(where.boundary)) ** 2)
+    return half_mean_squares(residuals(params, where))
 
 
 def error(params: Any, count: int = 50_000) -> jax.Array:

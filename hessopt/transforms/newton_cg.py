@@ -96,7 +96,8 @@ def scale_by_newton_cg(
     linearize = choose("curvature", curvature, CURVATURES)
 
     def init(params: Params) -> NewtonCgState:
-        scalar, count = jax.ShapeDtypeStruct((), solve_dtype(params)), jax.ShapeDtypeStruct((), jnp.int32)
+        shape: Any = jax.ShapeDtypeStruct
+        scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
         state = zeros(NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)))
         return state._replace(direction=jax.tree.map(jnp.zeros_like, params) if warm_start else None)
 

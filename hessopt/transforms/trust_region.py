@@ -54,6 +54,7 @@ class TrustRegionInfo(NamedTuple):
     shift: jax.Array  # scalar, kappa of the last trial, in the scaled parameters
     lowest: jax.Array  # scalar, smallest eigenvalue of the scaled curvature
     trials: jax.Array  # int32 scalar, values evaluated at trial points
+    products: jax.Array  # int32 scalar, with the curvature, by "cg"; 0 by "exact"
 
 
 class TrustRegionState(NamedTuple):
@@ -83,6 +84,7 @@ class Spectral(NamedTuple):
     z: Vector  # (k,), coefficients of the gradient
     lift: Callable[[Vector], list[jax.Array]]  # coefficients of a step -> the step
     project: Callable[[list[jax.Array]], Vector]  # what is like a gradient -> its coefficients
+    products: jax.Array | int = 0  # with the curvature, that it took
 
 
 Subproblem = Callable[[Local], Spectral]
@@ -117,8 +119,10 @@ def conjugate(local: Local) -> Spectral:
     g = _cast(local.gradient, wide)
     size = min(DIMENSION, sum(part.size for part in local.parts))
     tolerance = local.tolerance * jnp.sqrt(inner(g, g))
-    V, _, _, _, _, w, z, S = krylov(multiply, g, size, local.minimize, tolerance)
-    return Spectral(w, z, lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, _cast(c, wide)), S))
+    V, _, _, used, _, w, z, S = krylov(multiply, g, size, local.minimize, tolerance)
+    return Spectral(
+        w, z, lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, _cast(c, wide)), S), used
+    )
 
 
 SUBPROBLEMS: dict[str, Subproblem] = {"exact": exact, "cg": conjugate}
@@ -190,8 +194,9 @@ def trust_region_newton(
         )
 
     def init(params: Params) -> TrustRegionState:
-        scalar, count = jax.ShapeDtypeStruct((), solve_dtype(params)), jax.ShapeDtypeStruct((), jnp.int32)
-        info = TrustRegionInfo(count, scalar, scalar, scalar, count)
+        shape: Any = jax.ShapeDtypeStruct
+        scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
+        info = TrustRegionInfo(count, scalar, scalar, scalar, count, count)
         return zeros(TrustRegionState(count, scalar, scalar, info))
 
     def update(
@@ -226,7 +231,7 @@ def trust_region_newton(
             objective, parts, gradient, curvature,
             lambda w, z: bound.minimize(w, z, sized(w, z)), forcing(length, first_length),
         )  # fmt: skip
-        w, z, lift, project = solve(local)
+        w, z, lift, project, products = solve(local)
         finite = jnp.isfinite(value) & jnp.isfinite(length) & all_finite((w, z))
         w, z = jnp.where(finite, w, 1.0), jnp.where(finite, z, 0.0)
 
@@ -262,7 +267,9 @@ def trust_region_newton(
             count=jnp.asarray(optax.safe_increment(state.count)),
             size=jnp.where(finite, last.size, state.size),
             first_length=jnp.where(finite, first_length, state.first_length),
-            info=TrustRegionInfo(step_status(status), last.ratio, last.shift, w[0], last.count),
+            info=TrustRegionInfo(
+                step_status(status), last.ratio, last.shift, w[0], last.count, jnp.asarray(products, jnp.int32)
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
