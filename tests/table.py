@@ -77,7 +77,6 @@ HESSOPT = (
         rate=1e-3,  # for the gradients that it mixes in
         needs=("value_fn",),
         injectable=("probability",),
-        main=True,
     ),
 )
 
@@ -143,7 +142,6 @@ HESSOPT += (
         reports=hessopt.StepStatus.SAFEGUARDED,
         injectable=("cubic_damping", "learning_rate", "curvature_decay", "rate_decay", "ridge"),
         unitless=True,
-        main=True,
     ),
     Case("masked", masked_newton, needs=SEARCHED, unitless=True),
 )
@@ -165,7 +163,7 @@ HESSOPT += (
         unitless=True,
         composite=True,
     ),
-    Case("newton_cg", hessopt.newton_cg, needs=SEARCHED, unitless=True, main=True),
+    Case("newton_cg", hessopt.newton_cg, needs=SEARCHED, unitless=True),
     Case(
         "scale_by_newton_cg, Gauss-Newton, warm",
         hessopt.scale_by_newton_cg,

@@ -218,7 +218,7 @@ def trust_region_newton(
         gradient, restore_step = real_leaves(updates)
         objective = precompose(objective, restore)
         value = objective(parts) if value is None else jnp.asarray(value)
-        noise = (100 * jnp.finfo(value.dtype).eps * jnp.abs(value)).astype(dtype)
+        noise = (10 * jnp.finfo(value.dtype).eps * jnp.abs(value)).astype(dtype)
         value = value.astype(dtype)
 
         def sized(w: Vector, z: Vector) -> jax.Array:
