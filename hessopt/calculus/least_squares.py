@@ -23,6 +23,9 @@ from hessopt.calculus.objective import Composite
 from hessopt.calculus.programs import CALLS, called
 from hessopt.typing import Matrix, Vector
 
+MIXED = -1
+"""In place of an input: several, or not entry by entry."""
+
 _ENTRYWISE = frozenset(["neg", "convert_element_type", "copy", "mul", "div", "add_any", "add", "sub", "select_n"])
 
 
@@ -81,12 +84,11 @@ def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
     """Whether each entry of a linear function's result is seen to depend on the same entry of its argument only."""
     leaves, treedef = jax.tree.flatten(example)
     program = jax.make_jaxpr(lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves))))(leaves)
-    sources = _sources(program, list(range(len(program.jaxpr.invars))))
-    return sources is not None and all(found in (None, i) for i, found in enumerate(sources))
+    return all(found in (None, i) for i, found in enumerate(_sources(program, range(len(leaves)))))
 
 
-def _sources(program: Any, given: Sequence[int | None]) -> list[int | None] | None:
-    """For each output the one input on which it depends entrywise, None if on none; None altogether if otherwise."""
+def _sources(program: Any, given: Sequence[int | None]) -> list[int | None]:
+    """For each output the one input on which it depends entrywise, None if on none, MIXED if otherwise."""
     known: dict[Any, int | None] = dict(zip(program.jaxpr.invars, given, strict=True))
 
     def source(variable: Any) -> int | None:
@@ -96,16 +98,11 @@ def _sources(program: Any, given: Sequence[int | None]) -> list[int | None] | No
         read = [source(v) for v in equation.invars]
         among = {s for s in read if s is not None}
         inside = called(program, equation, CALLS)
-        if not among:
-            found: list[int | None] | None = [None for _ in equation.outvars]
-        elif inside is not None:
-            found = _sources(inside, read)
-        elif len(among) == 1 and equation.primitive.name in _ENTRYWISE:
-            shapes = {v.aval.shape for v, s in zip(equation.invars, read, strict=True) if s is not None}
-            found = [among.pop()] if shapes == {equation.outvars[0].aval.shape} else None
-        else:
-            found = None
-        if found is None:
-            return None
-        known |= zip(equation.outvars, found, strict=True)
+        if inside is not None:
+            known |= zip(equation.outvars, _sources(inside, read), strict=True)
+            continue
+        shapes = {v.aval.shape for v, s in zip(equation.invars, read, strict=True) if s is not None}
+        entrywise = equation.primitive.name in _ENTRYWISE and shapes == {equation.outvars[0].aval.shape}
+        found = None if not among else among.pop() if len(among) == 1 and entrywise else MIXED
+        known |= dict.fromkeys(equation.outvars, found)
     return [source(v) for v in program.jaxpr.outvars]

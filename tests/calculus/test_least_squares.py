@@ -80,4 +80,4 @@ def test_singular_values_are_kept_where_their_squares_are_lost():
     expected = np.linalg.svd(A, compute_uv=False)
     np.testing.assert_allclose(np.linalg.svd(K, compute_uv=False), expected, rtol=1e-7)
     squared = np.sqrt(np.abs(np.linalg.eigvalsh(hessian(value_fn, jnp.ones(12), curvature="gauss_newton"))))
-    assert np.abs(squared[0] / expected[-1] - 1) > 0.1
+    assert np.abs(squared[0] / expected[-1] - 1) > 1e-3  # by rounding, between 1e-2 and 1
