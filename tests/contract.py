@@ -468,5 +468,6 @@ COSTLY = (
     batches_like_a_loop,
     is_guarded_by_apply_if_finite,
     accumulates_in_multi_steps,
+    continues_from_a_checkpoint_bit_for_bit,
 )
 """Laws that compile much of their own: in the fast suite for the main cases only."""

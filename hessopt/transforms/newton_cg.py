@@ -187,4 +187,5 @@ def _warm(p: list[jax.Array], multiply: Any, g: list[jax.Array]) -> tuple[list[j
     (_, pq, _), (_, _, _), (pg, _, _) = gram(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)
     rate = jnp.where(usable, pg / jnp.where(usable, pq, 1.0), 0.0)
-    return tuple([jnp.where(usable, rate * leaf, 0.0) for leaf in tree] for tree in (p, q))  # type: ignore[return-value]
+    x, Hx = ([jnp.where(usable, rate * leaf, 0.0) for leaf in tree] for tree in (p, q))
+    return x, Hx
