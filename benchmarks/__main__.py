@@ -3,12 +3,13 @@
 import argparse
 import pathlib
 
-from benchmarks import beside_torch, cutest, harness, kernels, pinn
+from benchmarks import beside_torch, cutest, gauss_newton, harness, kernels, pinn
 
 SUITES = {
     "kernels": lambda quick, out: harness.write(out, "kernels", kernels.run(quick)),
     "cutest": cutest.run,
     "pinn": pinn.run,
+    "gauss-newton": gauss_newton.run,
     "torch": lambda quick, out: harness.write(out, "torch", beside_torch.run(quick)),
 }
 

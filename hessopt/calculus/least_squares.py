@@ -17,11 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from hessopt.calculus.curvature import CHUNK_SIZE, fill_rows
+from hessopt.calculus.curvature import fill_rows
 from hessopt.calculus.flat import ravel, solve_dtype
 from hessopt.calculus.objective import Composite
 from hessopt.calculus.programs import CALLS, called
 from hessopt.typing import Matrix, Vector
+
+CHUNK_SIZE = 4
+"""Tangents at once. There are many outputs where this is used, and more tangents of them leave the cache."""
 
 MIXED = -1
 """In place of an input: several, or not entry by entry."""
@@ -44,7 +47,7 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     """
     if not isinstance(objective, Composite):
         return None
-    outputs, tangent = jax.linearize(objective.model_fn, parts)
+    outputs = objective.model_fn(parts)
     slopes, loss_hessian = jax.linearize(jax.grad(objective.loss_fn), outputs)
     if not is_diagonal(loss_hessian, outputs):
         return None
@@ -55,7 +58,7 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     roots = jnp.where(curved, weights, 1.0) ** 0.5
     r = jnp.where(curved, slopes / roots, 0.0)
 
-    transposed = _transposed_jacobian(tangent, parts, outputs, dtype)  # J', (n, m)
+    transposed = _transposed_jacobian(objective.model_fn, parts, outputs, dtype)  # J', (n, m)
     K = jnp.where(curved, transposed * roots, 0.0)
     R = jnp.linalg.qr(jnp.concatenate([K, r[None]]).T, mode="r")
     n, m = K.shape
@@ -63,18 +66,15 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     return Root(R[: min(m, n), :n], R[: min(m, n), n], rest)
 
 
-def _transposed_jacobian(tangent: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any) -> jax.Array:
-    """J', a row for every parameter."""
+def _transposed_jacobian(model_fn: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any) -> jax.Array:
+    """J', a row for every parameter; the tangents of a leaf skip what does not depend on it."""
     sizes = [leaf.size for leaf in jax.tree.leaves(outputs)]
     columns = [sum(sizes[:i]) for i in range(len(sizes))]
     rows = jnp.zeros((sum(part.size for part in parts), sum(sizes)), dtype)
     offset = 0
     for i, part in enumerate(parts):
-
-        def along(v: jax.Array, i: int = i) -> list[jax.Array]:
-            return jax.tree.leaves(tangent([v if j == i else jnp.zeros_like(p) for j, p in enumerate(parts)]))
-
         if part.size:
+            along = jax.linearize(lambda p, i=i: jax.tree.leaves(model_fn([*parts[:i], p, *parts[i + 1 :]])), part)[1]
             rows = fill_rows(rows, along, part, offset, columns, CHUNK_SIZE)
         offset += part.size
     return rows

@@ -5,8 +5,9 @@ With g and H the gradient and the Hessian (or Gauss-Newton matrix) at params, th
     g.p + p.H p / 2  over  |D p| <= radius,        g.p + p.H p / 2 + (sigma/3) |D p|^3,
 
 and is taken if the objective falls. How much it falls, over how much the quadratic promised, sets the radius, or sigma,
-for the next one. Indefinite H is welcome: both minimisers go along negative curvature. D equilibrates H, so that the
-units of the parameters do not matter. One eigendecomposition of `D^-1 H D^-1` serves for all trials of an update.
+for the next one. Indefinite H is welcome: both minimisers go along negative curvature. D equilibrates H, with the
+largest of each of its entries so far: units of parameters do not matter, and a parameter that has lost its influence,
+as that of a saturated neuron, does not run away for it. One eigendecomposition of `D^-1 H D^-1` serves for all trials.
 
 Geodesic acceleration bends the step: along `p t + a t^2 / 2`, `a = -(J'LJ + kappa D^2)^-1 J'L r''`, with r'' the second
 derivative of the model's outputs along p, outputs change in a straight line to second order.
@@ -39,8 +40,7 @@ from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
 _NAME = "trust_region_newton"
 
 BEND = 0.75
-"""Largest length of an acceleration in that of its step: beyond, the series in t means nothing."""
-
+"""Largest length of an acceleration in that of its step: beyond, the series in t means nothing, and p is not bent."""
 
 DIMENSION = 50
 """Largest Krylov space; each of its vectors is kept."""
@@ -58,11 +58,12 @@ class TrustRegionInfo(NamedTuple):
 
 
 class TrustRegionState(NamedTuple):
-    """State of `trust_region_newton`. None of it is shaped like params."""
+    """State of `trust_region_newton`."""
 
     count: jax.Array  # int32 scalar, updates so far
     size: jax.Array  # scalar, the radius or sigma for the next update; 0 before the first
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
+    scales: Vector  # (n,), the diagonal of D, 0 where no curvature was seen; (0,) where D = 1
     info: TrustRegionInfo
 
 
@@ -75,6 +76,7 @@ class Local(NamedTuple):
     curvature: str | CurvatureFn
     minimize: Callable[[Vector, Vector], secular.Shifted]  # (w, z) -> step in the eigenvectors
     tolerance: jax.Array  # what part of |g| an approximate solution may leave
+    scales: Vector  # of the updates before
 
 
 class Spectral(NamedTuple):
@@ -84,10 +86,15 @@ class Spectral(NamedTuple):
     z: Vector  # (k,), coefficients of the gradient
     lift: Callable[[Vector], list[jax.Array]]  # coefficients of a step -> the step
     project: Callable[[list[jax.Array]], Vector]  # what is like a gradient -> its coefficients
+    scales: Vector
     products: jax.Array | int = 0  # with the curvature, that it took
 
 
-Subproblem = Callable[[Local], Spectral]
+class Subproblem(NamedTuple):
+    """A way to the eigenvectors."""
+
+    solve: Callable[[Local], Spectral]
+    scaled: bool  # whether D is not the identity
 
 
 def exact(local: Local) -> Spectral:
@@ -95,17 +102,17 @@ def exact(local: Local) -> Spectral:
     found = root(local.objective, local.parts) if local.curvature == "gauss_newton" else None
     if found is not None:
         lengths = jnp.sqrt(jnp.sum(found.K**2, axis=0))
-        t = _like_others(unit_power(lengths), lengths > 0)
+        scales, t = _largest(local.scales, unit_power(lengths), lengths > 0)
         U, s, Q = jnp.linalg.svd(found.K * t, full_matrices=False)
         z = s * _matmul(found.r, U) + _matmul(Q, t * found.rest)
         w, z, Q = s[::-1] ** 2, z[::-1], Q[::-1].T
     else:
         everything = [0] * len(local.parts)
         (H,) = block_hessians(local.objective, local.parts, everything, 1, curvature=local.curvature)
-        t = _like_others(equilibration(H), jnp.any(H != 0, axis=1))
+        scales, t = _largest(local.scales, equilibration(H), jnp.any(H != 0, axis=1))
         w, Q = jnp.linalg.eigh(H * t * t[:, None], symmetrize_input=False)
         z = _matmul(t * ravel(local.gradient), Q)
-    return Spectral(w, z, lambda y: unravel(t * _matmul(Q, y), local.parts), lambda c: _matmul(t * ravel(c), Q))
+    return Spectral(w, z, lambda y: unravel(t * _matmul(Q, y), local.parts), lambda c: _matmul(t * ravel(c), Q), scales)
 
 
 def conjugate(local: Local) -> Spectral:
@@ -120,12 +127,11 @@ def conjugate(local: Local) -> Spectral:
     size = min(DIMENSION, sum(part.size for part in local.parts))
     tolerance = local.tolerance * jnp.sqrt(inner(g, g))
     V, _, _, used, _, w, z, S = krylov(multiply, g, size, local.minimize, tolerance)
-    return Spectral(
-        w, z, lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, _cast(c, wide)), S), used
-    )
+    lift, project = lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, _cast(c, wide)), S)
+    return Spectral(w, z, lift, project, local.scales, used)
 
 
-SUBPROBLEMS: dict[str, Subproblem] = {"exact": exact, "cg": conjugate}
+SUBPROBLEMS = {"exact": Subproblem(exact, scaled=True), "cg": Subproblem(conjugate, scaled=False)}
 
 
 def trust_region_newton(
@@ -185,19 +191,20 @@ def trust_region_newton(
     if initial_radius is not None:
         check_range("initial_radius", initial_radius, float(jnp.finfo(jnp.float32).tiny))
     bound = choose("model", model, MODELS)
-    solve = choose("subproblem", subproblem, SUBPROBLEMS)
+    solve, scaled = choose("subproblem", subproblem, SUBPROBLEMS)
     choose("curvature", curvature, CURVATURES)
-    if geodesic_acceleration and (curvature != "gauss_newton" or subproblem != "exact"):
+    if geodesic_acceleration and (curvature != "gauss_newton" or subproblem == "cg"):
         raise ValueError(
-            'geodesic_acceleration needs curvature="gauss_newton" and subproblem="exact", '
+            'geodesic_acceleration needs curvature="gauss_newton" and another subproblem than "cg", '
             f"got {curvature!r} and {subproblem!r}"
         )
 
     def init(params: Params) -> TrustRegionState:
         shape: Any = jax.ShapeDtypeStruct
         scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
+        scales: Any = jax.eval_shape(ravel, params) if scaled else shape((0,), scalar.dtype)
         info = TrustRegionInfo(count, scalar, scalar, scalar, count, count)
-        return zeros(TrustRegionState(count, scalar, scalar, info))
+        return zeros(TrustRegionState(count, scalar, scalar, scales, info))
 
     def update(
         updates: optax.Updates,
@@ -229,9 +236,9 @@ def trust_region_newton(
         first_length = jnp.where(state.first_length > 0, state.first_length, length)
         local = Local(
             objective, parts, gradient, curvature,
-            lambda w, z: bound.minimize(w, z, sized(w, z)), forcing(length, first_length),
+            lambda w, z: bound.minimize(w, z, sized(w, z)), forcing(length, first_length), state.scales,
         )  # fmt: skip
-        w, z, lift, project, products = solve(local)
+        w, z, lift, project, scales, products = solve(local)
         finite = jnp.isfinite(value) & jnp.isfinite(length) & all_finite((w, z))
         w, z = jnp.where(finite, w, 1.0), jnp.where(finite, z, 0.0)
 
@@ -240,8 +247,7 @@ def trust_region_newton(
             p, sound = lift(step.y), jnp.isfinite(step.length)
             if geodesic_acceleration:
                 a = secular.divided(w, project(_bending(objective, parts, p)), step.shift)
-                sound &= norm(a) <= BEND * step.length
-                p = lift(step.y + a / 2)
+                p = lift(step.y + jnp.where(norm(a) <= BEND * step.length, a / 2, 0.0))
             p = jax.tree.map(lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts)
             fall = value - jnp.asarray(objective(applied(parts, p)), dtype)
             ratio = jnp.where(sound, gain_ratio(fall, step.decrease, noise), -jnp.inf)
@@ -267,6 +273,7 @@ def trust_region_newton(
             count=jnp.asarray(optax.safe_increment(state.count)),
             size=jnp.where(finite, last.size, state.size),
             first_length=jnp.where(finite, first_length, state.first_length),
+            scales=jnp.where(finite, scales, state.scales),
             info=TrustRegionInfo(
                 step_status(status), last.ratio, last.shift, w[0], last.count, jnp.asarray(products, jnp.int32)
             ),
@@ -303,10 +310,11 @@ def _cauchy(w: Vector, z: Vector) -> jax.Array:
     return jnp.where(curved > 0, scale * along**1.5 / jnp.where(curved > 0, curved, 1.0), 1.0)
 
 
-def _like_others(t: Vector, known: jax.Array) -> Vector:
-    """The smallest of the scales that are known where one is not."""
-    smallest = jnp.min(t, where=known, initial=jnp.inf)
-    return jnp.where(known, t, jnp.where(jnp.isfinite(smallest), smallest, 1.0))
+def _largest(scales: Vector, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
+    """The larger of D before and `1/t`, and its inverse; an entry not known yet counts as much as the largest."""
+    scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
+    largest = unit_scale(scales)
+    return scales, 1 / jnp.where(scales > 0, scales, largest)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
