@@ -24,10 +24,15 @@ def equilibration(H: Matrix) -> Vector:
 
 def unit_power(sizes: Vector) -> Vector:
     """Return the powers of two that bring each of `sizes` near 1; 1 for zero."""
-    return power(-jnp.round(jnp.log2(jnp.where(sizes > 0, sizes, 1.0))))
+    exponent = -jnp.round(jnp.log2(jnp.where(sizes > 0, sizes, 1.0)))
+    return jnp.ldexp(jnp.ones_like(sizes), _held(exponent).astype(jnp.int32))  # exp2 rounds, even here
 
 
 def power(exponent: jax.Array) -> jax.Array:
-    """`2^exponent`, within what the dtype can hold."""
+    """`2^exponent`, for any real exponent, within what the dtype can hold."""
+    return jnp.where(exponent == -jnp.inf, 0.0, jnp.exp2(_held(exponent)))
+
+
+def _held(exponent: jax.Array) -> jax.Array:
     info = jnp.finfo(exponent.dtype)
-    return jnp.where(exponent == -jnp.inf, 0.0, jnp.exp2(jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)))
+    return jnp.clip(exponent, info.minexp + 2, info.maxexp - 2)

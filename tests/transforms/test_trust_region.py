@@ -90,6 +90,40 @@ def test_the_unit_of_no_parameter_matters(model):
     assert scaled.evaluations == plain.evaluations
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+def test_a_scale_is_the_largest_so_far(curvature):
+    tx, x = trust_region_newton(curvature=curvature), jnp.ones(3)
+
+    def seen(state, c):
+        c = jnp.array(c)
+        value_fn = composite(lambda x: jnp.sqrt(c) * x, lambda z: 0.5 * jnp.sum(z**2))
+        return once(tx, value_fn, x, state)[1]
+
+    state = tx.init(x)
+    for c, scales in (
+        ([4.0, 0.0, 1.0], [2, 0, 1]),
+        ([4**-9, 16.0, 4**9], [2, 4, 512]),
+        ([0.0, 64.0, 1.0], [2, 8, 512]),
+    ):
+        state = seen(state, c)
+        np.testing.assert_array_equal(state.scales, scales)
+
+
+@pytest.mark.parametrize(("bend", "taken"), [(0.1, True), (10.0, False)])
+def test_a_bend_is_left_out_where_it_is_longer_than_the_step(bend, taken):
+    value_fn = composite(lambda x: x + bend * x**2 - 1.0, lambda z: 0.5 * jnp.sum(z**2))
+    plain, bent = (
+        once(
+            trust_region_newton(curvature="gauss_newton", geodesic_acceleration=geodesic, max_trials=1, model="radius"),
+            value_fn,
+            jnp.full(1, -0.01),
+        )
+        for geodesic in (False, True)
+    )
+    assert (plain[1].info.ratio != bent[1].info.ratio) == taken
+    assert (bent[0] < plain[0]) == taken
+
+
 def test_one_decomposition_serves_all_trials():
     x, tx = jnp.array([3.0, 4.0]), trust_region_newton(initial_radius=1e3, model="radius")
     f = lambda x: jnp.sum(jnp.sqrt(1 + x**2))  # from here Newton's steps go to -x^3
@@ -225,7 +259,7 @@ def test_no_parameters_is_no_trouble():
         ({"initial_radius": 0.0}, "initial_radius must be at least"),
         ({"max_trials": 0}, "max_trials must be an int, at least 1, got 0"),
         ({"geodesic_acceleration": True}, "geodesic_acceleration needs curvature"),
-        ({"geodesic_acceleration": True, "curvature": "gauss_newton", "subproblem": "cg"}, "and subproblem"),
+        ({"geodesic_acceleration": True, "curvature": "gauss_newton", "subproblem": "cg"}, "another subproblem"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):
