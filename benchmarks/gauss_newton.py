@@ -21,7 +21,7 @@ from hessopt.transforms import trust_region
 AIM = 4.1e-6
 """Relative L2 error that SSBroyden is published to reach in 10,000 iterations."""
 
-SMALL = (3, 20, 20, 1)
+SMALL = (3, 16, 16, 1)
 
 
 def of_this_iterate(local: trust_region.Local) -> trust_region.Spectral:
@@ -52,8 +52,8 @@ VARIANTS: dict[str, Callable[[], optax.GradientTransformation]] = {
 def run(quick: bool, out: pathlib.Path) -> str:
     """Run the suite, write JSON, Markdown and figure, and return the Markdown."""
     jax.config.update("jax_enable_x64", True)
-    sizes, where, steps, every = poisson.SIZES, poisson.points(), 400, 20
-    small, fewer, short = SMALL, poisson.points(2000, 400), 200
+    sizes, where, steps, every = poisson.SIZES, poisson.points(), 360, 20
+    small, fewer, short = SMALL, poisson.points(1000, 200), 200
     if quick:
         sizes, where, steps, every = (3, 4, 4, 1), poisson.points(50, 20), 4, 2
         small, fewer, short = sizes, where, steps

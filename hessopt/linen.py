@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import jax
 import optax
+from flax import struct
 from flax.training import train_state
 
 from hessopt.calculus.objective import Composite, informed_update
@@ -14,7 +15,10 @@ from hessopt.typing import ValueFn
 class TrainState(train_state.TrainState):
     """Flax's train state, which passes the value and the objective on to its optimizer.
 
-    Any optax transformation serves as `tx`. Create it with `TrainState.create(apply_fn=..., params=..., tx=...)`.
+    Any optax transformation serves as `tx`. Create it with `TrainState.create(apply_fn=..., params=..., tx=...)`, and
+    for a model with other variables, such as BatchNorm's running statistics, with `collections={"batch_stats": ...}`:
+    `step_with` hands them to the loss, and keeps what the gradient's evaluation made of them. Evaluations by the
+    optimizer leave them alone.
 
     Example:
       >>> import jax, jax.numpy as jnp, hessopt
@@ -32,6 +36,8 @@ class TrainState(train_state.TrainState):
       >>> round(float(state.params["params"]["kernel"][0, 0]), 3)
       3.0
     """
+
+    collections: Any = struct.field(default_factory=dict)
 
     def apply_gradients(
         self, *, grads: optax.Updates, value: jax.Array | None = None, value_fn: ValueFn | None = None, **replace: Any
@@ -64,17 +70,24 @@ class TrainState(train_state.TrainState):
         """Take one training step: value, gradient and update in one call.
 
         Args:
-          loss_fn: `loss_fn(params, *data)`, or with `rngs=rngs` as well when those are given; returns the loss, or
-            `(loss, aux)`. A `hessopt.composite` keeps its parts apart for Gauss-Newton.
+          loss_fn: `loss_fn(params, *data)`, with `rngs=rngs` where those are given and `collections=collections` where
+            the state has some; returns the loss, or `(loss, aux)`. With collections it returns `(loss, new)` or
+            `(loss, (new, aux))`, new being the dictionary that `apply_fn(..., mutable=...)` returns beside its outputs.
+            A `hessopt.composite` keeps its parts apart for Gauss-Newton.
           *data: positional data of loss_fn.
           rngs: random keys, the same for the gradient and for every evaluation that the optimizer makes.
 
         Returns:
           `(state, value, aux)`: the new state; the loss and aux (None without one) at the old parameters.
 
+        Raises:
+          TypeError: when loss_fn does not return the collections that it was given.
+
         Cost: one value and gradient, and the optimizer's update.
         """
-        named = {} if rngs is None else {"rngs": rngs}
+        named: dict[str, Any] = {} if rngs is None else {"rngs": rngs}
+        if self.collections:
+            named["collections"] = self.collections
 
         def loss(params: Any) -> tuple[jax.Array, Any]:
             out = loss_fn(params, *data, **named)
@@ -82,4 +95,14 @@ class TrainState(train_state.TrainState):
 
         value_fn = loss_fn.close(*data, **named) if isinstance(loss_fn, Composite) else lambda params: loss(params)[0]
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(self.params)
-        return self.apply_gradients(grads=optax.tree.conj(grads), value=value, value_fn=value_fn), value, aux
+        replace = {}
+        if self.collections:
+            new, aux = aux if isinstance(aux, tuple) else (aux, None)
+            if jax.tree.structure(new) != jax.tree.structure(self.collections):
+                raise TypeError(
+                    f"loss_fn must return (loss, collections) or (loss, (collections, aux)) with collections like "
+                    f"those it is given, {jax.tree.structure(self.collections)}, got {jax.tree.structure(new)}"
+                )
+            replace["collections"] = new
+        grads = optax.tree.conj(grads)
+        return self.apply_gradients(grads=grads, value=value, value_fn=value_fn, **replace), value, aux

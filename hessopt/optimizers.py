@@ -10,8 +10,9 @@ import optax
 from hessopt.calculus.curvature import CurvatureFn
 from hessopt.calculus.flat import all_finite, strongly_typed
 from hessopt.calculus.groups import Groups
-from hessopt.calculus.objective import bind, require_given, require_params
+from hessopt.calculus.objective import bind, precompose, require_given, require_params
 from hessopt.calculus.recycling import LinesearchState
+from hessopt.calculus.sharding import beside, gathered, placed
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.positivity import Positivity
 from hessopt.transforms.bfgs import scale_by_bfgs
@@ -365,7 +366,7 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
     It gets the bound objective and nothing else, since optax's reject keywords that they do not know; a strongly typed
     state, since theirs starts weakly typed and makes a jitted step compile twice; and its old state back when it gives
     no step, since theirs do not recover from a step of length zero. No step is taken from a value that is not finite:
-    every trial would be a decrease.
+    every trial would be a decrease. On an explicit mesh they see trees gathered, of which they take inner products.
     """
     linesearch = optax.with_extra_args_support(linesearch)
     if isinstance(jax.eval_shape(linesearch.init, jnp.zeros(())), LinesearchState):
@@ -374,7 +375,8 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
     def init(params: Params) -> optax.OptState:
         array_params = jax.tree.map(jnp.asarray, params)
         # optax's searches look at a first leaf: of an empty tree or a placeholder, give them one
-        return strongly_typed(linesearch.init(array_params if jax.tree.leaves(params) else jnp.zeros(())))
+        state = linesearch.init(array_params if jax.tree.leaves(params) else jnp.zeros(()))
+        return beside(strongly_typed(state), params)
 
     def update(
         updates: optax.Updates,
@@ -392,7 +394,21 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
         if not jax.tree.leaves(updates):
             return updates, state
         array_params = jax.tree.map(jnp.asarray, params)
-        step, new_state = linesearch.update(updates, state, array_params, value=value, grad=grad, value_fn=objective)
+
+        def place(tree: Any) -> Any:
+            return jax.tree.map(placed, tree, array_params)
+
+        def with_grad(state: Any, change: Any) -> Any:
+            return state if getattr(state, "grad", None) is None else state._replace(grad=change(state.grad))
+
+        def gather(tree: Any) -> Any:
+            return jax.tree.map(gathered, tree)
+
+        whole, given, at = map(gather, (updates, grad, array_params))
+        step, new_state = linesearch.update(
+            whole, with_grad(state, gather), at, value=value, grad=given, value_fn=precompose(objective, place)
+        )
+        step, new_state = place(step), with_grad(new_state, place)
         moved = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)])) & jnp.isfinite(value)
         step = jax.tree.map(lambda leaf: jnp.where(moved, leaf, 0), step)
         kept: Any = jax.tree.map(lambda new, old: jnp.where(moved, new, old), new_state, state)

@@ -118,3 +118,65 @@ def test_multi_steps_hands_the_objective_on():
     for _ in range(2):
         state, value, _ = state.step_with(loss_fn, X, Y)
     assert loss_fn(state.params, X, Y) < value
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=False, momentum=0.9)(nn.Dense(4)(x))
+        return nn.Dense(2)(nn.Dropout(0.25, deterministic=False)(jnp.tanh(x)))
+
+
+def normed_loss(params, x, y, rngs, collections):
+    logits, new = Normed().apply({"params": params, **collections}, x, rngs=rngs, mutable=list(collections))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (new, logits)
+
+
+def create_normed(tx):
+    variables = Normed().init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
+    collections = {"batch_stats": variables["batch_stats"]}
+    return TrainState.create(apply_fn=Normed().apply, params=variables["params"], tx=tx, collections=collections)
+
+
+WITH_PROBES = {
+    "generalized_newton": lambda: hessopt.generalized_newton(optax.sgd(0.1)),
+    "forward": lambda: hessopt.generalized_newton(optax.sgd(0.1), mode="forward"),
+    "grouped_newton": lambda: hessopt.grouped_newton(optax.sgd(0.1)),
+    "lbfgs": hessopt.lbfgs,
+}
+
+
+@pytest.mark.parametrize("name", ["generalized_newton", "forward"])
+def test_running_statistics_are_those_of_one_forward_pass(name):
+    state, rngs = create_normed(WITH_PROBES[name]()), {"dropout": jax.random.key(3)}
+    step = jax.jit(lambda s, x: s.step_with(normed_loss, x, Y, rngs=rngs))
+    for x in (X, 2.0 * X):
+        expected, (statistics, logits) = normed_loss(state.params, x, Y, rngs, state.collections)
+        state, value, aux = step(state, x)
+        assert_trees_close(state.collections, statistics, rtol=1e-6)
+        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        np.testing.assert_allclose(aux, logits, rtol=1e-5)
+
+
+def test_a_loss_that_forgets_its_collections_is_told_so():
+    def forgets(params, x, y, rngs, collections):
+        loss, (_, logits) = normed_loss(params, x, y, rngs, collections)
+        return loss, logits
+
+    with pytest.raises(TypeError, match="loss_fn must return"):
+        create_normed(optax.sgd(0.1)).step_with(forgets, X, Y, rngs={"dropout": jax.random.key(3)})
+
+
+@pytest.mark.parametrize("name", ["generalized_newton", "grouped_newton", "lbfgs"])
+def test_a_frozen_half_does_not_change_by_one_bit(name):
+    mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[1].key == "Dense_1", params)
+    state = create(hessopt.masked(WITH_PROBES[name](), mask))
+    first, step = state, jax.jit(lambda s: s.step_with(loss_fn, X, Y))
+    values = []
+    for _ in range(4):
+        state, value, _ = step(state)
+        values.append(value)
+    assert values[-1] < values[0]
+    frozen, moved = (jax.tree.leaves(s.params["params"]["Dense_0"]) for s in (first, state))
+    for a, b in zip(frozen, moved, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -11,6 +11,7 @@ from hessopt.calculus.batching import stacked
 from hessopt.calculus.flat import real_leaves, solve_dtype
 from hessopt.calculus.groups import Groups, combine, group_labels, take
 from hessopt.calculus.objective import Composite, precompose
+from hessopt.calculus.sharding import gathered
 from hessopt.typing import Matrix, Params, ValueFn
 
 CurvatureFn: TypeAlias = Callable[[Any, Callable[[Any], Any], Any], Callable[[Any], Any]]
@@ -187,7 +188,7 @@ def fill_rows(matrix: Matrix, linear: Any, leaf: jax.Array, row: int, columns: l
         units = jax.nn.one_hot(start + jnp.arange(chunk), leaf.size, dtype=leaf.dtype)
         images = products(units.reshape(chunk, *leaf.shape))
         for column, image in zip(columns, images, strict=True):
-            image = image.reshape(chunk, -1).astype(matrix.dtype)
+            image = gathered(image).reshape(chunk, -1).astype(matrix.dtype)
             matrix = jax.lax.dynamic_update_slice(matrix, image, (row + start, jnp.asarray(column, start.dtype)))
         return matrix, None
 

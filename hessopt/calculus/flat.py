@@ -1,6 +1,5 @@
 """A pytree of parameters as one real vector; a complex leaf counts as its real and imaginary parts."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hessopt.calculus.sharding import contract, gathered, placed
+from hessopt.numerics.norms import unit_scale
 from hessopt.typing import Matrix, Params, Vector
 
 
@@ -48,7 +49,7 @@ def ravel(tree: Params) -> Vector:
     """Concatenate the real leaves of `tree` into one vector `(n,)` of `solve_dtype`."""
     parts, _ = real_leaves(tree)
     dtype = solve_dtype(tree)
-    return jnp.concatenate([jnp.zeros(0, dtype)] + [part.ravel().astype(dtype) for part in parts])
+    return jnp.concatenate([jnp.zeros(0, dtype)] + [gathered(part).ravel().astype(dtype) for part in parts])
 
 
 def unravel(vector: Vector, like: Params) -> Params:
@@ -56,7 +57,8 @@ def unravel(vector: Vector, like: Params) -> Params:
     parts, restore = real_leaves(like)
     pieces, start = [], 0
     for part in parts:
-        pieces.append(vector[start : start + part.size].reshape(part.shape).astype(part.dtype))
+        piece = vector[start : start + part.size].reshape(part.shape)
+        pieces.append(placed(piece.astype(part.dtype), part))
         start += part.size
     return restore(pieces)
 
@@ -73,10 +75,10 @@ def gram(*vectors: Params) -> Matrix:
         wide = jnp.promote_types(dtype, jnp.result_type(*xs))
         xs = tuple(jnp.asarray(x, wide) for x in xs)
         if xs[0].size >= LARGE:
-            upper = {(i, j): _dot(xs[i], xs[j], 0) for i in range(k) for j in range(i, k)}
+            upper = {(i, j): _dot(xs[i], xs[j], xs[i].ndim) for i in range(k) for j in range(i, k)}
             return jnp.stack([upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]).reshape(k, k)
         X = jnp.stack(xs)  # a matrix product costs less to compile than sums of products
-        return _dot(X, X, 1)
+        return _dot(X, X, X.ndim - 1)
 
     return sum(jax.tree.leaves(jax.tree.map(products, *vectors)), jnp.zeros((k, k), dtype))
 
@@ -86,26 +88,23 @@ def inner(a: Params, b: Params) -> jax.Array:
     return gram(a, b)[0, 1]
 
 
-def _dot(x: jax.Array, y: jax.Array, first: int) -> jax.Array:
-    """Contract all axes from `first` on."""
-    axes = [*range(first, x.ndim)]
-    return jnp.real(jnp.tensordot(jnp.conj(x), y, [axes, axes], precision="highest"))
+def tree_norm(tree: Params) -> jax.Array:
+    """The norm of a tree, in `solve_dtype`; inf or NaN only where it has such entries."""
+    dtype = solve_dtype(tree)
+    sizes = [jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    scale = unit_scale(jnp.stack(sizes)) if sizes else jnp.ones((), dtype)
+    unit = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(dtype, leaf.dtype)) / scale, tree)
+    return scale * jnp.sqrt(inner(unit, unit))
+
+
+def _dot(x: jax.Array, y: jax.Array, axes: int) -> jax.Array:
+    """Contract the last axes."""
+    return jnp.real(contract(jnp.conj(x), y, axes))
 
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether no entry of any leaf is inf or NaN."""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-def zeros(shapes: Any) -> Any:
-    """Return zeros for each `jax.ShapeDtypeStruct` of a tree, by one program: one each takes seconds to compile."""
-    leaves, treedef = jax.tree.flatten(shapes)
-    return jax.tree.unflatten(treedef, _zeros(tuple((leaf.shape, leaf.dtype) for leaf in leaves)))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _zeros(kinds: tuple[tuple[tuple[int, ...], Any], ...]) -> list[jax.Array]:
-    return [jnp.zeros(shape, dtype) for shape, dtype in kinds]
 
 
 def applied(params: Params, updates: Params) -> Params:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hessopt.calculus.flat import inner
+from hessopt.calculus.sharding import contract, stack_of, zeros
 from hessopt.numerics.secular import Shifted
 from hessopt.typing import Matrix, Vector
 
@@ -49,28 +50,30 @@ def krylov(
     """
     length = jnp.sqrt(inner(g, g))
     unit = jax.tree.map(lambda leaf: leaf / jnp.where(length > 0, length, 1.0), g)
-    zeros = jnp.zeros(size, length.dtype)
+    none = jnp.zeros(size, length.dtype)
+    rows = zeros(jax.tree.map(lambda leaf: stack_of(leaf, size), unit), unit)
     begin = Krylov(
-        V=jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), leaf.dtype).at[0].set(leaf), unit),
-        diagonal=zeros,
-        beside=zeros,
+        V=jax.tree.map(lambda rows, leaf: _put(rows, leaf, 0), rows, unit),
+        diagonal=none,
+        beside=none,
         used=jnp.zeros((), jnp.int32),
         residual=jnp.full((), jnp.inf, length.dtype),
-        w=zeros,
-        z=zeros,
+        w=none,
+        z=none,
         S=jnp.eye(size, dtype=length.dtype),
     )
 
     def extend(now: Krylov) -> Krylov:
         k, V = now.used, now.V
-        vector, coefficients = multiply(jax.tree.map(lambda rows: rows[k], V)), zeros
+        newest = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), V)
+        vector, coefficients = multiply(newest), none
         for _ in range(2):
             step = within(V, vector)
             vector = jax.tree.map(jnp.subtract, vector, combination(step, V))
             coefficients += step
         beta = jnp.sqrt(inner(vector, vector))
         new = jax.tree.map(lambda leaf: leaf / jnp.where(beta > 0, beta, 1.0), vector)
-        V = jax.tree.map(lambda rows, leaf: rows.at[k + 1].set(leaf, mode="drop"), V, new)
+        V = jax.tree.map(lambda rows, leaf: _put(rows, leaf, k + 1), V, new)
         diagonal, beside = now.diagonal.at[k].set(coefficients[k]), now.beside.at[k].set(beta)
 
         inside = jnp.arange(size) <= k
@@ -90,10 +93,16 @@ def krylov(
 
 def within(V: Any, vector: Any) -> Vector:
     """`V'v`, summed over the leaves."""
-    products = jax.tree.map(lambda rows, x: jnp.tensordot(rows, x, x.ndim, precision="highest"), V, vector)
+    products = jax.tree.map(lambda rows, x: contract(rows, x, x.ndim), V, vector)
     return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
 def combination(y: Vector, V: Any) -> Any:
     """`V y`, leaf by leaf."""
     return jax.tree.map(lambda rows: jnp.tensordot(y, rows, 1, precision="highest"), V)
+
+
+def _put(rows: jax.Array, leaf: jax.Array, k: Any) -> jax.Array:
+    """Write row k, if there is one."""
+    last = jax.lax.dynamic_index_in_dim(rows, k, keepdims=False)
+    return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(k < len(rows), leaf, last), k, 0)

@@ -17,6 +17,7 @@ from hessopt._checks import check_count, check_range
 from hessopt.calculus.flat import all_finite, applied, inner, solve_dtype
 from hessopt.calculus.groups import Groups, check_groups, group_labels, take
 from hessopt.calculus.objective import bind, require_params
+from hessopt.calculus.sharding import beside
 from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
 
 RISE = 1e-3
@@ -106,7 +107,7 @@ def scale_by_rates(
 
     def init(params: Params) -> Any:
         dtype, size = solve_dtype(params), len(group_labels(params, groups)[1])
-        return rule.State(
+        state = rule.State(
             jnp.zeros((), jnp.int32),
             Memory(
                 age=jnp.int32(update_every),
@@ -118,6 +119,7 @@ def scale_by_rates(
             ),
             RateInfo(jnp.zeros((), jnp.int32), jnp.full(size, initial_rate, dtype), jnp.zeros((), jnp.int32)),
         )
+        return beside(state, params)
 
     def update(
         updates: optax.Updates,

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_word, choose
-from hessopt.calculus.flat import eps, gram, inner, ravel, unravel, zeros
+from hessopt.calculus.flat import eps, gram, inner, ravel, unravel
 from hessopt.calculus.objective import require_params
+from hessopt.calculus.sharding import zeros
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
 from hessopt.numerics.secant import accepts, first_scale
@@ -113,7 +114,7 @@ def scale_by_bfgs(
         scalar: Any = jax.ShapeDtypeStruct((), vector.dtype)
         inverse = broyden.shapes(vector.size, room, vector.dtype)
         last: Any = jax.ShapeDtypeStruct((3, vector.size), vector.dtype)
-        return zeros(BfgsState(count, last, scalar, inverse, BfgsInfo(count, count, count, count)))
+        return zeros(BfgsState(count, last, scalar, inverse, BfgsInfo(count, count, count, count)), params)
 
     def update(
         updates: optax.Updates,

@@ -17,8 +17,9 @@ import optax
 
 from hessopt._checks import check_count
 from hessopt.calculus import flat
-from hessopt.calculus.flat import eps, gram, inner, solve_dtype, zeros
+from hessopt.calculus.flat import eps, gram, inner, solve_dtype
 from hessopt.calculus.objective import bind, require_params
+from hessopt.calculus.sharding import contract, stack_of, zeros
 from hessopt.numerics import compact
 from hessopt.numerics.secant import accepts, first_scale, unit_scale
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
@@ -109,19 +110,20 @@ def scale_by_lbfgs(
         params = jax.tree.map(jnp.asarray, params)
         dtype = solve_dtype(params)
         shape: Any = jax.ShapeDtypeStruct
-        like = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), params)
+        like = jax.tree.map(stack_of, params)
         count, scalar = shape((), jnp.int32), shape((), dtype)
         return zeros(
             LbfgsState(
                 count=count,
                 old_params=like,
                 old_grad=None if same_batch_pairs else like,
-                pairs=jax.tree.map(lambda leaf: shape((memory_size, 2, *leaf.shape), kept_dtype(leaf)), params),
+                pairs=jax.tree.map(lambda leaf: stack_of(leaf, memory_size, 2, dtype=kept_dtype(leaf)), params),
                 gg=scalar,
                 products=None if same_batch_pairs else shape((memory_size, 2), dtype),
                 compact=compact.shapes(memory_size, dtype),
                 info=LbfgsInfo(count, count, count, scalar),
-            )
+            ),
+            params,
         )
 
     def update(
@@ -259,16 +261,16 @@ def _part(tree: Params, is_large: Sequence[bool], large: bool) -> list[jax.Array
 def _products(none: Matrix, pairs: Sequence[jax.Array], *vectors: Sequence[jax.Array]) -> list[Matrix]:
     """`S'x` and `Y'x`, `(m, 2)`, of each vector x, summed over the leaves."""
 
-    def product(rows: jax.Array, x: jax.Array) -> jax.Array:
-        wide = jnp.promote_types(jnp.float32, x.dtype)
-        if jnp.finfo(rows.dtype).bits < jnp.finfo(wide).bits:  # widened as it is read, not before
-            return jnp.sum(rows.astype(wide) * x, axis=tuple(range(2, rows.ndim)))
-        return jnp.real(jnp.tensordot(rows, jnp.conj(x).astype(rows.dtype), x.ndim, precision="highest"))
+    def product(rows: jax.Array, x: jax.Array, axes: int) -> jax.Array:
+        return jnp.real(contract(rows, jnp.conj(x).astype(rows.dtype), axes))
 
     def products(rows: jax.Array, *xs: jax.Array) -> Sequence[jax.Array]:
+        axes, wide = xs[0].ndim, jnp.promote_types(jnp.float32, xs[0].dtype)
+        if jnp.finfo(rows.dtype).bits < jnp.finfo(wide).bits:  # widened as it is read, not before
+            return [jnp.sum(rows.astype(wide) * x, axis=tuple(range(2, rows.ndim))) for x in xs]
         if xs[0].size >= flat.LARGE:
-            return [product(rows, x) for x in xs]
-        return jnp.unstack(jax.vmap(product, (None, 0))(rows, jnp.stack(xs)))
+            return [product(rows, x, axes) for x in xs]
+        return jnp.unstack(product(rows, jnp.stack(xs), axes), axis=2)
 
     return [sum(column, none) for column in zip(*map(products, pairs, *vectors), strict=True)] or [none] * len(vectors)
 

@@ -21,6 +21,7 @@ from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.flat import applied, gram, inner, solve_dtype, strongly_typed
 from hessopt.calculus.objective import bind, require_given, require_params
 from hessopt.calculus.recycling import LinesearchInfo, LinesearchState
+from hessopt.calculus.sharding import beside
 from hessopt.numerics import wolfe
 from hessopt.typing import Params, StepStatus, ValueFn, step_status
 
@@ -100,13 +101,14 @@ def scale_by_wolfe_linesearch(
 
     def init(params: Params) -> LinesearchState:
         dtype = solve_dtype(params)
-        return LinesearchState(
+        state = LinesearchState(
             count=jnp.zeros((), jnp.int32),
             value=jnp.full((), jnp.inf, dtype),
             grad=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), strongly_typed(params)),
             fall=jnp.zeros((), dtype),
             info=LinesearchInfo(jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)),
         )
+        return beside(state, params)
 
     def update(
         updates: optax.Updates,

@@ -22,6 +22,7 @@ from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
 from hessopt.calculus.flat import ravel, solve_dtype, unravel
 from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.calculus.objective import bind, require_params
+from hessopt.calculus.sharding import beside
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.numerics.positivity import POSITIVITIES, Positivity
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
@@ -120,12 +121,13 @@ def scale_by_newton(
     def init(params: Params) -> NewtonState:
         labels, names = group_labels(params, blocks)
         dtype = solve_dtype(params)
-        return NewtonState(
+        state = NewtonState(
             count=jnp.zeros((), jnp.int32),
             shift=jnp.zeros(len(names), dtype),
             factors=_per_block(empty_factors(params, labels, len(names))) if update_every > 1 else None,
             info=_worst([], dtype),
         )
+        return beside(state, params)
 
     def update(
         updates: optax.Updates,

@@ -17,8 +17,9 @@ import optax
 
 from hessopt._checks import check_count, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn
-from hessopt.calculus.flat import gram, inner, real_leaves, solve_dtype, zeros
+from hessopt.calculus.flat import gram, inner, real_leaves, solve_dtype
 from hessopt.calculus.objective import bind, precompose, require_params
+from hessopt.calculus.sharding import zeros
 from hessopt.numerics.cg import conjugate_gradients, forcing
 from hessopt.typing import Params, StepStatus, ValueFn, step_status
 
@@ -98,7 +99,7 @@ def scale_by_newton_cg(
     def init(params: Params) -> NewtonCgState:
         shape: Any = jax.ShapeDtypeStruct
         scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
-        state = zeros(NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)))
+        state = zeros(NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)), params)
         return state._replace(direction=jax.tree.map(jnp.zeros_like, params) if warm_start else None)
 
     def update(

@@ -17,6 +17,7 @@ from hessopt._checks import check_range, check_word
 from hessopt.calculus.flat import ravel, solve_dtype
 from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.calculus.objective import of_group, require_params
+from hessopt.calculus.sharding import beside
 from hessopt.numerics.norms import norm
 from hessopt.typing import Params, StepStatus, step_status
 
@@ -92,13 +93,14 @@ def subsampled(
     def init(params: Params) -> SubsampledState:
         labels, names = group_labels(params, blocks)
         states = {name: inner.init(take(params, labels, group)) for group, name in enumerate(names)}
-        return SubsampledState(
+        state = SubsampledState(
             count=jnp.zeros((), jnp.int32),
             ratio=jnp.ones((), solve_dtype(params)),
             # of no block a leaf, so that `optax.tree.map_params` sees a non-parameter there
             inner=states or jnp.zeros(()),
             info=SubsampledInfo(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
         )
+        return beside(state, params)
 
     def update(
         updates: optax.Updates,

@@ -26,10 +26,11 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians, product
-from hessopt.calculus.flat import all_finite, applied, inner, ravel, real_leaves, solve_dtype, unravel, zeros
+from hessopt.calculus.flat import all_finite, applied, inner, ravel, real_leaves, solve_dtype, tree_norm, unravel
 from hessopt.calculus.krylov import combination, krylov, within
 from hessopt.calculus.least_squares import root
 from hessopt.calculus.objective import bind, precompose, require_params
+from hessopt.calculus.sharding import zeros
 from hessopt.numerics import secular
 from hessopt.numerics.cg import forcing
 from hessopt.numerics.equilibration import equilibration, unit_power
@@ -204,7 +205,7 @@ def trust_region_newton(
         scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
         scales: Any = jax.eval_shape(ravel, params) if scaled else shape((0,), scalar.dtype)
         info = TrustRegionInfo(count, scalar, scalar, scalar, count, count)
-        return zeros(TrustRegionState(count, scalar, scalar, scales, info))
+        return zeros(TrustRegionState(count, scalar, scalar, scales, info), params)
 
     def update(
         updates: optax.Updates,
@@ -232,7 +233,7 @@ def trust_region_newton(
             radius = _cauchy(w, z) if initial_radius is None else jnp.asarray(initial_radius, dtype)
             return jnp.where(state.size > 0, state.size, bound.first(w, secular.within_radius(w, z, radius)))
 
-        length = norm(ravel(gradient))
+        length = tree_norm(gradient)
         first_length = jnp.where(state.first_length > 0, state.first_length, length)
         local = Local(
             objective, parts, gradient, curvature,

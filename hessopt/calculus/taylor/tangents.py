@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
-from jax.sharding import NamedSharding, PartitionSpec
 
 from hessopt.calculus.programs import depends
+from hessopt.calculus.sharding import contract
 
 Groups = tuple[int, ...]
 """Groups by their numbers, each once, in the order of a stack."""
@@ -105,25 +105,15 @@ def gram(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """Real inner products of two stacks, `(j, k)`, not conjugated."""
     if len(a) < len(b):  # XLA transposes the right one
         return gram(b, a, dtype).T
-    return _contracted(a, b, ((), ()), dtype)
+    return _contracted(a, b, dtype)
 
 
 def rowwise(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
     """Real inner products of the rows of two stacks, `(k,)`, not conjugated."""
-    return _contracted(a, b, ((0,), (0,)), dtype)
+    return _contracted(a, b, dtype, rowwise=True)
 
 
-def _contracted(a: jax.Array, b: jax.Array, batch: Any, dtype: Any) -> jax.Array:
-    """The sum over all axes but the first, at least in this dtype, on every device of an explicit mesh."""
-    axes = tuple(range(1, a.ndim))
-    sharding = jax.typeof(a).sharding
-    spread_out = any(axis is not None for axis in sharding.spec)
-    product = jax.lax.dot_general(
-        a,
-        b,
-        ((axes, axes), batch),
-        precision="highest",
-        preferred_element_type=jnp.promote_types(dtype, a.dtype),
-        out_sharding=NamedSharding(sharding.mesh, PartitionSpec()) if spread_out else None,
-    )
+def _contracted(a: jax.Array, b: jax.Array, dtype: Any, **how: Any) -> jax.Array:
+    """The sum over all axes but the first, at least in this dtype."""
+    product = contract(a, b, a.ndim - 1, dtype=jnp.promote_types(dtype, a.dtype), **how)
     return jnp.real(product).astype(dtype)

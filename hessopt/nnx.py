@@ -1,0 +1,132 @@
+"""Flax NNX: an optimizer that sees the objective (`pip install hessopt[flax]`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from hessopt.calculus.objective import Composite, informed_update, precompose
+
+_BASE: Any = getattr(nnx, "Pytree", None) or nnx.Object  # Flax 0.12 renamed it
+_VARIABLES: Any = (nnx.Variable, vars(nnx).get("VariableState", nnx.Variable))  # the latter up to Flax 0.11
+
+
+class OptState(nnx.Variable):
+    """An array of the optimizer's state."""
+
+
+class Optimizer(_BASE):
+    """Update the parameters of a model by any optax transformation, which may evaluate the objective.
+
+    Args:
+      model: an NNX module.
+      tx: the transformation.
+      wrt: filter for the variables to update; all others are held. It must be that of the gradients.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, hessopt
+      >>> from flax import nnx
+      >>> model, x = nnx.Linear(1, 1, rngs=nnx.Rngs(0)), jnp.array([[0.0], [1.0], [2.0]])
+      >>> optimizer = Optimizer(model, hessopt.newton())
+      >>> @nnx.jit
+      ... def step(model, optimizer, x, y):
+      ...     def loss_fn(model):
+      ...         return jnp.mean((model(x) - y) ** 2)
+      ...     value, grads = nnx.value_and_grad(loss_fn)(model)
+      ...     optimizer.update(model, grads, value=value, loss_fn=loss_fn)
+      ...     return value
+      >>> value = step(model, optimizer, x, 3.0 * x + 1.0)
+      >>> jnp.round(model(jnp.ones((1, 1))), 3).tolist()
+      [[4.0]]
+    """
+
+    def __init__(self, model: Any, tx: optax.GradientTransformation, wrt: Any = nnx.Param) -> None:
+        """Initialise the transformation at the model's parameters."""
+        data = getattr(nnx, "data", lambda tree: tree)  # says that a tree holds variables, since Flax 0.12
+        self.tx, self.wrt = tx, wrt
+        self.step = OptState(jnp.zeros((), jnp.uint32))
+        self.opt_state = data(jax.tree.map(OptState, tx.init(_arrays(nnx.state(model, wrt)))))
+
+    def update(
+        self, model: Any, grads: Any, /, *, value: jax.Array | None = None, loss_fn: Callable[[Any], Any] | None = None
+    ) -> None:
+        """Update the parameters of the model, the optimizer's state and the step count, in place.
+
+        Args:
+          model: the module, as `nnx.value_and_grad(loss_fn)(model)` left it.
+          grads: what that returned.
+          value: the loss that it returned, for optimizers with a line search.
+          loss_fn: the objective, for optimizers that evaluate it: `loss_fn(model)` returns the loss, or `(loss, aux)`.
+            Its evaluations see copies of the model: running statistics are those that the gradient left, and random
+            numbers, such as Dropout's masks, those that the gradient drew. A `hessopt.composite` keeps its parts apart
+            for Gauss-Newton.
+
+        Raises:
+          TypeError: from an optimizer that needs what was not given, naming it.
+
+        Cost: the optimizer's update; one more forward pass for a model that draws random numbers, when not compiled.
+        """
+        state = nnx.state(model, self.wrt)
+        gradients = grads if isinstance(grads, nnx.State) else nnx.state(grads, self.wrt)
+        params, updates = _arrays(state), _arrays(gradients)
+        given: dict[str, Any] = {"value": value, "grad": updates}
+        if loss_fn is not None:
+            given["value_fn"] = _objective(loss_fn, model, self.wrt)
+        extra = {name: thing for name, thing in given.items() if thing is not None}
+        update = informed_update(self.tx)
+        updates, opt_state = update(updates, _arrays(self.opt_state), params, **extra)
+        new = jax.tree.leaves(optax.apply_updates(params, updates))
+        nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), new))
+        for variable, leaf in zip(_variables(self.opt_state), jax.tree.leaves(opt_state), strict=True):
+            _set(variable, leaf)
+        _set(self.step, _get(self.step) + 1)
+
+
+def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
+    """The loss as a function of parameters like `_arrays(state)`, with the random numbers that a gradient just drew."""
+    graph, state, counts, rest = nnx.split(model, wrt, nnx.RngCount, ...)
+
+    def at(params: Any, counts: Any = counts) -> Any:
+        fresh = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
+        return nnx.merge(graph, fresh, *jax.tree.map(lambda leaf: leaf, (counts, rest)))
+
+    if jax.tree.leaves(counts):
+        again = at(state)
+        precompose(loss_fn, lambda model: model)(again)
+        drawn = jax.tree.map(jnp.subtract, nnx.state(again, nnx.RngCount), counts)
+        counts = jax.tree.map(jnp.subtract, counts, drawn)
+    if isinstance(loss_fn, Composite):
+        return precompose(loss_fn, lambda params: at(params, counts))
+
+    def value_fn(params: Any) -> jax.Array:
+        out = loss_fn(at(params, counts))
+        return out[0] if isinstance(out, tuple) else out
+
+    return value_fn
+
+
+def _arrays(tree: Any) -> Any:
+    """The tree with the arrays of its variables in their place."""
+    return jax.tree.map(lambda leaf: _get(leaf) if _is_variable(leaf) else leaf, tree, is_leaf=_is_variable)
+
+
+def _variables(tree: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_variable) if _is_variable(leaf)]
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, _VARIABLES)
+
+
+def _get(variable: Any) -> Any:
+    return variable.get_value() if hasattr(variable, "get_value") else variable.value
+
+
+def _set(variable: Any, value: Any) -> None:
+    if hasattr(variable, "set_value"):
+        variable.set_value(value)
+    else:
+        variable.value = value
