@@ -2,11 +2,12 @@
 
 The network 3-32-32-1 (1217 parameters, float64) stands for the solution of -div grad u = f in the unit cube; the loss
 is its residual on fixed points (`benchmarks/problems/poisson.py`). Every optimizer starts from the same parameters and
-takes the same number of steps, each at the price of about one gradient. The table shows the relative L2 error against
-the exact solution: one digit by Adam, three by BFGS, four by SSBroyden. The figure shows it against steps and
-seconds, and on a slice through the middle the best network beside its error.
+takes the same number of steps, each at the price of about one gradient; Gauss-Newton, whose steps cost some two
+hundred, takes a fortieth of them. The table shows the relative L2 error against the exact solution: one digit by Adam,
+three by BFGS, four by SSBroyden. The figure shows it against steps and seconds, and on a slice through the middle the
+best network beside its error.
 
-    python -m examples.pinn_poisson                                    # all optimizers, about 6 minutes
+    python -m examples.pinn_poisson                                    # all optimizers, about 12 minutes
     python -m examples.pinn_poisson --optimizers ssbroyden --steps 10000
 """
 
@@ -36,7 +37,11 @@ OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
     "dfp": lambda steps: hessopt.bfgs(formula="dfp"),
     "ssbfgs": lambda steps: hessopt.bfgs(formula="ssbfgs"),
     "ssbroyden": lambda steps: hessopt.bfgs(formula="ssbroyden"),
+    "gauss-newton": lambda steps: hessopt.trust_region_newton(curvature="gauss_newton", geodesic_acceleration=True),
 }
+
+COST = {"gauss-newton": 40}
+"""What one of its steps counts for, where that is not one."""
 
 
 class Run(NamedTuple):
@@ -122,12 +127,11 @@ def main() -> None:
     where = poisson.points(50, 20) if args.quick else poisson.points()
     steps = min(args.steps, 4) if args.quick else args.steps
 
-    def value_fn(params: Any) -> jax.Array:
-        return poisson.loss(params, where)
-
+    value_fn = hessopt.composite(lambda params: poisson.residuals(params, where), poisson.half_mean_squares)
     runs = {}
     for name in tqdm(args.optimizers, desc="optimizers"):
-        runs[name] = train(value_fn, poisson.init(args.seed), OPTIMIZERS[name](steps), steps, max(steps // 50, 1))
+        own = max(steps // COST.get(name, 1), 1)
+        runs[name] = train(value_fn, poisson.init(args.seed), OPTIMIZERS[name](own), own, max(own // 50, 1))
     print_table(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     draw(runs, args.out / "pinn_poisson.png")

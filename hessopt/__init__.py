@@ -6,6 +6,7 @@ from hessopt._minimize import minimize as minimize
 from hessopt.calculus.curvature import hessian as hessian
 from hessopt.calculus.curvature import hvp as hvp
 from hessopt.calculus.groups import group_labels as group_labels
+from hessopt.calculus.microbatching import microbatched as microbatched
 from hessopt.calculus.objective import composite as composite
 from hessopt.calculus.recycling import value_and_grad_from_state as value_and_grad_from_state
 from hessopt.calculus.restriction import restriction as restriction

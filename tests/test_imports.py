@@ -14,6 +14,7 @@ ALLOWED = {
     "transforms": {"typing", "_checks", "numerics", "calculus"},
     "optimizers": {"typing", "_checks", "numerics", "calculus", "transforms"},
     "linen": {"typing", "calculus"},
+    "nnx": {"calculus"},
     "_loop": {"typing", "_checks", "calculus"},
     "_closure": {"typing", "calculus", "_loop"},
     "_minimize": {"typing", "_checks", "numerics", "calculus", "_loop", "_closure"},

@@ -48,6 +48,11 @@ class Problem(NamedTuple):
     specs: Any  # a tree like params
 
 
+def penalty(params: Any) -> jax.Array:
+    """What makes minima isolated, so that roundings do not grow."""
+    return 1e-2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
 def mlp_problem(sizes: tuple[int, ...], batch: int) -> Problem:
     rng = np.random.default_rng(0)
     shapes = list(itertools.pairwise(sizes))
@@ -67,7 +72,7 @@ def mlp_problem(sizes: tuple[int, ...], batch: int) -> Problem:
             if i:
                 x = jnp.tanh(x)
             x = place(x, params[f"w{i}"]) + params[f"b{i}"]
-        return jnp.mean((x - y) ** 2) + 1e-3 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+        return jnp.mean((x - y) ** 2) + penalty(params)
 
     return Problem(lambda dtype: jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays), loss, (x, y), specs)
 
@@ -77,7 +82,7 @@ class Cnn(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(8, (3, 3), strides=2, dtype=self.dtype, param_dtype=self.dtype)(x)
+        x = nn.Conv(8, (3, 3), strides=2, use_bias=False, dtype=self.dtype, param_dtype=self.dtype)(x)
         x = nn.BatchNorm(use_running_average=False, dtype=self.dtype, param_dtype=self.dtype)(x)
         x = jnp.tanh(x).mean((1, 2))
         return nn.Dense(4, dtype=self.dtype, param_dtype=self.dtype)(x)
@@ -92,7 +97,7 @@ def cnn_problem() -> Problem:
 
     def loss(params: Any, x: Any, y: Any, place: Any) -> jax.Array:
         out, _ = Cnn(x.dtype).apply({"params": params}, x, mutable=["batch_stats"])
-        return jnp.mean((out - y) ** 2)
+        return jnp.mean((out - y) ** 2) + penalty(params)
 
     specs = jax.tree.map(lambda _: PartitionSpec(), jax.eval_shape(lambda: init(np.float64)))
     specs["Dense_0"] = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
@@ -121,7 +126,7 @@ def train(problem: Problem, tx: Any, params: Any, x: Any, y: Any, steps: int, pl
 
 def mesh_of(*, explicit: bool) -> Mesh:
     if not explicit:
-        return Mesh(np.reshape(jax.devices(), (4, 2)), ("data", "model"))
+        return Mesh(np.reshape(jax.devices(), (-1, 2)), ("data", "model"))
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
 
 
@@ -130,7 +135,7 @@ def dot_over_data(x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.dot(x, w, out_sharding=PartitionSpec("data", jax.typeof(w).sharding.spec[1]))
 
 
-def on_eight_devices(problem: Problem, make: Any, dtype: Any, steps: int, *, explicit: bool) -> tuple[Any, Any]:
+def on_many_devices(problem: Problem, make: Any, dtype: Any, steps: int, *, explicit: bool) -> tuple[Any, Any]:
     mesh = mesh_of(explicit=explicit)
     place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
     params = jax.tree.map(place, problem.init(dtype), problem.specs)
@@ -143,7 +148,7 @@ def on_eight_devices(problem: Problem, make: Any, dtype: Any, steps: int, *, exp
 
 def assert_same_as_on_one(problem: Problem, make: Any, dtype: Any, steps: int, tolerance: float, *, explicit: bool):
     alone, _ = train(problem, make(), problem.init(dtype), *(jnp.asarray(a, dtype) for a in problem.data), steps)
-    spread, _ = on_eight_devices(problem, make, dtype, steps, explicit=explicit)
+    spread, _ = on_many_devices(problem, make, dtype, steps, explicit=explicit)
     for a, b, spec in zip(*map(jax.tree.leaves, (alone, spread, problem.specs)), strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance)
         assert b.sharding.is_equivalent_to(NamedSharding(b.sharding.mesh, spec), b.ndim)
@@ -158,13 +163,58 @@ def test_a_small_network_trains_on_eight_devices_as_on_one(name, explicit):
     assert_same_as_on_one(mlp_problem((6, 8, 4, 2), 16), make, np.float64, 6, 1e-10, explicit=explicit)
 
 
+PROBLEMS = {"mlp": lambda: mlp_problem((784, 256, 256, 10), 512), "cnn": cnn_problem}
+
+
+def steps_of(name: str) -> int:
+    """By truncated CG the difference of two runs grows in every step, since these losses are not convex."""
+    return 3 if "cg" in name else 20
+
+
+def tolerance_of(name: str, dtype: Any) -> float:
+    """A rate measured by differences has only half of float64's digits, and one by third derivatives loses one more."""
+    if dtype == np.float32:
+        return 1e-5
+    return {"generalized_newton, forward": 1e-6, "grouped_newton": 1e-9}.get(name, 1e-10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("explicit", [False, pytest.param(True, marks=needs_explicit)])
 @pytest.mark.parametrize("name", LEAFWISE)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 1e-5), (np.float64, 1e-10)])
-@pytest.mark.parametrize("problem", [lambda: mlp_problem((784, 256, 256, 10), 512), cnn_problem], ids=["mlp", "cnn"])
-def test_networks_train_on_eight_devices_as_on_one(problem, name, dtype, tolerance, explicit):
-    assert_same_as_on_one(problem(), LEAFWISE[name], dtype, 20, tolerance, explicit=explicit)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_networks_train_on_eight_devices_as_on_one(problem, name, dtype, explicit):
+    dtype = np.dtype(dtype)
+    tolerance = tolerance_of(name, dtype)
+    assert_same_as_on_one(PROBLEMS[problem](), LEAFWISE[name], dtype, steps_of(name), tolerance, explicit=explicit)
+
+
+SWEEPS = ("generalized_newton", "grouped_newton")
+"""Their sweep over the program does not know sums over the devices of a shard_map; compilation says so."""
+
+
+@needs_explicit  # from when on types say over which axes of a shard_map an array is spread
+@pytest.mark.parametrize("name", marked(name for name in (*LEAFWISE, *DENSE) if name not in SWEEPS))
+def test_inside_a_shard_map_an_update_is_that_of_one_device(name):
+    problem, tx = mlp_problem((6, 8, 4, 2), 16), (LEAFWISE | DENSE)[name]()
+    mesh, whole, split = Mesh(jax.devices(), ("data",)), PartitionSpec(), PartitionSpec("data")
+
+    def value_fn(params: Any, x: Any, y: Any) -> jax.Array:
+        return jax.lax.pmean(problem.loss(params, x, y, jnp.dot), "data")
+
+    def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:
+        value, grads = jax.value_and_grad(value_fn)(params, x, y)
+        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=value_fn, x=x, y=y)
+        return optax.apply_updates(params, updates), state
+
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=(whole, whole)))
+    params, (x, y) = problem.init(np.float64), map(jnp.asarray, problem.data)
+    alone, _ = train(problem, tx, params, x, y, 4)
+    state = tx.init(params)
+    for _ in range(4):
+        params, state = mapped(params, state, x, y)
+    for a, b in zip(*map(jax.tree.leaves, (alone, params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
 
 
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"

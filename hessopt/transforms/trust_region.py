@@ -64,7 +64,7 @@ class TrustRegionState(NamedTuple):
     count: jax.Array  # int32 scalar, updates so far
     size: jax.Array  # scalar, the radius or sigma for the next update; 0 before the first
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
-    scales: Vector  # (n,), the diagonal of D, 0 where no curvature was seen; (0,) where D = 1
+    scales: Any  # (n,), the diagonal of D, 0 where no curvature was seen; None where D = 1
     info: TrustRegionInfo
 
 
@@ -77,7 +77,7 @@ class Local(NamedTuple):
     curvature: str | CurvatureFn
     minimize: Callable[[Vector, Vector], secular.Shifted]  # (w, z) -> step in the eigenvectors
     tolerance: jax.Array  # what part of |g| an approximate solution may leave
-    scales: Vector  # of the updates before
+    scales: Any  # of the updates before
 
 
 class Spectral(NamedTuple):
@@ -87,7 +87,7 @@ class Spectral(NamedTuple):
     z: Vector  # (k,), coefficients of the gradient
     lift: Callable[[Vector], list[jax.Array]]  # coefficients of a step -> the step
     project: Callable[[list[jax.Array]], Vector]  # what is like a gradient -> its coefficients
-    scales: Vector
+    scales: Any
     products: jax.Array | int = 0  # with the curvature, that it took
 
 
@@ -203,7 +203,7 @@ def trust_region_newton(
     def init(params: Params) -> TrustRegionState:
         shape: Any = jax.ShapeDtypeStruct
         scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
-        scales: Any = jax.eval_shape(ravel, params) if scaled else shape((0,), scalar.dtype)
+        scales: Any = jax.eval_shape(ravel, params) if scaled else None
         info = TrustRegionInfo(count, scalar, scalar, scalar, count, count)
         return zeros(TrustRegionState(count, scalar, scalar, scales, info), params)
 
@@ -274,7 +274,7 @@ def trust_region_newton(
             count=jnp.asarray(optax.safe_increment(state.count)),
             size=jnp.where(finite, last.size, state.size),
             first_length=jnp.where(finite, first_length, state.first_length),
-            scales=jnp.where(finite, scales, state.scales),
+            scales=jax.tree.map(lambda new, old: jnp.where(finite, new, old), scales, state.scales),
             info=TrustRegionInfo(
                 step_status(status), last.ratio, last.shift, w[0], last.count, jnp.asarray(products, jnp.int32)
             ),

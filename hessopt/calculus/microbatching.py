@@ -1,0 +1,77 @@
+"""The objective over a whole batch, evaluated a part at a time: any optimizer then sees all of it, in little memory."""
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hessopt._checks import check_count
+from hessopt.calculus.objective import Composite
+from hessopt.typing import ValueFn
+
+
+def microbatched(value_fn: ValueFn, count: int, *, over: Sequence[str] | None = None) -> ValueFn:
+    """Average an objective over equal parts of its data, in a loop that keeps the intermediates of one part only.
+
+    The value, the gradient and all that an optimizer evaluates are those of the whole batch. `optax.MultiSteps` cannot
+    give that: it averages gradients, while a search or a rate sees the last microbatch alone.
+
+    Args:
+      value_fn: `value_fn(params, ...)`, a mean over the examples in its data, plus what does not depend on them.
+      count: parts, of which each has as many examples.
+      over: names of the data that are split along their first axis; by default all. The others go to every part whole.
+
+    Returns:
+      A function with the arguments of value_fn.
+
+    Raises:
+      ValueError: for count < 1, a name in `over` that value_fn does not have; when called, for data of a length that
+        count does not divide.
+      TypeError: for a `composite`, whose outputs would be those of a part.
+
+    Cost: a gradient evaluates each part twice (`jax.checkpoint`). Products with the Hessian that are linearised once
+    keep the intermediates of all parts; `newton_cg(rematerialize=True)` does not.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def loss(w, x, y):
+      ...     return jnp.mean((x @ w - y) ** 2)
+      >>> x, y = jnp.arange(8.0).reshape(4, 2), jnp.ones(4)
+      >>> float(microbatched(loss, 2)(jnp.ones(2), x, y)) == float(loss(jnp.ones(2), x, y))
+      True
+    """
+    check_count("count", count)
+    if isinstance(value_fn, Composite):
+        raise TypeError("microbatched cannot keep the parts of a composite apart: give it a plain function")
+    signature = inspect.signature(value_fn)
+    unknown = sorted(set(over or ()) - set(signature.parameters))
+    if unknown:
+        raise ValueError(f"over must name arguments of value_fn, {list(signature.parameters)}, got {unknown}")
+
+    @functools.wraps(value_fn)
+    def whole(*args: Any, **kwargs: Any) -> jax.Array:
+        bound = signature.bind(*args, **kwargs)
+        (first, params), *data = bound.arguments.items()
+        split = {name: part for name, part in data if over is None or name in over}
+        parts = jax.tree.map(functools.partial(_parts, count), split)
+
+        @jax.checkpoint
+        def one(params: Any, part: dict[str, Any]) -> jax.Array:
+            bound.arguments.update({first: params} | part)
+            return value_fn(*bound.args, **bound.kwargs)
+
+        total = jax.eval_shape(one, params, jax.tree.map(lambda part: part[0], parts))
+        zero = jnp.zeros(total.shape, total.dtype)
+        return jax.lax.scan(lambda total, part: (total + one(params, part), None), zero, parts)[0] / count
+
+    return whole
+
+
+def _parts(count: int, leaf: Any) -> jax.Array:
+    leaf = jnp.asarray(leaf)
+    if leaf.ndim == 0 or len(leaf) % count:
+        raise ValueError(f"count must divide the length of the data, got {count} and shape {leaf.shape}")
+    return leaf.reshape(count, -1, *leaf.shape[1:])
