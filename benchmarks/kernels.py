@@ -29,7 +29,7 @@ def run(quick: bool) -> Sequence[Table]:
     ]
     rated = mlp.noise(NETWORKS[0], 512)
     large = mlp.noise((784, 32, 10) if quick else (784, 1024, 256, 128, 10), 64 if quick else 2048)
-    sizes = f"{sum(leaf.size for leaf in jax.tree.leaves(large.params)):.1e} parameters"
+    count = f"{sum(leaf.size for leaf in jax.tree.leaves(large.params)):.1e} parameters"
     with jax.enable_x64(True):
         updates = [
             compare(f"{PERIOD} BFGS updates, n = {n}, float64", bfgs_updates(n), 3 * rounds, 0.0)
@@ -45,7 +45,7 @@ def run(quick: bool) -> Sequence[Table]:
             compare(f"Taylor terms, a group for each tensor, {p.name}", taylor_terms(p), rounds, 0.0)
             for p in (mlp.noise(sizes, 512) for sizes in (NETWORKS[:1] if quick else NETWORKS))
         ),
-        compare(f"Newton-CG, {large.name}, {sizes}", newton_cg_updates(large), rounds, 0.0),
+        compare(f"Newton-CG, {large.name}, {count}", newton_cg_updates(large), rounds, 0.0),
         compare(f"{RATED} training steps, {rated.name}", rated_steps(rated), rounds, 0.0),
         *(compare(f"cubic model, {n} groups, float32", cubic_models(n), 5 * rounds, 0.0) for n in (6, 60)),
         *(compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0) for p in problems[1:2]),

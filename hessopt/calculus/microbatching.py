@@ -73,5 +73,7 @@ def microbatched(value_fn: ValueFn, count: int, *, over: Sequence[str] | None = 
 def _parts(count: int, leaf: Any) -> jax.Array:
     leaf = jnp.asarray(leaf)
     if leaf.ndim == 0 or len(leaf) % count:
-        raise ValueError(f"count must divide the length of the data, got {count} and shape {leaf.shape}")
+        raise ValueError(
+            f"count must divide the length of the data to split (name those in `over`), got {count} and {leaf.shape}"
+        )
     return leaf.reshape(count, -1, *leaf.shape[1:])
