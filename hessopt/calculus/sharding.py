@@ -64,7 +64,7 @@ def stack_of(leaf: Any, *leading: int, dtype: Any = None) -> jax.ShapeDtypeStruc
     return jax.ShapeDtypeStruct((*leading, *jnp.shape(leaf)), dtype or jnp.result_type(leaf), sharding=sharding)
 
 
-def zeros(shapes: Any, params: Params) -> Any:
+def zeros(shapes: Any, params: Params = ()) -> Any:
     """Return zeros for each `jax.ShapeDtypeStruct` of a tree, by one program: one each takes seconds to compile.
 
     Where nothing is said of its place, an array lies whole on every device of the params.

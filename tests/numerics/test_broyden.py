@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessopt.calculus.flat import zeros
+from hessopt.calculus.sharding import zeros
 from hessopt.numerics import broyden
 
 EVERY = sorted(broyden.FORMULAS)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.calculus.flat import zeros
+from hessopt.calculus.sharding import zeros
 from hessopt.numerics import compact
 
 
