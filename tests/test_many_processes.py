@@ -1,5 +1,6 @@
 """Oracles: the same training in one process; the run that was never killed."""
 
+import os
 import pathlib
 import socket
 import subprocess
@@ -51,7 +52,8 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(tmp_path):
             *more,
         ]
         began = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        here = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, timeout=400)
         return done, time.monotonic() - began
 
     whole, usual = run("unbroken")
