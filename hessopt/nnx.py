@@ -89,13 +89,13 @@ def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
     """The loss as a function of parameters like `_arrays(state)`, with the random numbers that a gradient just drew."""
     graph, state, counts, rest = nnx.split(model, wrt, nnx.RngCount, ...)
 
-    def at(params: Any, counts: Any = counts) -> Any:
+    def at(params: Any, counts: Any) -> Any:
         fresh = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
         return nnx.merge(graph, fresh, *jax.tree.map(lambda leaf: leaf, (counts, rest)))
 
     if jax.tree.leaves(counts):
-        again = at(state)
-        precompose(loss_fn, lambda model: model)(again)
+        again = at(state, counts)
+        loss_fn(again)
         drawn = jax.tree.map(jnp.subtract, nnx.state(again, nnx.RngCount), counts)
         counts = jax.tree.map(jnp.subtract, counts, drawn)
     if isinstance(loss_fn, Composite):
