@@ -152,7 +152,8 @@ def assert_same_as_on_one(problem: Problem, make: Any, dtype: Any, steps: int, t
         spread, _ = on_many_devices(problem, make, dtype, steps, explicit=explicit)
         for a, b, spec in zip(*map(jax.tree.leaves, (alone, spread, problem.specs)), strict=True):
             np.testing.assert_allclose(a, b, atol=tolerance)
-            assert b.sharding.is_equivalent_to(NamedSharding(b.sharding.mesh, spec), b.ndim)
+            if explicit or make in LEAFWISE.values():  # what is made of a dense matrix the compiler places
+                assert b.sharding.is_equivalent_to(NamedSharding(b.sharding.mesh, spec), b.ndim)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +174,10 @@ def steps_of(name: str) -> int:
 
 
 def tolerance_of(name: str, dtype: Any) -> float:
-    """A rate measured by differences has only half of float64's digits, and one by third derivatives loses one more."""
+    """A rate that is measured by differences has half of the digits, and one by third derivatives loses one."""
     if dtype == np.float32:
-        return 1e-4 if name == "grouped_newton" else 1e-5
-    return {"generalized_newton, forward": 1e-6, "grouped_newton": 1e-9}.get(name, 1e-10)
+        return {"generalized_newton, forward": 1e-4, "grouped_newton": 1e-4}.get(name, 1e-5)
+    return {"generalized_newton, forward": 1e-6}.get(name, 1e-10)
 
 
 @pytest.mark.slow
@@ -188,12 +189,8 @@ def test_networks_train_on_eight_devices_as_on_one(problem, name, dtype):
     assert_same_as_on_one(PROBLEMS[problem](), LEAFWISE[name], np.dtype(dtype), steps_of(name), tolerance, meshes)
 
 
-SWEEPS = ("generalized_newton", "grouped_newton")
-"""Their sweep over the program does not know sums over the devices of a shard_map; compilation says so."""
-
-
 @needs_explicit  # from when on types say over which axes of a shard_map an array is spread
-@pytest.mark.parametrize("name", marked(name for name in (*LEAFWISE, *DENSE) if name not in SWEEPS))
+@pytest.mark.parametrize("name", marked([*LEAFWISE, *DENSE]))
 def test_inside_a_shard_map_an_update_is_that_of_one_device(name):
     problem, tx = mlp_problem((6, 8, 4, 2), 16), (LEAFWISE | DENSE)[name]()
     mesh, whole, split = Mesh(jax.devices(), ("data",)), PartitionSpec(), PartitionSpec("data")

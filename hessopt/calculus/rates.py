@@ -3,7 +3,8 @@
 Every so many steps the model is measured, averaged with its predecessors, and solved for the rates; a safeguard looks
 whether the step raises the objective, and shortens it if so. In the steps between, no group goes farther than it went
 when its rate was measured: an update that has grown, as momentum does, would run past the minimum along it. For the
-same reason the first steps are all measured. A rule says how to measure and how to solve.
+same reason the first steps are all measured, and so is one that would lead uphill, where the gradient is given. A rule
+says how to measure and how to solve.
 """
 
 from collections.abc import Callable
@@ -183,7 +184,10 @@ def scale_by_rates(
             return old._replace(age=old.age + 1), RateInfo(none, factor * old.rate * shorter, none)
 
         # nothing is learnt from updates that are zero, as those of a base that accumulates gradients
-        due = ((old.age >= update_every) | (state.count < FIRST * update_every)) & jnp.any(moves)
+        due = (old.age >= update_every) | (state.count < FIRST * update_every)
+        if grad is not None:
+            due |= jnp.vdot(old.rate, inner_by_group(grad, updates, labels, old.rate)) > 0
+        due &= jnp.any(moves)
         memory, info = renew() if update_every == 1 else jax.lax.cond(due, renew, reuse)
         sound = all_finite((length, value))  # an entry that is not finite shows in the length
         trouble = RateInfo(jnp.int32(StepStatus.NONFINITE), jnp.zeros_like(old.rate), jnp.zeros((), jnp.int32))

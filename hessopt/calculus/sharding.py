@@ -48,6 +48,14 @@ def placed(x: jax.Array, like: jax.Array) -> jax.Array:
     return x if _whole(like) is None else jax.sharding.reshard(x, jax.typeof(like).sharding)
 
 
+def varying(x: jax.Array) -> tuple[str, ...]:
+    """The axes of a `jax.shard_map` along which every device has an x of its own."""
+    kind = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return tuple(sorted(kind.manual_axis_type.varying))
+    return tuple(sorted(getattr(kind, "vma", ())))  # older versions of JAX
+
+
 def _whole(x: jax.Array) -> NamedSharding | None:
     """How x would lie whole on the explicit mesh that it is split over; None where there is none."""
     sharding = jax.typeof(x).sharding

@@ -131,7 +131,8 @@ def scale_by_generalized_newton(
       learning_rate: factor on the rates, or a schedule of it. The place for schedules: one in the base optimizer would
         be cancelled.
       update_every: steps from one measurement to the next. In those between, which cost nothing but under vmap, the
-        rates stay, and no group goes farther than when it was measured; the first two periods are measured throughout.
+        rates stay, and no group goes farther than when it was measured. The first two periods are measured throughout,
+        and so is a step that would lead uphill, if `update` is given grad.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for noisy batches; 0 for none.
       rate_decay: in [0, 1], weight of the past in an average of the rates.
       initial_rate: until the first parabola is usable; also the first probe, which must be long enough to be seen

@@ -89,7 +89,8 @@ def scale_by_grouped_newton(
       learning_rate: factor on the rates, or a schedule of it. The place for schedules: one in the base optimizer would
         be cancelled.
       update_every: steps from one model to the next. In those between, which cost nothing but under vmap, the rates
-        stay, and no group goes farther than when it was measured; the first two periods are measured throughout.
+        stay, and no group goes farther than when it was measured. The first two periods are measured throughout, and so
+        is a step that would lead uphill, if `update` is given grad.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0 for none.
       rate_decay: in [0, 1], weight of the past in an average of the rates, which begins with the first solution.
       nonnegative: whether negative rates are replaced by 0, after the solve and before they are averaged. (What a
@@ -101,11 +102,11 @@ def scale_by_grouped_newton(
         not finite, the rates are halved, at most five times; then no step is taken.
 
     Returns:
-      A transformation, additive update in and `rate u` out, whose `update(updates, state, params, *, value_fn,
-      **data)` needs the objective: on the batch of the gradient, or for the model on the whole data
+      A transformation, additive update in and `rate u` out, whose `update(updates, state, params, *, value, grad,
+      value_fn, **data)` needs the objective: on the batch of the gradient, or for the model on the whole data
 
           objective = lambda params: loss(params, all_of_x, all_of_y)
-          updates, state = tx.update(grads, state, params, value_fn=objective)
+          updates, state = tx.update(grads, state, params, grad=grads, value_fn=objective)
 
       Its status is `state.info.status`. UNBOUNDED_MODEL: the model has no minimiser, as where each group alone makes
       a parabola (ReLU and squares) and H is indefinite; the rates are those of a parabola above it, which lower the

@@ -160,6 +160,16 @@ def test_between_measurements_nothing_is_evaluated_and_no_step_is_longer():
         assert state.info.status == StepStatus.OK
 
 
+def test_a_step_that_would_lead_uphill_is_measured():
+    tx, x, loss = scale_by_generalized_newton(update_every=100), jnp.array([3.0, 4.0]), lambda x: jnp.sum(x**2)
+    step = jax.jit(lambda u, s: tx.update(u, s, x, grad=2 * x, value_fn=loss))
+    state = tx.init(x)._replace(count=jnp.int32(300))
+    for u, measured in ((-x, True), (-x, False), (x, True)):  # the first is due
+        _, state = step(u, state)
+        assert (state.memory.age == 1) == measured
+    assert state.info.status & StepStatus.STEP_REJECTED
+
+
 def test_the_safeguard_halves_and_in_the_end_stays():
     # the parabola at 0 is deceived: behind it there is a wall
     wall = lambda x: jnp.where(x < 0.3, -x + 0.5 * x**2, 100.0 * x)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hessopt.calculus.sharding import varying
 from hessopt.calculus.taylor.pointwise import contract as contract_pointwise
 from hessopt.calculus.taylor.pointwise import is_pointwise
 from hessopt.calculus.taylor.tangents import (
@@ -40,6 +41,8 @@ Places = tuple[int, ...]
 """Which of the operands of an operation."""
 Stacks = dict[int, jax.Array]
 """Derivatives of some operands, by their places, in the rates of the same groups."""
+Sums = dict[tuple[str, ...], jax.Array]
+"""Sums over operations, by the axes of a shard_map over whose devices their terms are spread."""
 
 
 def sweep(
@@ -47,7 +50,7 @@ def sweep(
 ) -> tuple[Vector, Matrix, Vector]:
     """Gradient and Hessian of phi at 0 and, for order 3, the diagonal of its third derivative, else zeros."""
     every = tuple(range(count))
-    H, mirrored, third = jnp.zeros((count, count), dtype), jnp.zeros((count, count), dtype), jnp.zeros(count, dtype)
+    H, mirrored, third = Sums(), Sums(), Sums()
     first = {i: Tangents((label,), u[None]) for i, (u, label) in enumerate(zip(updates, labels, strict=True))}
     second: dict[int, Tangents] = {}
     for operation, adjoint in zip(tape.operations, tape.adjoints, strict=True):
@@ -59,15 +62,26 @@ def sweep(
         else:
             found = _contract(operation, adjoint, x, xx, order, dtype)
         for rows, columns, G in found.hessian:
-            G = placed(G, (rows, columns), (every, every))
-            H, mirrored = (H + G, mirrored) if rows == columns else (H, mirrored + G)
+            _add(H if rows == columns else mirrored, placed(G, (rows, columns), (every, every)))
         for groups, vector in found.third:
-            third = third + placed(vector, (groups,), (every,))
+            _add(third, placed(vector, (groups,), (every,)))
         first |= {operation.results[p]: tangents for p, tangents in found.first.items()}
         second |= {operation.results[p]: tangents for p, tangents in found.second.items()}
     top = None if tape.top is None else first.get(tape.top)
     slopes = jnp.zeros(count, dtype) if top is None else spread(top, every).astype(dtype)
-    return slopes, H + mirrored + mirrored.T, third
+    cross = _collected(mirrored, (count, count), dtype)
+    return slopes, _collected(H, (count, count), dtype) + cross + cross.T, _collected(third, (count,), dtype)
+
+
+def _add(sums: Sums, term: jax.Array) -> None:
+    axes = varying(term)
+    sums[axes] = sums[axes] + term if axes in sums else term
+
+
+def _collected(sums: Sums, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """The sum over operations, and over the devices each of which has operations of its own."""
+    parts = (jax.lax.psum(part, axes) if axes else part for axes, part in sums.items())
+    return sum(parts, jnp.zeros(shape, dtype))
 
 
 def _contract(
