@@ -1,27 +1,38 @@
-"""`python -m benchmarks SUITE`: measure, print the table, and keep it with a figure."""
+"""`python -m benchmarks SUITE`: measure, keep record and figure, and write what is read of them."""
 
 import argparse
+import importlib.util
 import pathlib
+import subprocess
+import sys
 
-from benchmarks import beside_torch, cutest, gauss_newton, harness, kernels, pinn
-
-SUITES = {
-    "kernels": lambda quick, out: harness.write(out, "kernels", kernels.run(quick)),
-    "cutest": cutest.run,
-    "pinn": pinn.run,
-    "gauss-newton": gauss_newton.run,
-    "torch": lambda quick, out: harness.write(out, "torch", beside_torch.run(quick)),
-}
+from benchmarks import harness, report
+from benchmarks.suites import SUITES
 
 
 def main() -> None:
-    """Parse the command line and run the suite."""
+    """Parse the command line and run the suite, or every suite in a process of its own."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure hessopt beside its peers.")
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=[*SUITES, "all", "report"], help="report: measure nothing")
     parser.add_argument("--quick", action="store_true", help="small and few: a test that it runs, no measurement")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
     options = parser.parse_args()
-    print(SUITES[options.suite](options.quick, options.out))
+    if options.suite == "all":
+        for name in SUITES:
+            if name == "torch" and not importlib.util.find_spec("torch"):
+                continue
+            more = ["--quick"] if options.quick else []
+            command = [sys.executable, "-m", "benchmarks", name, "--out", str(options.out.absolute()), *more]
+            subprocess.run(command, check=True)
+        return
+    if options.suite == "report":
+        report.write(options.out)
+        return
+    suite = SUITES[options.suite]
+    record, figure = suite.measure(options.quick)
+    record = harness.save(options.out, options.suite, record, figure)
+    report.write(options.out)
+    print("\n".join(suite.markdown(record)))
 
 
 if __name__ == "__main__":

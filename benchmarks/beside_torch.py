@@ -15,7 +15,7 @@ from benchmarks.kernels import NETWORKS, taylor_terms
 from benchmarks.problems import mlp
 
 
-def run(quick: bool) -> Sequence[Table]:
+def tables(quick: bool) -> Sequence[Table]:
     """A table for each network."""
     networks, rounds = (NETWORKS[:1], 2) if quick else (NETWORKS, 5)
     return [

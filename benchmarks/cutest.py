@@ -1,11 +1,5 @@
-"""The CUTEst suite: 63 small unconstrained problems, every solver from the same start, stopped by the same criterion.
+"""The CUTEst suite: 63 small unconstrained problems, every solver from the same start and to the same end."""
 
-Each run has a process to itself and a limit of time, so that a hang or a crash is a failure and not a hole.
-"""
-
-import multiprocessing
-import pathlib
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,90 +9,34 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
 
-from benchmarks import harness
+from benchmarks import race
 from benchmarks.problems import cutest
-
-TIME_LIMIT = 60.0
-"""Seconds for one run with its compilation and its repetition."""
-
-SINGLE = "float32"
-"""In place of a solver's name: `hessopt.lbfgs` in single precision, as far as it gets."""
 
 QUICK = (("ROSENBR", "BARD"), ("hessopt lbfgs", "SciPy L-BFGS-B"))
 
 
-def run(quick: bool, out: pathlib.Path) -> str:
-    """Run the suite, write JSON, Markdown and figure, and return the Markdown."""
+def measure(quick: bool) -> tuple[dict[str, Any], Any]:
+    """Run the suite; return the record and the figure."""
     from benchmarks.solvers import SOLVERS
 
     names, solvers = QUICK if quick else (cutest.names(), tuple(SOLVERS))
-    worker, rows = _Worker(), []
+    worker, rows = race.Worker(), []
     for name in names:
-        for solver in solvers:
-            rows.append({"problem": name, "solver": solver} | worker.ask(solver, name))
-        _judge([row for row in rows if row["problem"] == name])
-        print(f"{name:12}", *(f"{r['solver']} {_mark(r)}" for r in rows if r["problem"] == name), sep="  ", flush=True)
-    singles = [{"problem": name} | worker.ask(SINGLE, name) for name in names]
+        own = [{"problem": name, "solver": solver} | worker.ask(_solve, name, solver) for solver in solvers]
+        race.judge(own)
+        rows += own
+        print(f"{name:12}", *(f"{row['solver']} {_mark(row)}" for row in own), sep="  ", flush=True)
+    singles = [{"problem": name} | worker.ask(_single, name) for name in names]
     worker.close()
-    lines = [*_lines(rows, solvers), *_single_lines(singles)]
-    return harness.save(out, "cutest", {"runs": rows, "float32": singles}, lines, _figure(rows, solvers))
+    return {"runs": rows, "float32": singles}, _figure(rows, solvers)
 
 
-class _Worker:
-    """A process that runs one solver on one problem at a time, and is replaced when it does not answer."""
-
-    def __init__(self) -> None:
-        self._process: Any = None
-
-    def ask(self, solver: str, problem: str) -> dict[str, Any]:
-        if self._process is None or not self._process.is_alive():
-            context = multiprocessing.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
-            self._pipe.recv()  # it has imported everything
-        self._pipe.send((solver, problem))
-        try:
-            if self._pipe.poll(TIME_LIMIT):
-                return self._pipe.recv()
-        except EOFError:
-            return {"error": "crash"}
-        self.close()
-        return {"error": "time limit"}
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-
-
-def _serve(pipe: Any) -> None:
-    import jax
-
-    jax.config.update("jax_enable_x64", True)
-    import jax.numpy as jnp
-
-    from benchmarks.solvers import SOLVERS
-
-    pipe.send("ready")
-    while True:
-        solver, name = pipe.recv()
-        jax.clear_caches()  # programs pile up otherwise until memory cannot be mapped
-        try:
-            if solver == SINGLE:
-                pipe.send(_single(name))
-                continue
-            problem = cutest.load(name)
-            outcome = SOLVERS[solver](problem.value_fn, problem.start, problem.gradient)
-            x = jnp.asarray(outcome.x)
-            value, grad = jax.value_and_grad(problem.value_fn)(x)
-            row = outcome._asdict() | {"x": None, "n": x.size, "f_ref": problem.f_ref, "bound": problem.gradient}
-            row |= {"f": float(value), "g": float(jnp.max(jnp.abs(grad)))}
-            if solver.startswith("hessopt") and not (_flat(row) and _low(row, problem.f_ref)):
-                row["beyond"] = _beyond(problem.value_fn, x)
-        except Exception as error:
-            row = {"error": traceback.format_exception_only(error)[-1].strip()[:200]}
-        pipe.send(row)
+def _solve(name: str, solver: str) -> dict[str, Any]:
+    problem = cutest.load(name)
+    row, x = race.ran(problem, solver)
+    if solver.startswith("hessopt") and not (race.flat(row) and race.low(row, problem.f_ref)):
+        row["beyond"] = _beyond(problem.value_fn, x)
+    return row
 
 
 def _beyond(value_fn: Any, x: Any) -> float:
@@ -110,7 +48,7 @@ def _beyond(value_fn: Any, x: Any) -> float:
 
 
 def _single(name: str) -> dict[str, Any]:
-    """Run L-BFGS in float32 without a bound on the gradient, and compare where it ends with the rounding floor.
+    """Run `hessopt.lbfgs` in float32 without a bound on the gradient, and compare its end with the rounding floor.
 
     The floor is the median, over 21 points that differ from the solution in float64 by one rounding, of the largest
     entry of the gradient in float32.
@@ -153,29 +91,11 @@ def _single_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _judge(rows: Sequence[dict[str, Any]]) -> None:
-    """Add both criteria to the runs of one problem."""
-    values = [row["f"] for row in rows if "f" in row and np.isfinite(row["f"])]
-    for row in rows:
-        row["a"] = row["b"] = False
-        if "f" in row:
-            row["best"] = min([row["f_ref"], *values])
-            row["a"], row["b"] = _flat(row), _low(row, row["best"])
-
-
-def _flat(row: dict[str, Any]) -> bool:
-    return bool(row["g"] <= row["bound"])
-
-
-def _low(row: dict[str, Any], best: float, key: str = "f") -> bool:
-    return bool(row[key] - best <= 1e-6 * max(1.0, abs(best)))
-
-
 def _why(row: dict[str, Any]) -> str:
     """Why a run is not solved, by where more steps would have led."""
     if "beyond" not in row:
         return row.get("error", "")
-    if _low(row, row["best"], "beyond"):
+    if race.low(row, row["best"], "beyond"):
         return "(a) was met before (b)" if row["a"] else "late: more steps end at the lowest value"
     where = "in another minimum" if row["a"] else "not there yet"
     return f"{where}: more steps end at {row['beyond']:.6g}"
@@ -185,28 +105,46 @@ def _mark(row: dict[str, Any]) -> str:
     return row.get("error", "")[:12] or ("a" if row["a"] else "-") + ("b" if row["b"] else "-")
 
 
-def _both(row: dict[str, Any]) -> bool:
+def both(row: dict[str, Any]) -> bool:
+    """Whether a run has solved its problem by both criteria."""
     return row["a"] and row["b"]
 
 
 def _mean_ratio(rows: Sequence[dict[str, Any]], ours: str, theirs: str, what: str) -> str:
     """The geometric mean of ours over theirs, over the problems that both have solved."""
-    found = {(row["problem"], row["solver"]): row for row in rows if _both(row)}
+    found = {(row["problem"], row["solver"]): row for row in rows if both(row)}
     shared = [name for name, solver in found if solver == ours and (name, theirs) in found]
     ratios = [found[name, ours][what] / max(found[name, theirs][what], 1e-9) for name in shared]
     return f"{np.exp(np.mean(np.log(ratios))):.2f} ({len(ratios)})" if ratios else ""
 
 
-def _lines(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
+def markdown(record: dict[str, Any]) -> list[str]:
+    """The tables of a record."""
+    rows = record["runs"]
+    solvers = list(dict.fromkeys(row["solver"] for row in rows))
+    return [
+        *_solved(rows, solvers),
+        *_ratios(rows, solvers),
+        *_unsolved(rows, solvers),
+        *_single_lines(record["float32"]),
+    ]
+
+
+def _solved(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
     lines = ["Criteria: (a) gradient, (b) value, as in `benchmarks/problems/cutest.py`. 2000 iterations at most and "]
-    lines[-1] += f"{TIME_LIMIT:.0f} s per run."
+    lines[-1] += f"{race.TIME_LIMIT:.0f} s per run."
     lines += ["", "| | (a) | (b) | both | median compile s |", "|---" + "|---:" * 4 + "|"]
     for solver in solvers:
         own = [row for row in rows if row["solver"] == solver]
-        counts = [sum(row["a"] for row in own), sum(row["b"] for row in own), sum(map(_both, own))]
+        counts = [sum(row["a"] for row in own), sum(row["b"] for row in own), sum(map(both, own))]
         compile_s = [row["compile_s"] for row in own if "compile_s" in row]
         cells = [*map(str, counts), f"{np.median(compile_s):.2f}" if compile_s else ""]
         lines += [f"| {solver} | " + " | ".join(cells) + " |"]
+    return lines
+
+
+def _ratios(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
+    lines: list[str] = []
     ours = [solver for solver in solvers if solver.startswith("hessopt")]
     for what, title in (("evaluations", "Evaluations"), ("warm_s", "Seconds of a second run")):
         lines += ["", f"## {title}: ratio of each column to each row", ""]
@@ -214,6 +152,11 @@ def _lines(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
         lines += [f"| | {' | '.join(ours)} |", "|---" + "|---:" * len(ours) + "|"]
         for solver in solvers:
             lines += [f"| {solver} | " + " | ".join(_mean_ratio(rows, own, solver, what) for own in ours) + " |"]
+    return lines
+
+
+def _unsolved(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
+    lines: list[str] = []
     for solver in solvers:
         if solver.startswith("hessopt"):
             lines += [
@@ -224,8 +167,8 @@ def _lines(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
             ]
             lines += ["|---" + "|---:" * 4 + "|---|---|---|"]
             for row in rows:
-                if row["solver"] == solver and not _both(row):
-                    peers = [r["solver"] for r in rows if r["problem"] == row["problem"] and _both(r)]
+                if row["solver"] == solver and not both(row):
+                    peers = [r["solver"] for r in rows if r["problem"] == row["problem"] and both(r)]
                     numbers = [f"{row[key]:.6g}" if key in row else "" for key in ("f", "best", "g", "bound")]
                     words = [row.get("said") or row.get("error", ""), _why(row), ", ".join(peers) or "none"]
                     lines += [f"| {row['problem']} | {' | '.join([*numbers, *words])} |"]
@@ -235,7 +178,7 @@ def _lines(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
 def _figure(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> Any:
     """Performance profile (evaluations over the fewest) and data profile (evaluations per n + 1)."""
     names = list(dict.fromkeys(row["problem"] for row in rows))
-    spent = {(row["problem"], row["solver"]): row["evaluations"] for row in rows if _both(row)}
+    spent = {(row["problem"], row["solver"]): row["evaluations"] for row in rows if both(row)}
     size = {row["problem"]: row["n"] for row in rows if "n" in row}
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
     fewest = {name: min((spent.get((name, s), np.inf) for s in solvers), default=np.inf) for name in names}

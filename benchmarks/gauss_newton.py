@@ -1,6 +1,5 @@
 """The Gauss-Newton suite: Levenberg and Marquardt's method on the 3-D Poisson problem, and what its parts give."""
 
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
 
 import hessopt
-from benchmarks import harness
 from benchmarks.problems import poisson
 from examples.pinn_poisson import Run, train
 from hessopt.transforms import trust_region
@@ -49,8 +47,8 @@ VARIANTS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-def run(quick: bool, out: pathlib.Path) -> str:
-    """Run the suite, write JSON, Markdown and figure, and return the Markdown."""
+def measure(quick: bool) -> tuple[dict[str, Any], Any]:
+    """Run the suite; return the record and the figure."""
     jax.config.update("jax_enable_x64", True)
     sizes, where, steps, every = poisson.SIZES, poisson.points(), 360, 20
     small, fewer, short = SMALL, poisson.points(1000, 200), 200
@@ -59,9 +57,19 @@ def run(quick: bool, out: pathlib.Path) -> str:
         small, fewer, short = sizes, where, steps
     ablation = {name: _trained(name, small, fewer, short, every) for name in VARIANTS}
     whole = _trained(WHOLE, sizes, where, steps, every)
-    record = {"ablation": [_row(name, each) for name, each in ablation.items()], "whole": _row(WHOLE, whole)}
-    figure = _figure({f"{WHOLE}, {'-'.join(map(str, sizes))}": whole} | ablation)
-    return harness.save(out, "gauss-newton", record, _lines(record, small, fewer, sizes, where), figure)
+    record = {
+        "problem": _problem(sizes, where),
+        "whole": _row(WHOLE, whole),
+        "small problem": _problem(small, fewer),
+        "ablation": [_row(name, each) for name, each in ablation.items()],
+    }
+    return record, _figure({f"{WHOLE}, {'-'.join(map(str, sizes))}": whole} | ablation)
+
+
+def _problem(sizes: Sequence[int], where: poisson.Points) -> str:
+    return (
+        f"network {'-'.join(map(str, sizes))}, {len(where.inside)} points inside, {len(where.boundary)} on the boundary"
+    )
 
 
 def _trained(name: str, sizes: tuple[int, ...], where: poisson.Points, steps: int, every: int) -> Run:
@@ -89,12 +97,8 @@ def _row(name: str, result: Run) -> dict[str, Any]:
     }
 
 
-def _lines(
-    record: dict[str, Any], small: Sequence[int], fewer: poisson.Points, sizes: Sequence[int], where: poisson.Points
-) -> list[str]:
-    def problem(sizes: Sequence[int], where: poisson.Points) -> str:
-        return f"network {'-'.join(map(str, sizes))}, {len(where.inside)} points inside, {len(where.boundary)} outside"
-
+def markdown(record: dict[str, Any]) -> list[str]:
+    """The tables of a record."""
     whole = record["whole"]
     reached = [step for step, error in zip(whole["steps"], whole["errors"], strict=True) if error <= AIM]
     lines = ["The 3-D Poisson problem of `benchmarks/problems/poisson.py`, float64, one seed, by"]
@@ -102,12 +106,12 @@ def _lines(
         '`trust_region_newton(curvature="gauss_newton", geodesic_acceleration=True)`. Errors are relative, L2.',
         "",
     ]
-    lines += [f"## The whole problem: {problem(sizes, where)}", "", "| steps | error | loss | seconds |"]
+    lines += [f"## The whole problem: {record['problem']}", "", "| steps | error | loss | seconds |"]
     lines += ["|---:" * 4 + "|"]
     for row in zip(*(whole[key] for key in ("steps", "errors", "losses", "seconds")), strict=True):
         lines += ["| {} | {:.2e} | {:.2e} | {:.0f} |".format(*row)]
     lines += ["", f"{AIM:.1e} is reached by step {reached[0]}." if reached else f"{AIM:.1e} is not reached.", ""]
-    lines += [f"## What each part gives: {problem(small, fewer)}", ""]
+    lines += [f"## What each part gives: {record['small problem']}", ""]
     lines += ["| | error | loss | steps | trials per step | ms per step | ended |", "|---" + "|---:" * 5 + "|---|"]
     for row in record["ablation"]:
         steps = row["steps"][-1]

@@ -110,23 +110,24 @@ def folder(out: pathlib.Path) -> pathlib.Path:
     return out / re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
-def save(out: pathlib.Path, suite: str, record: dict[str, Any], lines: Sequence[str], figure: Any) -> str:
-    """Write the record as JSON, the lines as Markdown and the figure, each with the machine; return the Markdown."""
-    facts, place = machine(), folder(out)
+def save(out: pathlib.Path, suite: str, record: dict[str, Any], figure: Any) -> dict[str, Any]:
+    """Write the record as JSON and the figure; return the record as it will be read, with the machine."""
+    place = folder(out)
     place.mkdir(parents=True, exist_ok=True)
-    (place / f"{suite}.json").write_text(json.dumps({"machine": facts} | record, indent=1) + "\n")
-    head = [f"# {suite}", "", f"Written by `python -m benchmarks {suite}`, not by hand.", ""]
-    head += [", ".join(f"{name} {what}" for name, what in facts.items()) + ".", ""]
-    text = "\n".join([*head, *lines, ""])
-    (place / f"{suite}.md").write_text(text)
+    text = json.dumps({"machine": machine()} | record, indent=1)
+    (place / f"{suite}.json").write_text(text + "\n")
     figure.savefig(place / f"{suite}.png", dpi=150)
-    return text
+    return json.loads(text)
 
 
-def write(out: pathlib.Path, suite: str, tables: Sequence[Table]) -> str:
-    """Write what contenders took, with a figure of their ratios; return the Markdown."""
-    record = {"tables": [[t.title, [x._asdict() for x in t.timings]] for t in tables]}
-    return save(out, suite, record, _lines(tables), _figure(tables))
+def record(tables: Sequence[Table]) -> tuple[dict[str, Any], Any]:
+    """What contenders took, for JSON, and a figure of their ratios."""
+    return {"tables": [[t.title, [x._asdict() for x in t.timings]] for t in tables]}, _figure(tables)
+
+
+def markdown(record: dict[str, Any]) -> list[str]:
+    """The tables of such a record."""
+    return _lines([Table(title, [Timing(**timing) for timing in timings]) for title, timings in record["tables"]])
 
 
 def _lines(tables: Sequence[Table]) -> list[str]:

@@ -19,7 +19,7 @@ RATED = 16  # training steps, behind those that are all measured
 NETWORKS = ((784, 256, 256, 10), (784, *[100] * 11, 10), (784, *[100] * 29, 10))  # 6, 24 and 60 tensors
 
 
-def run(quick: bool) -> Sequence[Table]:
+def tables(quick: bool) -> Sequence[Table]:
     """All tables; `quick` for a test that it runs."""
     rounds, settle, batch, size = (2, 0.0, 100, 1000) if quick else (9, 0.4, 1500, 1_000_000)
     problems = [

@@ -1,7 +1,6 @@
 """The PINN suite: what the BFGS family reaches on the 3-D Poisson problem, what it costs, and when L-BFGS will do."""
 
 import itertools
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +16,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
 
 import hessopt
-from benchmarks import harness
 from benchmarks.problems import poisson
 from examples.pinn_poisson import COST, OPTIMIZERS, Run, train
 
@@ -27,20 +25,18 @@ HIDDEN = (7, 16, 29, 52, 97)  # widths for 100 to 10,000 parameters
 
 
 CONCLUSIONS = """
-- A step of BFGS costs what one of L-BFGS costs as long as the gradient is most of it, here up to some thousand
-  parameters; at ten thousand, where a step reads 0.8 GB, about a third more. A product with the matrix takes n^2
-  multiplications, a gradient of this problem about 10^5 n.
-- For that, its error is smaller after as many steps, the more so the more parameters there are: about the same at a
-  hundred, five to ten times at a thousand. L-BFGS forgets, and on a loss as ill-conditioned as this one the curvature
-  that it has forgotten is what is missing.
+- A step of BFGS costs what one of L-BFGS costs as long as the gradient is most of it: a product with the matrix takes
+  n^2 multiplications, a gradient of this problem about 10^5 n. It is dearer where a step reads more than caches hold.
+- For that, its error is smaller after as many steps, the more so the more parameters there are. L-BFGS forgets, and on
+  a loss as ill-conditioned as this one the curvature that it has forgotten is what is missing.
 - What BFGS asks for is memory, 8 n^2 bytes in float64. Where that does not fit, or where reading it takes longer than a
   gradient, L-BFGS remains.
-- Self-scaling costs nothing, and gains as much again.
+- Self-scaling costs nothing, and gains again.
 """
 
 
-def run(quick: bool, out: pathlib.Path) -> str:
-    """Run the suite, write JSON, Markdown and figure, and return the Markdown."""
+def measure(quick: bool) -> tuple[dict[str, Any], Any]:
+    """Run the suite; return the record and the figure."""
     jax.config.update("jax_enable_x64", True)
     steps, many, short, seeds = (3, 4, 2, SEEDS[:1]) if quick else (2000, 10_000, 500, SEEDS)
     where = poisson.points(50, 20) if quick else poisson.points()
@@ -58,8 +54,7 @@ def run(quick: bool, out: pathlib.Path) -> str:
         for name in ("lbfgs", "bfgs", "ssbroyden")
     ]
     rows = [{"run": name} | _row(each) for name, each in runs.items()]
-    record = {"runs": rows, "seconds per step": beside, "sizes": sizes}
-    return harness.save(out, "pinn", record, _lines(rows, beside, sizes, seeds, steps), _figure(runs))
+    return {"runs": rows, "seconds per step": beside, "sizes": sizes}, _figure(runs)
 
 
 def _trained(name: str, seed: int, where: Any, steps: int, sizes: tuple[int, ...] = poisson.SIZES) -> Run:
@@ -130,18 +125,15 @@ def _beside_scipy(where: poisson.Points, steps: int, rounds: int) -> dict[str, l
     return seconds
 
 
-def _lines(
-    rows: Sequence[dict[str, Any]],
-    beside: dict[str, list[float]],
-    sizes: Sequence[dict[str, Any]],
-    seeds: Sequence[int],
-    steps: int,
-) -> list[str]:
+def markdown(record: dict[str, Any]) -> list[str]:
+    """The tables of a record."""
+    rows, beside, sizes = (record[key] for key in ("runs", "seconds per step", "sizes"))
+    by_seed = {name: [row for row in rows if row["run"].startswith(f"{name}, seed ")] for name in NAMES}
+    seeds, steps = len(by_seed[NAMES[0]]), by_seed[NAMES[0]][0]["steps"]
     lines = ["The 3-D Poisson problem of `benchmarks/problems/poisson.py`; errors are relative, L2.", ""]
-    lines += [f"## Median of {len(seeds)} seeds, {steps} steps", "", "| | error | loss | gradients per step |"]
+    lines += [f"## Median of {seeds} seeds, {steps} steps", "", "| | error | loss | gradients per step |"]
     lines += ["|---" + "|---:" * 3 + "|"]
-    for name in NAMES:
-        own = [row for row in rows if row["run"].startswith(f"{name}, seed ")]
+    for name, own in by_seed.items():
         medians = [np.median([row[key] for row in own]) for key in ("error", "loss", "gradients per step")]
         lines += [f"| {name} | {medians[0]:.2e} | {medians[1]:.2e} | {medians[2]:.3f} |"]
     lines += ["", "## Seconds per step, beside SciPy's BFGS over the same compiled loss, in turns", ""]

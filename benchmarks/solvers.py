@@ -183,3 +183,10 @@ SOLVERS: dict[str, Solver] = {
     "SciPy trust-ncg": scipy_solver("trust-ncg"),
     "SciPy Newton-CG": scipy_solver("Newton-CG"),
 }
+
+FOR_MODELS: dict[str, Solver] = {
+    "hessopt newton, Gauss-Newton": driven(lambda: hessopt.newton(curvature="gauss_newton")),
+    "hessopt trust_region_newton, Gauss-Newton": driven(lambda: hessopt.trust_region_newton(curvature="gauss_newton")),
+    "optax adam": driven(lambda: optax.adam(1e-2)),
+}
+"""What needs a `hessopt.composite`, or is no choice for a small hard problem."""

@@ -3,6 +3,8 @@
 At a minimiser the gradient vanishes whatever the data, `g(params*(data), data) = 0`. Hence, by the implicit
 function theorem, `H d(params*) = -dg/d(data) d(data)`: that is how the solution is differentiated, by a linear solve
 at the solution and not through the steps that led there.
+
+Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv 2105.15183, for the derivatives.
 """
 
 import functools
@@ -90,8 +92,10 @@ def minimize(
 
     Raises:
       ValueError: for a negative tolerance, a max_steps that is negative or no whole number, or log_every below 1.
-      TypeError: for data that value_fn requires and does not get, or gets and does not take; for params that are
-        not floating; for progress or a callback under a transformation of JAX.
+      TypeError: for data that value_fn requires and does not get, or gets and does not take, or that are no arrays; for
+        params that are not floating; for a tx that is no optax transformation; for has_aux with a `composite`; for
+        progress or a callback under a transformation of JAX.
+      ImportError: for progress without tqdm.
 
     Cost: per step one update of `tx`, and one value and gradient unless its line search kept them; memory for a
     second set of params and gradient (the best). Derivatives: the dense Hessian and its factorisation up to 512 real
@@ -104,6 +108,8 @@ def minimize(
       >>> solution = hessopt.minimize(loss, jnp.zeros(2), hessopt.newton(), data={"target": jnp.array([1.0, -2.0])})
       >>> Termination(int(solution.termination)).name
       'GRADIENT'
+
+    Source: see the head of this file.
     """
     check_count("log_every", log_every)
     check_range("max_steps", max_steps, 0, np.iinfo(np.int32).max)

@@ -50,8 +50,13 @@ class TrainState(train_state.TrainState):
           value_fn: `value_fn(params)`, the objective, for optimizers that evaluate it.
           **replace: further fields to replace.
 
+        Returns:
+          The new state.
+
         Raises:
           TypeError: from an optimizer that needs what was not given, naming it.
+
+        Cost: the optimizer's update.
         """
         given = {"value": value, "value_fn": value_fn}
         extra = {name: thing for name, thing in given.items() if thing is not None}

@@ -1,7 +1,7 @@
 """Flax NNX: an optimizer that sees the objective (`pip install hessopt[flax]`)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,18 @@ from flax import nnx
 
 from hessopt.calculus.objective import Composite, informed_update, precompose
 
-_BASE: Any = getattr(nnx, "Pytree", None) or nnx.Object  # Flax 0.12 renamed it
+if TYPE_CHECKING:
+    from flax.nnx import Pytree as _Base
+else:
+    _Base = getattr(nnx, "Pytree", None) or nnx.Object  # Flax 0.12 renamed it
 _VARIABLES: Any = (nnx.Variable, vars(nnx).get("VariableState", nnx.Variable))  # the latter up to Flax 0.11
 
 
-class OptState(nnx.Variable):
+class OptState(nnx.Variable[Any]):
     """An array of the optimizer's state."""
 
 
-class Optimizer(_BASE):
+class Optimizer(_Base):
     """Update the parameters of a model by any optax transformation, which may evaluate the objective.
 
     Args:
@@ -46,9 +49,10 @@ class Optimizer(_BASE):
     def __init__(self, model: Any, tx: optax.GradientTransformation, wrt: Any = nnx.Param) -> None:
         """Initialise the transformation at the model's parameters."""
         data = getattr(nnx, "data", lambda tree: tree)  # says that a tree holds variables, since Flax 0.12
-        self.tx, self.wrt = tx, wrt
-        self.step = OptState(jnp.zeros((), jnp.uint32))
-        self.opt_state = data(jax.tree.map(OptState, tx.init(_arrays(nnx.state(model, wrt)))))
+        self.tx: optax.GradientTransformation = tx
+        self.wrt: Any = wrt
+        self.step: OptState = OptState(jnp.zeros((), jnp.uint32))
+        self.opt_state: Any = data(jax.tree.map(OptState, tx.init(_arrays(nnx.state(model, wrt)))))
 
     def update(
         self, model: Any, grads: Any, /, *, value: jax.Array | None = None, loss_fn: Callable[[Any], Any] | None = None

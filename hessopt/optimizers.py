@@ -25,6 +25,7 @@ from hessopt.transforms.newton_cg import Preconditioner, scale_by_newton_cg
 from hessopt.typing import Params, ValueFn
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
+"""For directions that mostly have the right length."""
 
 QUADRATIC_LINESEARCH = scale_by_wolfe_linesearch(initial_guess="quadratic")
 """For the dense quasi-Newton methods, whose steps are too long at first and after a self-scaling. (A PINN, 2000 steps

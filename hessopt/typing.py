@@ -30,6 +30,7 @@ class StepStatus(enum.IntFlag):
     """
 
     OK = 0
+    """None of what follows."""
     NONFINITE = enum.auto()
     """A value, gradient or curvature was inf or NaN; what depended on it was left out."""
     NOT_DESCENT = enum.auto()

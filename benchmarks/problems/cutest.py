@@ -14,19 +14,11 @@ import pathlib
 import re
 import sys
 import types
-from typing import Any, NamedTuple
+from typing import Any
+
+from benchmarks.problems import Problem
 
 PACKAGE = "sif2jax.cutest._unconstrained_minimisation"
-
-
-class Problem(NamedTuple):
-    """An objective of one vector, its start, and what counts as solved."""
-
-    name: str
-    value_fn: Any  # (n,) -> ()
-    start: Any  # (n,), float64
-    gradient: float  # criterion (a): bound on the largest entry of the gradient
-    f_ref: float
 
 
 def names() -> list[str]:

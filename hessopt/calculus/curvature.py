@@ -104,7 +104,8 @@ def hessian(
       at least float32; with blocks, `{label: (n_b, n_b)}`.
 
     Raises:
-      ValueError: for an unknown word or chunk_size < 1; TypeError for Gauss-Newton without a `composite`.
+      ValueError: for an unknown word, chunk_size < 1, or blocks that do not fit.
+      TypeError: for Gauss-Newton without a `composite`.
 
     Cost: n products of about two gradients each; every off-diagonal block is computed once, from its smaller
     leaf. Memory: the result and `chunk_size` times a gradient's intermediates.
@@ -113,6 +114,8 @@ def hessian(
       >>> import jax.numpy as jnp
       >>> hessian(lambda x: x[0] ** 2 * x[1], jnp.array([1.0, 3.0])).tolist()
       [[6.0, 2.0], [2.0, 0.0]]
+
+    Source: see `hvp` for the products, `composite` for Gauss-Newton.
     """
     labels, names = group_labels(params, blocks)
 

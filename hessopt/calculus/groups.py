@@ -10,6 +10,7 @@ from hessopt._checks import check_word
 from hessopt.typing import Params
 
 Groups: TypeAlias = str | Callable[[Any, Any], Any] | Any
+"""A word, a callable `path, leaf -> label`, or a tree of labels: see `group_labels`."""
 
 
 def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:

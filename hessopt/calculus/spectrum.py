@@ -60,6 +60,8 @@ def spectrum(value_fn: ValueFn, params: Params, *, k: int = 1, seed: int = 0) ->
       >>> smallest, largest = spectrum(lambda x: x[0] ** 2 + 50.0 * x[1] ** 2, jnp.ones(2))
       >>> round(float(largest[0] / smallest[0]), 3)
       50.0
+
+    Source: see the head of this file.
     """
     like = ravel(params)
     n = like.size

@@ -25,13 +25,10 @@ class Factorization(NamedTuple):
 
 
 class Positivity(NamedTuple):
-    """A way to solve with a matrix that need not be positive definite.
+    """A way to solve with a matrix that need not be positive definite."""
 
-    `factorize(matrix, shift)` gets the shift of the last factorisation, `solve(factor, vector)` its factor.
-    """
-
-    factorize: Callable[[Matrix, jax.Array], Factorization]
-    solve: Callable[[Any, Vector], Vector]
+    factorize: Callable[[Matrix, jax.Array], Factorization]  # of a matrix and the shift of the last factorisation
+    solve: Callable[[Any, Vector], Vector]  # of its factor and a vector
 
 
 def _shift(matrix: Matrix, shift: jax.Array) -> Factorization:

@@ -238,6 +238,8 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
       >>> error = inverse_hessian(solution.state) - jnp.diag(jnp.array([1.0, 0.25]))
       >>> bool(jnp.max(jnp.abs(error)) < 0.05)
       True
+
+    Source: see the head of this file.
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, BfgsState))
     found = [node for node in nodes if isinstance(node, BfgsState)]

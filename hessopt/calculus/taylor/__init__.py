@@ -80,6 +80,8 @@ def taylor(
       >>> terms = taylor(lambda p: jnp.sum(p["a"] ** 3) * p["b"], params, updates, groups="leaf")
       >>> terms.gradient.tolist(), terms.hessian.tolist(), terms.third.tolist()
       ([45.0, 18.0], [[54.0, 30.0], [30.0, 0.0]], [36.0, 0.0])
+
+    Source: see the head of this file.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")

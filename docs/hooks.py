@@ -1,0 +1,163 @@
+"""Pages made of the repository's own files, and docstrings in the dialect of mkdocstrings.
+
+mkdocs calls the functions `on_...`; griffe, which reads the source of hessopt, calls `Docstrings`.
+"""
+
+import ast
+import inspect
+import logging
+import pathlib
+import re
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import griffe
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = pathlib.Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
+SUMMARY = ROOT / "benchmarks" / "RESULTS.md"
+RESULTS = [SUMMARY, *sorted(SUMMARY.parent.glob("results/*/*.png"))]
+PUBLIC = re.findall(r" as (\w+)$", (ROOT / "hessopt" / "__init__.py").read_text(), re.MULTILINE)
+LINKED = {*PUBLIC, "linen.TrainState", "nnx.Optimizer"}
+
+log = logging.getLogger("mkdocs.hooks")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Extend the navigation by the examples, the results and the changelog."""
+    examples = [{"Gallery": "examples/index.md"}, *({path.stem: f"examples/{path.stem}.md"} for path in EXAMPLES)]
+    results = str(SUMMARY.relative_to(ROOT))
+    config.nav = [
+        *(config.nav or []),
+        {"Examples": examples},
+        {"Study": "study.md"},
+        {"Results": results},
+        {"Changelog": "CHANGELOG.md"},
+    ]
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add README, changelog, examples and results, where their relative links lead to each other."""
+    own = {"index.md": "README.md", "study.md": "docs/study.md", "CHANGELOG.md": "CHANGELOG.md"}
+    own = {uri: ROOT / name for uri, name in own.items()}
+    for uri, path in (own | {str(path.relative_to(ROOT)): path for path in RESULTS}).items():
+        wide = "---\nhide: [navigation]\n---\n\n" if uri in own else ""  # a page that has no others beside it
+        content = wide + adapted(path.read_text()) if path.suffix == ".md" else path.read_bytes()
+        files.append(File.generated(config, uri, content=content))
+    pictured = {path.stem for path in pathlib.Path(config.docs_dir, "figures").glob("*.png")}
+    files.append(File.generated(config, "examples/index.md", content=gallery(pictured)))
+    for path in EXAMPLES:
+        page = example(path, path.stem in pictured)
+        files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
+
+    text = "\n".join(file.content_string for file in files.documentation_pages())
+    amiss = set(PUBLIC) ^ set(re.findall(r"^::: hessopt\.(\w+)$", text, re.MULTILINE))
+    if amiss:
+        log.warning(f"the names that pages show and those that hessopt has differ in {sorted(amiss)}")
+    return files
+
+
+def gallery(pictured: set[str]) -> str:
+    """The page with a card for every example."""
+    cards = []
+    for path in EXAMPLES:
+        name, (summary, *_) = path.stem, described(path)
+        picture = [f"[![](../figures/{name}.png)]({name}.md)"] if name in pictured else []
+        cards.append("-   " + "\n\n    ".join([*picture, f"[{name}]({name}.md)", summary.replace("\n", " ")]) + "\n")
+    return "\n".join(["# Examples\n", '<div class="grid cards" markdown>\n', *cards, "</div>\n"])
+
+
+def example(path: pathlib.Path, pictured: bool) -> str:
+    """The page of an example: what it says of itself, its figure, its source."""
+    picture = [f"![{path.stem}](../figures/{path.stem}.png)"] if pictured else []
+    source = textwrap.indent(f"````python\n{path.read_text()}````", "    ")
+    front = f"---\nhide: [toc]\n---\n\n# {path.stem}"
+    return "\n\n".join([front, *described(path), *picture, f'??? quote "examples/{path.name}"\n\n{source}'])
+
+
+def described(path: pathlib.Path) -> list[str]:
+    """The paragraphs of a file's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return [linked(paragraph) for paragraph in docstring.split("\n\n")]
+
+
+def adapted(text: str) -> str:
+    """Markdown of the repository as a page: links that lead to pages, doctests that look like such."""
+    text = (
+        re.sub(r"(\]\((?:\.\./)*examples/\w+)\.py\)", r"\1.md)", text)
+        .replace("](docs/", "](")
+        .replace("../benchmarks/", "benchmarks/")
+    )
+    parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
+    prose, blocks = map(linked, parts[::2]), (b.replace("```python\n>>>", "```pycon\n>>>") for b in [*parts[1::2], ""])
+    return "".join(part for pair in zip(prose, blocks, strict=True) for part in pair)
+
+
+def linked(text: str, here: str = "") -> str:
+    """Lead from every public name in backquotes to its documentation."""
+
+    def link(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"[{match[0]}][hessopt.{name}]" if name in LINKED and name != here else match[0]
+
+    return re.sub(r"(?<![\[`])`(?:hessopt\.)?((?:\w+\.)?\w+)(?:\([^`]*\))?`(?![\]`])", link, text)
+
+
+class Docstrings(griffe.Extension):
+    """Reads arguments that share a description, headings of their own, and comments behind fields."""
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        """Rewrite the docstrings of all that a package defines."""
+        for thing in list(members(pkg)):
+            if isinstance(thing, griffe.Class):
+                document_fields(thing)
+            if thing.docstring and not thing.is_module:
+                text = separated(rearranged(inspect.cleandoc(thing.docstring.value), thing))
+                thing.docstring.value = linked(text, thing.name)
+
+
+def members(thing: griffe.Object) -> Iterator[griffe.Object]:
+    """All that is defined in an object, itself included."""
+    yield thing
+    for member in thing.members.values():
+        if isinstance(member, griffe.Object):
+            yield from members(member)
+
+
+def document_fields(cls: griffe.Class) -> None:
+    """Add a list of the fields, explained by comments or strings in the source, to the docstring of a class."""
+    if "__init__" in cls.members:  # the class explains it
+        cls.members["__init__"].docstring = None
+    if not cls.docstring or not any(str(base).endswith(("NamedTuple", "IntEnum", "IntFlag")) for base in cls.bases):
+        return
+    items = []
+    for name, field in cls.attributes.items():
+        comment = re.search(r"  # (.*)$", field.source)
+        explained = field.docstring.value if field.docstring else comment[1] if comment else "see above"
+        items.append(f"  {name}: {' '.join(explained.split())}")
+    cls.docstring.value = "\n".join([inspect.cleandoc(cls.docstring.value), "", "Attributes:", *items])
+
+
+def rearranged(text: str, thing: griffe.Object) -> str:
+    """Sections by the names that Google style knows, other headings in bold, and the source itself."""
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
+    head = re.search(r"^Source: .*", thing.module.docstring.value if thing.module.docstring else "", re.M | re.S)
+    if head:
+        text = text.replace("Source: see the head of this file.", head[0])
+    return re.sub(r"^((?:Cost|Source)\b[^:\n]*:) ", r"**\1** ", text, flags=re.MULTILINE)
+
+
+def separated(text: str) -> str:
+    """Give each of several arguments that share a description a copy of it."""
+
+    def copies(match: re.Match[str]) -> str:
+        return "\n".join(f"  {name}: {match[2]}" for name in re.split(r",\s*", match[1]))
+
+    head, heading, rest = text.partition("Args:\n")
+    args, blank, rest = rest.partition("\n\n")
+    args = re.sub(r"^  (\w+(?:,\s*\w+)+): (.*(?:\n    .*)*)", copies, args, flags=re.MULTILINE)
+    return head + heading + args + blank + rest

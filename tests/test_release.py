@@ -1,0 +1,80 @@
+"""Oracles: the tracked files; twine; a fresh environment with nothing but the wheel and what it asks for."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import venv
+
+import pytest
+
+import hessopt
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+TRAIN = """
+import jax, jax.numpy as jnp, hessopt
+def loss_fn(params, x, y):
+    return jnp.mean(jnp.logaddexp(0.0, -y * (x @ params))) + 1e-3 * jnp.sum(params**2)
+x = jax.random.normal(jax.random.key(0), (200, 3))
+y = jnp.sign(x @ jnp.array([1.0, -2.0, 0.5]) + 0.3)
+solution = hessopt.minimize(loss_fn, jnp.zeros(3), hessopt.newton(), data={"x": x, "y": y}, gtol=1e-5)
+print(hessopt.__file__, hessopt.Termination(int(solution.termination)).name)
+"""
+
+pytestmark = pytest.mark.slow
+
+
+def run(where, *command):
+    """Run without a way to the checkout, but with pip's settings; return what it printed."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def files(source):
+    return {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sources, the sdist made of them, and the wheel made of that."""
+    source, dist = (tmp_path_factory.mktemp(name) for name in ("source", "dist"))
+    if (ROOT / ".git").exists():
+        for name in run(ROOT, "git", "ls-files", "-z").rstrip("\0").split("\0"):
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    else:  # a copy of them already
+        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
+    run(dist, sys.executable, "-m", "build", "--outdir", str(dist), str(source))
+    return source, *dist.glob("*.tar.gz"), *dist.glob("*.whl")
+
+
+def test_wheel_holds_the_package_and_nothing_else(built, tmp_path):
+    source, _, wheel = built
+    shutil.unpack_archive(wheel, tmp_path, "zip")
+    about = f"hessopt-{hessopt.__version__}.dist-info"
+    expected = {f"hessopt/{name}" for name in files(source / "hessopt")}
+    expected |= {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    assert files(tmp_path) == expected
+    assert "hessopt/py.typed" in expected
+
+
+def test_release_is_described(built):
+    source, sdist, wheel = built
+    run(sdist.parent, sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel))
+    name = f"hessopt-{hessopt.__version__}"
+    assert (sdist.name, wheel.name) == (f"{name}.tar.gz", f"{name}-py3-none-any.whl")
+    changelog = (source / "CHANGELOG.md").read_text()
+    assert f"\n## [{hessopt.__version__}]" in changelog or "\n## [Unreleased]" in changelog
+
+
+def test_installed_wheel_trains(built, tmp_path):
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    run(tmp_path, python, "-m", "pip", "install", str(built[2]))
+    file, ended = run(tmp_path, python, "-c", TRAIN).split()
+    assert pathlib.Path(file).is_relative_to(tmp_path)
+    assert ended == "GRADIENT"
