@@ -37,10 +37,17 @@ def check_word(name: str, value: Any, words: Any) -> None:
         raise ValueError(f"{name} must be one of {sorted(words)}, got {value!r}")
 
 
+def check_transformation(name: str, value: Any) -> None:
+    """Raise `TypeError` unless `value` is an optax transformation."""
+    if not (hasattr(value, "init") and hasattr(value, "update")):
+        raise TypeError(f"{name} must be an optax transformation, with init and update, got {value!r}")
+
+
 def choose(name: str, value: Any, table: Mapping[str, Any]) -> Any:
     """Return the entry of `table` for a word, `value` itself if it is of their kind, else raise `ValueError`."""
     if isinstance(value, str) and value in table:
         return table[value]
     if not callable(value) and not isinstance(value, tuple(map(type, table.values()))):
-        raise ValueError(f"{name} must be one of {sorted(table)}, or of their kind, got {value!r}")
+        kind = "a callable" if any(map(callable, table.values())) else f"a {type(next(iter(table.values()))).__name__}"
+        raise ValueError(f"{name} must be one of {sorted(table)}, or {kind} that does the same, got {value!r}")
     return value

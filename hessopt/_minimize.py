@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from hessopt._checks import check_count, check_range
+from hessopt._checks import check_count, check_range, check_transformation
 from hessopt._closure import identified, open_closure
 from hessopt._loop import Limits, Problem, Run, advance, begin, end, evaluate, objective_and_aux
 from hessopt.calculus.curvature import block_hessians
@@ -119,8 +119,11 @@ def minimize(
         check_range(name, bound, 0)
     if has_aux and isinstance(value_fn, Composite):
         raise TypeError("has_aux needs value_fn to return (value, aux); a composite returns its loss alone")
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(f"tx must be an optax transformation, with init and update, got {tx!r}")
+    check_transformation("tx", tx)
+    if not callable(value_fn):
+        raise TypeError(f"value_fn must be a function of params and data, got {value_fn!r}")
+    if not isinstance(data or {}, Mapping):
+        raise TypeError(f"data must be a mapping from the names that value_fn gives them, got {type(data)}")
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             name = jax.tree_util.keystr(path)

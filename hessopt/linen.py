@@ -63,7 +63,14 @@ class TrainState(train_state.TrainState):
         inner = informed_update(self.tx)
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
-            return inner(updates, state, params, grad=updates, **extra)
+            try:
+                return inner(updates, state, params, grad=updates, **extra)
+            except TypeError as error:
+                if len(extra) < len(given):
+                    error.add_note(
+                        "With a TrainState: apply_gradients(grads=..., value=..., value_fn=...), or step_with"
+                    )
+                raise
 
         informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         new = train_state.TrainState.apply_gradients(informed, grads=grads)

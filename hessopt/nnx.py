@@ -81,7 +81,12 @@ class Optimizer(_Base):
             given["value_fn"] = _objective(loss_fn, model, self.wrt)
         extra = {name: thing for name, thing in given.items() if thing is not None}
         update = informed_update(self.tx)
-        updates, opt_state = update(updates, _arrays(self.opt_state), params, **extra)
+        try:
+            updates, opt_state = update(updates, _arrays(self.opt_state), params, **extra)
+        except TypeError as error:
+            if loss_fn is None or value is None:
+                error.add_note("In NNX: optimizer.update(model, grads, value=value, loss_fn=loss_fn)")
+            raise
         new = jax.tree.leaves(optax.apply_updates(params, updates))
         nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), new))
         for variable, leaf in zip(_variables(self.opt_state), jax.tree.leaves(opt_state), strict=True):

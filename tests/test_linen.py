@@ -87,8 +87,9 @@ def test_optax_lbfgs_gets_what_it_needs():
 def test_what_an_optimizer_misses_is_named_and_fields_are_replaced():
     state = create(hessopt.newton())
     grads = jax.grad(loss_fn)(state.params, X, Y)
-    with pytest.raises(TypeError, match="scale_by_newton needs the objective"):
+    with pytest.raises(TypeError, match="scale_by_newton needs the objective") as raised:
         state.apply_gradients(grads=grads)
+    assert "step_with" in raised.value.__notes__[0]
     assert create(optax.sgd(0.1)).apply_gradients(grads=grads, apply_fn=loss_fn).apply_fn is loss_fn
 
 

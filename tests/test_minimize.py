@@ -128,6 +128,10 @@ def test_what_cannot_be_minimized_over_is_named():
         minimize(rosenbrock, {"a": jnp.zeros(2, int)}, NEWTON)
     with pytest.raises(TypeError, match="tx must be an optax transformation, with init and update, got <function sgd"):
         minimize(rosenbrock, jnp.zeros(2), optax.sgd)
+    with pytest.raises(TypeError, match="value_fn must be a function"):
+        minimize(jnp.zeros(2), rosenbrock, NEWTON)
+    with pytest.raises(TypeError, match="data must be a mapping"):
+        minimize(lambda x, y: rosenbrock(x), jnp.zeros(2), NEWTON, data=(jnp.zeros(2),))
 
 
 def test_what_stands_behind_a_search_is_seen():

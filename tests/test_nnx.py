@@ -133,8 +133,9 @@ def test_what_an_optimizer_misses_is_named():
     model = Net(nnx.Rngs(0))
     optimizer = Optimizer(model, hessopt.newton())
     grads = nnx.grad(cross_entropy)(model)
-    with pytest.raises(TypeError, match="scale_by_newton needs the objective"):
+    with pytest.raises(TypeError, match="scale_by_newton needs the objective") as raised:
         optimizer.update(model, grads)
+    assert "loss_fn=" in raised.value.__notes__[0]
 
 
 def test_a_composite_keeps_its_parts_for_gauss_newton_and_aux_is_left_out():

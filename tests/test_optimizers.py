@@ -95,6 +95,18 @@ def test_the_step_never_increases_the_objective_from_where_newton_diverges():
     np.testing.assert_allclose(x, 0.0, atol=1e-6)
 
 
+@pytest.mark.parametrize("linesearch", ["default", optax.scale_by_backtracking_linesearch(max_backtracking_steps=3)])
+def test_a_search_that_runs_out_of_trials_takes_no_step_uphill(linesearch):
+    def loss(x):
+        return jnp.sum(jnp.logaddexp(x, -x))
+
+    x = jnp.array([80.0])  # where curvature is 1e-69
+    tx = hessopt.newton() if linesearch == "default" else hessopt.newton(linesearch=linesearch)
+    value, grad = jax.value_and_grad(loss)(x)
+    updates, _ = tx.update(grad, tx.init(x), x, value=value, grad=grad, value_fn=loss)
+    assert loss(x + updates) <= value
+
+
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize(
     "linesearch", [hessopt.optimizers.DEFAULT_LINESEARCH, optax.scale_by_zoom_linesearch(20)], ids=["default", "zoom"]
@@ -112,6 +124,20 @@ def test_a_nonfinite_objective_costs_one_step_and_no_more(bad, linesearch):
         path.append(float(x[0]))
     assert path[1] == path[0]
     assert path[3] < path[2] < path[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("linesearch", lambda: hessopt.newton(linesearch="wolfe")),
+        ("base", lambda: hessopt.generalized_newton("adamw")),
+        ("inner", lambda: hessopt.masked(optax.sgd, True)),
+        ("inner", lambda: hessopt.subsampled("newton", probability=0.5)),
+    ],
+)
+def test_what_is_no_transformation_is_named(name, make):
+    with pytest.raises(TypeError, match=f"{name} must be an optax transformation"):
+        make()
 
 
 def test_placeholders_empty_trees_and_python_scalars():

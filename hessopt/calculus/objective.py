@@ -184,7 +184,9 @@ def _scalar(fn: Callable[[Any], Any], caller: str) -> ValueFn:
         value = fn(x)
         if isinstance(value, tuple) or jnp.shape(value) != ():
             got = "a tuple" if isinstance(value, tuple) else f"shape {jnp.shape(value)}"
-            raise TypeError(f"{caller} needs value_fn to return a scalar, got {got}; auxiliary outputs are not taken")
+            raise TypeError(
+                f"{caller} needs value_fn to return a scalar, got {got}; only minimize takes aux, with has_aux"
+            )
         return value
 
     return checked

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hessopt._checks import check_transformation
 from hessopt.calculus.groups import combine, given_labels, take
 from hessopt.calculus.objective import of_group, require_params
 from hessopt.typing import Params
@@ -54,6 +55,7 @@ def masked(
       >>> jax.tree.map(lambda leaf: round(float(leaf), 3), optax.apply_updates(params, updates))
       {'a': 3.0, 'b': 2.0}
     """
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def chosen(params: Params) -> Any:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range, check_word
+from hessopt._checks import check_range, check_transformation, check_word
 from hessopt.calculus.flat import ravel, solve_dtype
 from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.calculus.objective import of_group, require_params
@@ -88,6 +88,7 @@ def subsampled(
     check_range("probability", probability, 0, 1)
     check_groups("blocks", blocks)
     check_word("rest", rest, ("gradient", "norm_matched"))
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Params) -> SubsampledState:

@@ -252,8 +252,8 @@ def trust_region_newton(
             p = jax.tree.map(lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts)
             fall = value - jnp.asarray(objective(applied(parts, p)), dtype)
             ratio = jnp.where(sound, gain_ratio(fall, step.decrease, noise), -jnp.inf)
-            told = step.decrease > noise  # else the ratio says nothing of the model, nor would that of another trial
-            size = jnp.where(told, bound.adapt(w, z, last.size, ratio, step), last.size)
+            told = step.decrease > noise  # else the ratio says nothing of the model, but that it promises too little
+            size = bound.adapt(w, z, last.size, jnp.where(told, ratio, 1.0), step)
             return _Trial(p, size, ratio, step.shift, told, last.count + 1)
 
         def goes_on(last: _Trial) -> jax.Array:

@@ -273,3 +273,14 @@ def test_wrong_arguments_are_named(arguments, message):
 def test_gauss_newton_needs_a_composite():
     with pytest.raises(TypeError, match="composite"):
         once(trust_region_newton(curvature="gauss_newton"), rosenbrock, jnp.ones(3))
+
+
+@pytest.mark.parametrize("subproblem", ["exact", "cg"])
+@pytest.mark.parametrize("model", ["cubic", "radius"])
+def test_a_bound_that_promises_less_than_rounding_is_loosened(model, subproblem):
+    """From where curvature is nothing; once seen, it makes the bound of before far too strict."""
+    tx = trust_region_newton(model=model, subproblem=subproblem)
+    solution = hessopt.minimize(
+        lambda x: jnp.sum(jnp.logaddexp(x, -x)), jnp.array([15.0], jnp.float32), tx, max_steps=100
+    )
+    np.testing.assert_allclose(solution.params, 0.0, atol=1e-5)
