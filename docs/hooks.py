@@ -48,10 +48,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         wide = "---\nhide: [navigation]\n---\n\n" if uri in own else ""  # a page that has no others beside it
         content = wide + adapted(path.read_text()) if path.suffix == ".md" else path.read_bytes()
         files.append(File.generated(config, uri, content=content))
-    pictured = {path.stem for path in pathlib.Path(config.docs_dir, "figures").glob("*.png")}
-    files.append(File.generated(config, "examples/index.md", content=gallery(pictured)))
+    figures = sorted(path.stem for path in pathlib.Path(config.docs_dir, "figures").glob("*.png"))
+    files.append(File.generated(config, "examples/index.md", content=gallery(figures)))
     for path in EXAMPLES:
-        page = example(path, path.stem in pictured)
+        page = example(path, figures)
         files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
 
     text = "\n".join(file.content_string for file in files.documentation_pages())
@@ -61,22 +61,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def gallery(pictured: set[str]) -> str:
+def gallery(figures: list[str]) -> str:
     """The page with a card for every example."""
     cards = []
     for path in EXAMPLES:
         name, (summary, *_) = path.stem, described(path)
-        picture = [f"[![](../figures/{name}.png)]({name}.md)"] if name in pictured else []
+        picture = [f"[![](../figures/{name}.png)]({name}.md)"] if name in figures else []
         cards.append("-   " + "\n\n    ".join([*picture, f"[{name}]({name}.md)", summary.replace("\n", " ")]) + "\n")
     return "\n".join(["# Examples\n", '<div class="grid cards" markdown>\n', *cards, "</div>\n"])
 
 
-def example(path: pathlib.Path, pictured: bool) -> str:
-    """The page of an example: what it says of itself, its figure, its source."""
-    picture = [f"![{path.stem}](../figures/{path.stem}.png)"] if pictured else []
+def example(path: pathlib.Path, figures: list[str]) -> str:
+    """The page of an example: what it says of itself, its figures, its source."""
+    pictures = [f"![{name}](../figures/{name}.png)" for name in figures if name.startswith(path.stem)]
     source = textwrap.indent(f"````python\n{path.read_text()}````", "    ")
     front = f"---\nhide: [toc]\n---\n\n# {path.stem}"
-    return "\n\n".join([front, *described(path), *picture, f'??? quote "examples/{path.name}"\n\n{source}'])
+    return "\n\n".join([front, *described(path), *pictures, f'??? quote "examples/{path.name}"\n\n{source}'])
 
 
 def described(path: pathlib.Path) -> list[str]:

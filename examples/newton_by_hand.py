@@ -4,8 +4,9 @@ SymPy derives the gradient, the Hessian, Newton's step and the BFGS update for a
 of hessopt are the same to rounding, and what is left of the difference is printed. `newton_by_hand.png` shows paths:
 with a condition number of 50 in place of 2 gradient descent takes 374 steps in place of 14, Newton one either way;
 plain Newton goes to a saddle that `newton()` and `trust_region_newton()` leave, and on log cosh it diverges from
-|x| > 1.0887, where `newton()` converges. `basins.png` shows where runs on Himmelblau's function end, for 40 000 starts:
-plain Newton in a minimum from 64% of them, all others from everywhere, but not always in the one downhill.
+|x| > 1.0887, where `newton()` converges. `newton_by_hand_basins.png` shows where runs on Himmelblau's function end, for
+40 000 starts: plain Newton in a minimum from 64% of them, all others from everywhere, but not always in the one
+downhill.
 
     python examples/newton_by_hand.py                                  # about 1 minute
     python examples/newton_by_hand.py --size 400                       # finer maps
@@ -350,8 +351,8 @@ def main() -> None:
     draw_divergence(*axes[1, 1:])
     figure.savefig(args.out / "newton_by_hand.png", dpi=150)
     plt.close(figure)
-    draw_basins(args.out / "basins.png", min(args.size, 30) if args.quick else args.size)
-    print(f"figures: {args.out / 'newton_by_hand.png'}, {args.out / 'basins.png'}")
+    draw_basins(args.out / "newton_by_hand_basins.png", min(args.size, 30) if args.quick else args.size)
+    print(f"figures: {args.out / 'newton_by_hand.png'}, {args.out / 'newton_by_hand_basins.png'}")
 
 
 if __name__ == "__main__":

@@ -371,8 +371,8 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
     It gets the bound objective and nothing else, since optax's reject keywords that they do not know; a strongly typed
     state, since theirs starts weakly typed and makes a jitted step compile twice; and its old state back when it gives
     no step, since theirs do not recover from a step of length zero. No step is taken from a value that is not finite:
-    every trial would be a decrease; nor one uphill, as theirs is when trials run out. On an explicit mesh they see trees
-    gathered, of which they take inner products.
+    every trial would be a decrease; nor one uphill, as theirs is when trials run out. On an explicit mesh they see
+    trees gathered, of which they take inner products.
     """
     linesearch = optax.with_extra_args_support(linesearch)
     if isinstance(jax.eval_shape(linesearch.init, jnp.zeros(())), LinesearchState):
