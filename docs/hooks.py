@@ -91,6 +91,7 @@ def adapted(text: str) -> str:
         re.sub(r"(\]\((?:\.\./)*examples/\w+)\.py\)", r"\1.md)", text)
         .replace("](docs/", "](")
         .replace("../benchmarks/", "benchmarks/")
+        .replace("](pages/", "](")
     )
     parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
     prose, blocks = map(linked, parts[::2]), (b.replace("```python\n>>>", "```pycon\n>>>") for b in [*parts[1::2], ""])

@@ -1,6 +1,17 @@
 """Look at the loss along a training step, at its models of second and third order, and where methods land on it.
 
-PROSE
+An MLP (64-32-10, tanh) learns scikit-learn's digits, full batch, at a constant rate. After 2, 20 and 200 steps a panel
+shows phi(t) = f(params + t u) for the update u of SGD, momentum or Adam, with its parabola and its cubic model, and the
+points that the Wolfe search, generalized and grouped Newton reach from there in their first step. Generalized Newton
+lands where the parabola is lowest; grouped Newton with one group where the cubic model is, which takes the third
+derivative by magnitude and so ends earlier. With a rate for each tensor its step leaves the line, and is drawn as far
+out as it is long.
+
+After two steps what counts is the line itself: rates for each tensor reach 0.91 from SGD's update, where the line is
+nowhere below 1.60. After 20 steps of SGD the minimum lies before its own step, at t = 0.7; those of momentum and Adam
+lie beyond, at t = 2 and more. After 200 steps phi is a valley along which the training creeps: both models see its floor
+140 to 360 steps ahead, too far out for momentum, and rates for each tensor gain nothing. The search takes the first of
+t = 1, 10, 100 that is flat enough.
 
     python -m examples.loss_along_the_step                       # about half a minute
     python -m examples.loss_along_the_step --moments 5 50 1000
@@ -150,7 +161,7 @@ def draw(moments: dict[str, list[Moment]], after: list[int], x: jax.Array, y: ja
             draw_panel(ax, moment, x, y)
             ax.set_title(f"{base}, after {steps} steps")
     for ax in axes[-1]:
-        ax.set_xlabel("t, in steps of the training")
+        ax.set_xlabel("t (1: the step of the training)")
     for ax in axes[:, 0]:
         ax.set_ylabel("loss")
     what = [
