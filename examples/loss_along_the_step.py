@@ -9,11 +9,11 @@ out as it is long.
 
 After two steps what counts is the line itself: rates for each tensor reach 0.91 from SGD's update, where the line is
 nowhere below 1.60. After 20 steps of SGD the minimum lies before its own step, at t = 0.7; those of momentum and Adam
-lie beyond, at t = 2 and more. After 200 steps phi is a valley along which the training creeps: both models see its floor
-140 to 360 steps ahead, too far out for momentum, and rates for each tensor gain nothing. The search takes the first of
-t = 1, 10, 100 that is flat enough.
+lie beyond, at t = 2 and more. After 200 steps phi is a valley along which the training creeps: both models see its
+floor 140 to 360 steps ahead, too far out for momentum, and rates for each tensor gain nothing. The search takes the
+first of t = 1, 10, 100 that is flat enough.
 
-    python -m examples.loss_along_the_step                       # about half a minute
+    python -m examples.loss_along_the_step                       # about 20 seconds
     python -m examples.loss_along_the_step --moments 5 50 1000
 """
 
