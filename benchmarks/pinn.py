@@ -125,10 +125,15 @@ def _beside_scipy(where: poisson.Points, steps: int, rounds: int) -> dict[str, l
     return seconds
 
 
+def of_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs that differ in nothing but the seed, by optimizer."""
+    return {name: [row for row in rows if row["run"].startswith(f"{name}, seed ")] for name in NAMES}
+
+
 def markdown(record: dict[str, Any]) -> list[str]:
     """The tables of a record."""
     rows, beside, sizes = (record[key] for key in ("runs", "seconds per step", "sizes"))
-    by_seed = {name: [row for row in rows if row["run"].startswith(f"{name}, seed ")] for name in NAMES}
+    by_seed = of_seeds(rows)
     seeds, steps = len(by_seed[NAMES[0]]), by_seed[NAMES[0]][0]["steps"]
     lines = ["The 3-D Poisson problem of `benchmarks/problems/poisson.py`; errors are relative, L2.", ""]
     lines += [f"## Median of {seeds} seeds, {steps} steps", "", "| | error | loss | gradients per step |"]

@@ -71,17 +71,22 @@ def solve(family: str, name: str, solver: str) -> dict[str, Any]:
 
 def ran(problem: Problem, solver: str) -> tuple[dict[str, Any], Any]:
     """What a solver spent and where it ended, and the point itself."""
-    import jax
-    import jax.numpy as jnp
-
     from benchmarks.solvers import FOR_MODELS, SOLVERS
 
     outcome = (SOLVERS | FOR_MODELS)[solver](problem.value_fn, problem.start, problem.gradient)
-    x = jnp.asarray(outcome.x)
+    spent = {name: what for name, what in outcome._asdict().items() if name != "x"}
+    return where(problem, outcome.x) | spent, outcome.x
+
+
+def where(problem: Problem, x: Any) -> dict[str, Any]:
+    """What is to be judged of a point, by which bounds."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.asarray(x)
     value, grad = jax.value_and_grad(problem.value_fn)(x)
     row = {"n": x.size, "f_ref": problem.f_ref, "bound": problem.gradient}
-    row |= {name: what for name, what in outcome._asdict().items() if name != "x"}
-    return row | {"f": float(value), "g": float(jnp.max(jnp.abs(grad)))}, x
+    return row | {"f": float(value), "g": float(jnp.max(jnp.abs(grad)))}
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> None:

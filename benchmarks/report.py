@@ -99,10 +99,7 @@ def _cutest(home: Records) -> tuple[str, str, str]:
 
 def _pinn(home: Records) -> tuple[str, str, str]:
     rows = home["pinn"]["runs"]
-    errors = {
-        name: float(np.median([row["error"] for row in rows if row["run"].startswith(f"{name}, seed ")]))
-        for name in pinn.NAMES
-    }
+    errors = {name: float(np.median([row["error"] for row in own])) for name, own in pinn.of_seeds(rows).items()}
     steps = rows[0]["steps"]
     named = ", ".join(f"{name} {errors[name]:.1e}" for name in ("ssbroyden", "bfgs", "lbfgs"))
     whole = home["gauss-newton"]["whole"]

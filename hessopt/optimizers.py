@@ -359,8 +359,6 @@ def _descend(
 ) -> optax.GradientTransformationExtraArgs:
     """Chain a direction with the sign flip, its rate and a line search."""
     sign = optax.scale(-1.0) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
-    if linesearch is not None:
-        check_transformation("linesearch", linesearch)
     search = [] if linesearch is None else [_search(linesearch)]
     return optax.with_extra_args_support(optax.chain(direction, sign, *search))
 
@@ -374,6 +372,7 @@ def _search(linesearch: optax.GradientTransformation) -> optax.GradientTransform
     every trial would be a decrease; nor one uphill, as theirs is when trials run out. On an explicit mesh they see
     trees gathered, of which they take inner products.
     """
+    check_transformation("linesearch", linesearch)
     linesearch = optax.with_extra_args_support(linesearch)
     if isinstance(jax.eval_shape(linesearch.init, jnp.zeros(())), LinesearchState):
         return linesearch
