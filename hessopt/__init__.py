@@ -35,4 +35,4 @@ from hessopt.transforms.trust_region import trust_region_newton as trust_region_
 from hessopt.typing import StepStatus as StepStatus
 from hessopt.typing import Termination as Termination
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

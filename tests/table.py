@@ -60,7 +60,7 @@ def masked_newton() -> optax.GradientTransformation:
 HESSOPT = (
     newton("shift")._replace(main=True),
     newton("absolute", positivity="absolute"),
-    newton("none", positivity="none"),
+    newton("none, backtracking", positivity="none", linesearch=optax.scale_by_backtracking_linesearch(30)),
     newton("leaf blocks", blocks="leaf", update_every=2),
     newton("layer blocks", blocks="layer"),
     newton("weights and biases", blocks="weights_biases"),

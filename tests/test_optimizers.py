@@ -8,6 +8,9 @@ import pytest
 
 import hessopt
 
+BACKTRACKING = optax.scale_by_backtracking_linesearch(20)
+ZOOM = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
+
 
 def f(x, target):
     return jnp.sum((x - target) ** 4) + jnp.sum((x - target) ** 2)
@@ -30,13 +33,7 @@ def minimize(tx, x, target, steps):
 
 
 @pytest.mark.parametrize(
-    "linesearch",
-    [
-        hessopt.optimizers.DEFAULT_LINESEARCH,
-        optax.scale_by_backtracking_linesearch(20),
-        optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one"),
-        None,
-    ],
+    "linesearch", [hessopt.optimizers.DEFAULT_LINESEARCH, BACKTRACKING, ZOOM, None], ids=["ours", "optax", "zoom", "no"]
 )
 def test_newton_minimizes_with_every_search_and_without_and_ignores_unknown_keywords(linesearch):
     target = jnp.array([1.0, -2.0])
@@ -56,7 +53,7 @@ def test_the_learning_rate_scales_the_step_and_may_be_a_schedule():
 def test_the_search_needs_value_and_grad_and_says_so():
     x = jnp.ones(2)
     g = jax.grad(f)(x, 0.0)
-    ours, foreign = hessopt.newton(linesearch=hessopt.scale_by_wolfe_linesearch()), hessopt.newton()
+    ours, foreign = hessopt.newton(), hessopt.newton(linesearch=BACKTRACKING)
     for tx, name in ((ours, "scale_by_wolfe_linesearch"), (foreign, "the line search")):
         with pytest.raises(TypeError, match=f"{name} needs value: call"):
             tx.update(g, tx.init(x), x, grad=g, value_fn=f, target=0.0)
@@ -65,8 +62,9 @@ def test_the_search_needs_value_and_grad_and_says_so():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_one_compilation_serves_in_either_precision(dtype):
-    tx, x = hessopt.newton(), jnp.array([4.0, -3.0], dtype)
+@pytest.mark.parametrize("linesearch", [hessopt.optimizers.DEFAULT_LINESEARCH, BACKTRACKING], ids=["ours", "optax"])
+def test_one_compilation_serves_in_either_precision(dtype, linesearch):
+    tx, x = hessopt.newton(linesearch=linesearch), jnp.array([4.0, -3.0], dtype)
     state = tx.init(x)
 
     @jax.jit
@@ -109,7 +107,7 @@ def test_a_search_that_runs_out_of_trials_takes_no_step_uphill(linesearch):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize(
-    "linesearch", [hessopt.optimizers.DEFAULT_LINESEARCH, optax.scale_by_zoom_linesearch(20)], ids=["default", "zoom"]
+    "linesearch", [hessopt.optimizers.DEFAULT_LINESEARCH, BACKTRACKING, ZOOM], ids=["ours", "optax", "zoom"]
 )
 def test_a_nonfinite_objective_costs_one_step_and_no_more(bad, linesearch):
     def loss(x, weight):

@@ -26,7 +26,12 @@ LEAFWISE = {
     "generalized_newton, forward": lambda: hessopt.generalized_newton(optax.sgd(0.1), mode="forward"),
     "grouped_newton": lambda: hessopt.grouped_newton(optax.sgd(0.1, momentum=0.9)),
 }
-DENSE = {"newton": hessopt.newton, "bfgs": hessopt.bfgs, "trust region": hessopt.trust_region_newton}
+DENSE = {
+    "newton": hessopt.newton,
+    "newton, backtracking": lambda: hessopt.newton(linesearch=optax.scale_by_backtracking_linesearch(20)),
+    "bfgs": hessopt.bfgs,
+    "trust region": hessopt.trust_region_newton,
+}
 
 QUICK = ("search", "lbfgs", "newton_cg", "generalized_newton", "newton")
 """Those that run in the fast suite; `test_contract.py` has a row of eight devices for all."""
