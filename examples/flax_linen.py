@@ -73,7 +73,7 @@ def main() -> None:
             losses.append(float(value))
         logits = MODEL.apply({"params": state.params, **state.collections}, images[1500:], train=False)
         accuracy = jnp.mean(jnp.argmax(jnp.asarray(logits), axis=1) == labels[1500:])
-        rates = [x for name, x in hessopt.diagnostics(state.opt_state).items() if "rate" in name]
+        rates = [x for name, x in hessopt.diagnostics(state).items() if "rate" in name]
         print(
             f"epoch {epoch + 1:2d}  loss {np.mean(losses):.4f}  rates {float(rates[0]):.3g}, {float(rates[-1]):.3g}  "
             f"test accuracy {float(accuracy):.3f}"

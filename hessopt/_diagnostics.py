@@ -12,7 +12,8 @@ def diagnostics(state: optax.OptState) -> dict[str, jax.Array]:
     """Collect the scalars of an optimizer's state: counters, rates, and what every `info` reports.
 
     Args:
-      state: of any optax transformation, chained and wrapped in any way.
+      state: of any optax transformation, chained and wrapped in any way; or what keeps one in a field `opt_state`, as
+        Flax's train states do.
 
     Returns:
       `{name: scalar}`. A name is the transformation's, taken from its state's type (`NewtonState` gives `newton`,
@@ -29,7 +30,7 @@ def diagnostics(state: optax.OptState) -> dict[str, jax.Array]:
     """
     found: dict[str, jax.Array] = {}
     _collect(state, "", found)
-    return found
+    return {name: jnp.asarray(x) for name, x in found.items()}  # of an NNX variable its value
 
 
 def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
@@ -50,6 +51,8 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
     elif isinstance(node, tuple | list):
         for child in node:
             _collect(child, prefix, found)
+    elif hasattr(node, "opt_state"):  # a train state
+        _collect(node.opt_state, prefix, found)
 
 
 def _items(node: Any) -> list[tuple[str, Any]]:

@@ -2,9 +2,12 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 
 import hessopt
+import hessopt.nnx
 from hessopt import diagnostics
+from hessopt.linen import TrainState
 
 PARAMS = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
 
@@ -54,3 +57,13 @@ def test_rates_of_groups_are_numbered_unless_there_is_one():
         jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
     )
     assert diagnostics(lanes)["generalized_newton.rate.0"].shape == (2,)
+
+
+def test_of_a_train_state_its_optimizers_state_is_reported():
+    linen = TrainState.create(apply_fn=None, params=PARAMS, tx=hessopt.newton())
+    module = hessopt.nnx.Optimizer(nnx.Linear(2, 1, rngs=nnx.Rngs(0)), hessopt.newton())
+    expected = diagnostics(linen.opt_state)
+    for state in (linen, module):
+        found = diagnostics(state)
+        assert {name: float(x) for name, x in found.items()} == {name: float(x) for name, x in expected.items()}
+        assert all(isinstance(x, jax.Array) for x in found.values())
