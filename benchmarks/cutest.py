@@ -123,21 +123,29 @@ def markdown(record: dict[str, Any]) -> list[str]:
     rows = record["runs"]
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
     return [
-        *_solved(rows, solvers),
+        *_solved(rows),
         *_ratios(rows, solvers),
         *_unsolved(rows, solvers),
         *_single_lines(record["float32"]),
     ]
 
 
-def _solved(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[str]:
+def solved(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
+    """How many problems each solver has solved by criterion (a), by (b) and by both."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault(row["solver"], []).append(row)
+    return {
+        name: (sum(r["a"] for r in own), sum(r["b"] for r in own), sum(map(both, own))) for name, own in runs.items()
+    }
+
+
+def _solved(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = ["Criteria: (a) gradient, (b) value, as in `benchmarks/problems/cutest.py`. 2000 iterations at most and "]
     lines[-1] += f"{race.TIME_LIMIT:.0f} s per run."
     lines += ["", "| | (a) | (b) | both | median compile s |", "|---" + "|---:" * 4 + "|"]
-    for solver in solvers:
-        own = [row for row in rows if row["solver"] == solver]
-        counts = [sum(row["a"] for row in own), sum(row["b"] for row in own), sum(map(both, own))]
-        compile_s = [row["compile_s"] for row in own if "compile_s" in row]
+    for solver, counts in solved(rows).items():
+        compile_s = [row["compile_s"] for row in rows if row["solver"] == solver and "compile_s" in row]
         cells = [*map(str, counts), f"{np.median(compile_s):.2f}" if compile_s else ""]
         lines += [f"| {solver} | " + " | ".join(cells) + " |"]
     return lines

@@ -83,9 +83,7 @@ def summary(home: Records) -> list[str]:
 
 def _cutest(home: Records) -> tuple[str, str, str]:
     rows = home["cutest"]["runs"]
-    solved = {
-        s: sum(cutest.both(r) for r in rows if r["solver"] == s) for s in dict.fromkeys(r["solver"] for r in rows)
-    }
+    solved = {solver: both for solver, (_, _, both) in cutest.solved(rows).items()}
     best = sorted(solved, key=lambda solver: -solved[solver])
     ours, theirs = ([s for s in best if s.startswith("hessopt") is kind] for kind in (True, False))
     named = ", ".join(f"{solver.removeprefix('hessopt ')} {solved[solver]}" for solver in ours)
@@ -102,8 +100,10 @@ def _pinn(home: Records) -> tuple[str, str, str]:
     errors = {name: float(np.median([row["error"] for row in own])) for name, own in pinn.of_seeds(rows).items()}
     steps = rows[0]["steps"]
     named = ", ".join(f"{name} {errors[name]:.1e}" for name in ("ssbroyden", "bfgs", "lbfgs"))
+    long = next(row for row in rows if re.fullmatch(r"ssbroyden, \d+ steps", row["run"]))
+    named += f"; ssbroyden {long['error']:.1e} in {1e-3 * long['steps'] * long['ms per step']:.0f} s"
     whole = home["gauss-newton"]["whole"]
-    named += f"; Gauss-Newton {whole['errors'][-1]:.1e} after {whole['steps'][-1]}"
+    named += f", Gauss-Newton {whole['errors'][-1]:.1e} in {whole['seconds'][-1]:.0f} s"
     return f"relative error of a PINN after {steps} steps", named, f"Adam {errors['adam']:.1e}"
 
 

@@ -1,4 +1,4 @@
-"""Ready-made optimizers: every one a chain of a direction, a sign and, if any, a line search."""
+"""Ready-made optimizers: a direction, a sign and, if any, a line search; or any optimizer and a rate."""
 
 import math
 from typing import Any
@@ -24,11 +24,11 @@ from hessopt.transforms.optax_linesearch import fitted
 from hessopt.typing import Params
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
-"""For directions that mostly have the right length."""
+"""For `newton`, `newton_cg` and `lbfgs`, whose steps mostly have the right length."""
 
 QUADRATIC_LINESEARCH = scale_by_wolfe_linesearch(initial_guess="quadratic")
 """For the dense quasi-Newton methods, whose steps are too long at first and after a self-scaling. (A PINN, 2000 steps
-of SSBroyden: 1.01 gradients per step, and 1.57 from a first rate of 1.)"""
+of SSBroyden: 1.02 gradients per step, and 1.57 from a first rate of 1.)"""
 
 
 def newton(

@@ -17,7 +17,7 @@ def loss(params):
 
 
 def test_every_info_is_reported_under_its_transformations_name():
-    tx = hessopt.newton(linesearch=hessopt.scale_by_wolfe_linesearch())
+    tx = hessopt.newton()
     grad = jax.grad(loss)(PARAMS)
     _, state = tx.update(grad, tx.init(PARAMS), PARAMS, value=loss(PARAMS), grad=grad, value_fn=loss)
     found = diagnostics(state)

@@ -37,7 +37,8 @@ def ended(solution):
 @pytest.mark.parametrize(
     ("tx", "recycles"),
     [
-        (NEWTON, False),
+        (NEWTON, True),
+        (hessopt.newton(linesearch=optax.scale_by_backtracking_linesearch(20)), False),
         (hessopt.newton(linesearch=None), False),
         (hessopt.newton(linesearch=optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")), True),
         (optax.lbfgs(), True),
@@ -45,7 +46,7 @@ def ended(solution):
         (optax.inject_hyperparams(optax.adam)(learning_rate=0.1), False),
         (optax.MultiSteps(optax.sgd(1e-3, momentum=0.9), 2), False),
     ],
-    ids=["newton", "no search", "zoom", "lbfgs", "adam", "injected", "multi"],
+    ids=["newton", "backtracking", "no search", "zoom", "lbfgs", "adam", "injected", "multi"],
 )
 def test_every_transformation_is_driven_to_scipys_minimum(tx, recycles):
     solution = minimize(rosenbrock, jnp.array([-1.2, 1.0]), tx, max_steps=20_000, gtol=1e-7)

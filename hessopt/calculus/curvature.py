@@ -65,7 +65,7 @@ def hvp(value_fn: ValueFn, params: Params, vector: Params) -> Params:
     Raises:
       ValueError: when `vector` is not a tree like `params`.
 
-    Cost: about three gradients, no memory beyond that of a gradient and its tangent. For many vectors at one
+    Cost: at most three gradients, no memory beyond that of a gradient and its tangent. For many vectors at one
     point, `jax.vmap` over `vector`, or `hessian`.
 
     Example:

@@ -27,8 +27,9 @@ def stepped(tx):
     return optax.apply_updates(PARAMS, updates), state
 
 
-def test_what_the_search_accepted_is_reused_and_nothing_evaluated():
-    params, state = stepped(ZOOM)
+@pytest.mark.parametrize("tx", [ZOOM, hessopt.newton()], ids=["zoom", "newton"])
+def test_what_the_search_accepted_is_reused_and_nothing_evaluated(tx):
+    params, state = stepped(tx)
 
     def poisoned(params):
         return loss(params) + jnp.nan
@@ -45,12 +46,12 @@ def test_what_the_search_accepted_is_reused_and_nothing_evaluated():
         optax.chain(
             optax.scale(-1.0), optax.masked(optax.scale_by_zoom_linesearch(20), {"value": True, "grad": False})
         ),
-        hessopt.newton(),
+        hessopt.newton(linesearch=optax.scale_by_backtracking_linesearch(20)),
     ],
     ids=["no search", "no gradient", "part of the parameters", "newton"],
 )
 def test_without_a_kept_pair_it_evaluates(tx):
-    state = tx.init(PARAMS)
+    _, state = stepped(optax.with_extra_args_support(tx))
     pair = value_and_grad_from_state(loss)(PARAMS, state=state)
     chex.assert_trees_all_close(pair, jax.value_and_grad(loss)(PARAMS))
 

@@ -5,7 +5,7 @@ import optax
 import pytest
 from sklearn.datasets import load_iris
 
-from hessopt import StepStatus, composite, scale_by_newton, subsampled
+from hessopt import StepStatus, composite, scale_by_newton, scale_by_wolfe_linesearch, subsampled
 from tests.problems import cross_entropy, init_mlp
 
 PARAMS = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0]), "c": jnp.array([-1.0, 1.0])}
@@ -158,7 +158,7 @@ def test_on_iris_randomly_drawn_newton_layers_beat_every_constant_rate_of_gradie
     newton = optax.chain(
         subsampled(scale_by_newton(1e-3), probability=0.5),
         optax.scale(-1.0),
-        optax.scale_by_backtracking_linesearch(30, decrease_factor=0.5, increase_factor=float("inf")),
+        scale_by_wolfe_linesearch(),
     )
     descents = [final_loss(optax.with_extra_args_support(optax.sgd(rate))) for rate in (0.3, 1.0, 2.0, 3.0, 5.0)]
     ours = final_loss(newton)
