@@ -24,7 +24,11 @@ from hessopt.transforms.optax_linesearch import fitted
 from hessopt.typing import Params
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
-"""For `newton`, `newton_cg` and `lbfgs`, whose steps mostly have the right length."""
+"""For `newton_cg` and `lbfgs`, whose steps mostly have the right length."""
+
+CAPPED_LINESEARCH = scale_by_wolfe_linesearch(max_rate=1.0)
+"""For `newton`, whose full step is the longest that its model speaks for. (Digits, 5 seeds: a test accuracy of 0.97 in
+all; by a search that goes farther, in four.)"""
 
 QUADRATIC_LINESEARCH = scale_by_wolfe_linesearch(initial_guess="quadratic")
 """For the dense quasi-Newton methods, whose steps are too long at first and after a self-scaling. (A PINN, 2000 steps
@@ -39,7 +43,7 @@ def newton(
     blocks: Groups = "all",
     update_every: int = 1,
     curvature: str | CurvatureFn = "hessian",
-    linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
+    linesearch: optax.GradientTransformation | None = CAPPED_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
     """Damped Newton with a line search.
 
