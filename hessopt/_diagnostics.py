@@ -40,7 +40,7 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
     elif hasattr(node, "_fields"):  # the state of one transformation
         prefix = _unused(prefix + _name(type(node)), found)
         for field, child in zip(node._fields, node, strict=True):
-            if field in ("info", "hyperparams"):
+            if field in ("info", "hyperparams") and (isinstance(child, dict) or hasattr(child, "_asdict")):
                 every = [(name, x) for name, x in _items(child) if _is_array(x)]
                 lanes = min((jnp.ndim(x) for _, x in every), default=0)  # of a batch of states
                 found.update({f"{prefix}.{name}": x for pair in every for name, x in _scalars(*pair, lanes)})

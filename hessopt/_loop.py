@@ -10,7 +10,7 @@ import optax
 
 from hessopt.calculus.flat import applied, strongly_typed
 from hessopt.calculus.objective import bind, informed_update, precompose
-from hessopt.calculus.recycling import accepted, counts_evaluations, evaluations
+from hessopt.calculus.recycling import accepted, counts_evaluations, evaluations, tried
 from hessopt.typing import Params, Termination, ValueFn
 
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
@@ -19,11 +19,14 @@ PATIENCE = 60
 """Steps without any change beyond rounding before the run counts as stalled: methods creep over plateaus."""
 
 FRUITLESS = 20
-"""What a step of zero counts for, if the transformation has evaluated the objective, and so has tried. Other steps of
-zero count for nothing: gradients are accumulated, or a schedule starts at zero."""
+"""What a step of zero counts for, if the transformation has tried. Other steps of zero count for nothing: gradients are
+accumulated, or a schedule starts at zero."""
 
 ABYSS = 1e20
-"""A fall of the objective, in units of its scale, that no objective with a minimum is expected to have."""
+"""A fall of the objective, in units of its scale at the start, that no objective with a minimum is expected to have."""
+
+EXILE = 1e15
+"""And how far it must have led, in units of the start: next to a saddle the scale of the objective is tiny."""
 
 
 class Point(NamedTuple):
@@ -48,6 +51,7 @@ class Run(NamedTuple):
     state: optax.OptState
     start_value: jax.Array
     start_size: jax.Array
+    extent: jax.Array  # largest magnitude in params at the start; 1 at the origin
     scale: jax.Array  # of the objective at the start: |f|, or |g| |x| if that is larger
     quiet: Point  # value and size at the last change beyond rounding; no trees
     waited: jax.Array  # int32, steps since then
@@ -93,13 +97,15 @@ def begin(
     problem: Problem, params: Params, state: optax.OptState | None, data: Mapping[str, Any], limits: Limits
 ) -> Run:
     here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
+    extent = jnp.where(extent > 0, extent, 1.0)
     run = Run(
         here=here,
         best=here,
         state=strongly_typed(problem.tx.init(params)) if state is None else state,
         start_value=here.value,
         start_size=here.size,
-        scale=jnp.maximum(jnp.abs(here.value), here.size * jnp.where(extent > 0, extent, 1.0)).astype(here.value.dtype),
+        extent=extent,
+        scale=jnp.maximum(jnp.abs(here.value), here.size * extent).astype(here.value.dtype),
         quiet=here._replace(params=None, grad=None),
         waited=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
@@ -139,7 +145,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
             lambda new, kept: jnp.where(move == 0, kept, new), (value, grad), (old.value, old.grad)
         )
         here = Point(params, value, grad, _size(grad))
-    spent = evaluations(state) + (kept is None)
+    spent = evaluations(state, run.state) + (kept is None)
 
     noise = _noise(here.value, run.best.value)
     better = (here.value < run.best.value - noise) | (
@@ -149,7 +155,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
     quiet = (jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)) & (
         here.size > 0.9 * run.quiet.size
     )
-    counts = jnp.where(_size(updates) == 0, FRUITLESS if asked else 0, 1)
+    counts = jnp.where(_size(updates) == 0, jnp.where(tried(state, run.state, bool(asked)), FRUITLESS, 0), 1)
     change = jnp.abs(here.value - old.value)
     new = Run(
         here=here,
@@ -157,6 +163,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         state=state,
         start_value=run.start_value,
         start_size=run.start_size,
+        extent=run.extent,
         scale=run.scale,
         quiet=jax.tree.map(
             lambda new, kept: jnp.where(quiet, kept, new), Point(None, here.value, None, here.size), run.quiet
@@ -179,8 +186,9 @@ def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.
     value, size = run.here.value, run.here.size
     fall = run.start_value - value
     settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))  # no worse than any before
+    far = _size(run.here.params) > EXILE * run.extent
     reasons = (
-        (Termination.UNBOUNDED, (value == -jnp.inf) | (fall > ABYSS * run.scale)),
+        (Termination.UNBOUNDED, (value == -jnp.inf) | (far & (fall > ABYSS * run.scale))),
         (Termination.NONFINITE, ~(jnp.isfinite(value) & jnp.isfinite(size) & jnp.isfinite(move))),
         (Termination.GRADIENT, size <= limits.gtol * run.start_size),
         (Termination.VALUE, settled & (limits.ftol > 0) & (fall > 0) & (change <= limits.ftol * fall)),

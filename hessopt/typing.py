@@ -44,7 +44,7 @@ class StepStatus(enum.IntFlag):
     FACTORIZATION_FAILED = enum.auto()
     """A matrix could not be factorised; its block of the update is an older one's, or zero."""
     NEGATIVE_CURVATURE = enum.auto()
-    """The curvature matrix, damping included, is not positive definite."""
+    """The curvature matrix, damping included, is known not to be positive definite."""
     UNBOUNDED_MODEL = enum.auto()
     """The local model has no minimiser, or no curvature at all."""
     STEP_REJECTED = enum.auto()

@@ -85,7 +85,13 @@ def gram(*vectors: Params) -> Matrix:
 
 def inner(a: Params, b: Params) -> jax.Array:
     """The real inner product of two trees, in `solve_dtype`."""
-    return gram(a, b)[0, 1]
+    dtype = solve_dtype((a, b))
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(dtype, jnp.result_type(x, y))
+        return _dot(jnp.asarray(x, wide), jnp.asarray(y, wide), jnp.ndim(x))
+
+    return sum(jax.tree.leaves(jax.tree.map(product, a, b)), jnp.zeros((), dtype))
 
 
 def tree_norm(tree: Params) -> jax.Array:

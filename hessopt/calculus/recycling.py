@@ -9,7 +9,7 @@ import optax
 
 from hessopt.calculus.flat import strongly_typed
 from hessopt.calculus.rates import RateInfo
-from hessopt.typing import Params, ValueFn
+from hessopt.typing import Params, StepStatus, ValueFn
 
 
 class LinesearchInfo(NamedTuple):
@@ -64,17 +64,53 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
     return jax.tree.map(lambda kept, x: kept.astype(x.dtype), pair, like)
 
 
-def evaluations(state: optax.OptState) -> jax.Array:
-    """Return how often the trials told of in `state` evaluated the objective in the last update, an int32 scalar."""
-    infos = [node.info for node in jax.tree.leaves(state, is_leaf=_tells) if _tells(node)]
-    counts = [info.trials if hasattr(info, "trials") else info.num_linesearch_steps for info in infos]
-    return jnp.asarray(sum(counts), jnp.int32)
+EVALUATIONS = ("trials", "gradients", "num_linesearch_steps")
+"""The fields of an `info` that count evaluations of the objective: of searches, trust regions and `scale_by_lbfgs`."""
+
+FAILURES = (
+    StepStatus.NONFINITE
+    | StepStatus.NOT_DESCENT
+    | StepStatus.SEARCH_FAILED
+    | StepStatus.FACTORIZATION_FAILED
+    | StepStatus.UNBOUNDED_MODEL
+    | StepStatus.STEP_REJECTED
+)
+"""Why an update may be zero although its transformation wanted to move."""
 
 
-def _tells(node: Any) -> bool:
-    """Whether a node of an optimizer's state counts trials: a search of ours or of optax, or a trust region."""
-    info = getattr(node, "info", None)
-    return hasattr(info, "trials") or hasattr(info, "num_linesearch_steps")
+def evaluations(state: optax.OptState, old: optax.OptState | None = None) -> jax.Array:
+    """Return how often the last update evaluated the objective, as far as `state` tells, an int32 scalar.
+
+    What tells, and has not been updated since the state `old`, does not count.
+    """
+    return sum((x for name in EVALUATIONS for x in _told(name, state, old)), jnp.zeros((), jnp.int32))
+
+
+def tried(state: optax.OptState, old: optax.OptState, asked: bool) -> jax.Array:
+    """Whether an update from `old` to `state` wanted to move: it evaluated trials, or tells of a failure.
+
+    A transformation that tells nothing is believed to have, if it asked for the objective.
+    """
+    failed = jnp.asarray([status & int(FAILURES) for status in _told("status", state, old)], jnp.int32)
+    tells = failed.size or any(_told(name, state, old) for name in EVALUATIONS)
+    return (evaluations(state, old) > 0) | jnp.any(failed > 0) if tells else jnp.asarray(asked)
+
+
+def _told(name: str, state: optax.OptState, old: optax.OptState | None) -> list[jax.Array]:
+    """A field of every `info` in a state that has it, zero where a count says that no update has taken place."""
+
+    def tells(node: Any) -> bool:
+        return hasattr(getattr(node, "info", None), name)
+
+    nodes, olds = ([x for x in jax.tree.leaves(tree, is_leaf=tells) if tells(x)] for tree in (state, old))
+    facts = [jnp.asarray(getattr(node.info, name), jnp.int32) for node in nodes]
+    if old is None:
+        return facts
+
+    def is_fresh(new: Any, was: Any) -> Any:
+        return new.count != was.count if "count" in getattr(new, "_fields", ()) else True  # tuples have a method count
+
+    return [jnp.where(is_fresh(*pair), fact, 0) for *pair, fact in zip(nodes, olds, facts, strict=True)]
 
 
 def counts_evaluations(state: optax.OptState) -> bool:

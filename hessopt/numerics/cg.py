@@ -27,7 +27,7 @@ class Conjugate(NamedTuple):
     residual: jax.Array  # scalar, |r|
     products: jax.Array  # int32 scalar, products with H
     negative: jax.Array  # bool scalar, it ended with a direction that has no positive curvature
-    finite: jax.Array  # bool scalar, nothing met was inf or NaN; where it is false, x is what came before
+    finite: jax.Array  # bool scalar, nothing met was inf or NaN; where it is false, x is the last iterate that was
 
 
 def forcing(length: jax.Array, first_length: jax.Array) -> jax.Array:

@@ -33,7 +33,8 @@ class Positivity(NamedTuple):
 
 def _shift(matrix: Matrix, shift: jax.Array) -> Factorization:
     found = shifted_cholesky(matrix, shift)
-    return Factorization(found.factor, found.pivots, found.shift, found.attempts, found.attempts > 1, found.ok)
+    indefinite = (found.attempts > 1) | jnp.any(jnp.diagonal(matrix) <= 0)  # what a remembered shift may hide
+    return Factorization(found.factor, found.pivots, found.shift, found.attempts, indefinite, found.ok)
 
 
 def _absolute(matrix: Matrix, shift: jax.Array) -> Factorization:

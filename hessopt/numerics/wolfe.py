@@ -24,6 +24,10 @@ SEARCHING, ACCEPTED, FAILED = 0, 1, 2
 NOISE = 0.5
 """Values of the objective are trusted to its machine epsilon to this power, relative: sums of large terms cancel."""
 
+FAR = 4
+"""Trials that are all too far, after which the next one is a tenth as far at most: a first step may be in other units
+than the parameters, and where the objective is of high order beyond a minimiser, a cubic is a poor guide to it."""
+
 
 class Trial(NamedTuple):
     """One point of psi."""
@@ -109,14 +113,15 @@ def advance(bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Co
     new_low, new_high = _where(beyond, low, here), _where(beyond, here, high)
     width = new_high.rate - new_low.rate
     bounded = jnp.isfinite(width)
-    inside = new_low.rate + width * _fraction(new_low, new_high, noise)
+    trials = bracket.trials + 1
+    far = (trials >= FAR) & (new_low.rate == 0)
+    inside = new_low.rate + width * jnp.minimum(_fraction(new_low, new_high, noise), jnp.where(far, 0.1, 1.0))
     middle = new_low.rate + 0.5 * width
     slow = width > 0.66 * bracket.older_width
     trial = jnp.where(bounded, jnp.where(slow, middle, inside), jnp.minimum(_extrapolation(low, here), max_rate))
     collapsed = bounded & ((trial <= new_low.rate) | (trial >= new_high.rate))
 
     better = finite & (here.value < jnp.minimum(bracket.best.value, 0.0))
-    trials = bracket.trials + 1
     failed = collapsed | (trials >= max_steps) | (~bounded & (t >= max_rate))
     return Bracket(
         low=new_low,

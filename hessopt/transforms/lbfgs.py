@@ -38,6 +38,7 @@ class LbfgsInfo(NamedTuple):
     pairs: jax.Array  # int32 scalar, pairs in use
     pairs_skipped: jax.Array  # int32 scalar, pairs that failed the curvature test, since the start
     scale: jax.Array  # scalar, gamma of the initial matrix used, in units of params^2 / f
+    gradients: jax.Array  # int32 scalar, evaluated in this update: 1 with same_batch_pairs, else 0
 
 
 class LbfgsState(NamedTuple):
@@ -78,7 +79,7 @@ def scale_by_lbfgs(
       The state is then as before, but for info.
 
     Raises:
-      ValueError: for memory_size < 1.
+      ValueError: for memory_size < 1, or a memory_dtype without the range of float32, as float16.
       TypeError: in `update`, for missing params, and for a missing value_fn with same_batch_pairs.
 
     Cost per update: two readings of the memory, three where y is small against the gradients or `grads` is not `grad`,
@@ -100,6 +101,8 @@ def scale_by_lbfgs(
     Source: see the head of this file.
     """
     check_count("memory_size", memory_size)
+    if memory_dtype is not None and jnp.finfo(memory_dtype).maxexp < jnp.finfo(jnp.float32).maxexp:
+        raise ValueError(f"memory_dtype must have the range of float32, as bfloat16 has, got {memory_dtype}")
 
     def kept_dtype(leaf: jax.Array) -> Any:
         if memory_dtype is None or jnp.iscomplexobj(leaf):
@@ -121,7 +124,7 @@ def scale_by_lbfgs(
                 gg=scalar,
                 products=None if same_batch_pairs else shape((memory_size, 2), dtype),
                 compact=compact.shapes(memory_size, dtype),
-                info=LbfgsInfo(count, count, count, scalar),
+                info=LbfgsInfo(count, count, count, scalar, count),
             ),
             params,
         )
@@ -228,6 +231,7 @@ def scale_by_lbfgs(
                 pairs=jnp.sum(small.used, dtype=jnp.int32),
                 pairs_skipped=state.info.pairs_skipped + skipped.astype(jnp.int32),
                 scale=gamma,
+                gradients=jnp.int32(same_batch_pairs),
             ),
         )
 

@@ -59,8 +59,8 @@ def scale_by_wolfe_linesearch(
 
     Args:
       max_steps: trials at most.
-      slope_rtol: c1 in (0, 1/2), the part of the initial slope by which the objective falls per unit of t.
-      curv_rtol: c2 in (c1, 1), the part of the initial slope that may remain.
+      slope_rtol: c1 in [0, 1/2], the part of the initial slope by which the objective falls per unit of t.
+      curv_rtol: c2 in [c1, 1], the part of the initial slope that may remain.
       max_rate: largest t, unbounded by default.
       initial_guess: the first t. `"one"`, for updates that know their length; `"quadratic"`, for those that do not:
         from the fall of the last step, at most 1; or a callable `(fall, slope) -> t` of that fall (0 at the start) and
@@ -96,7 +96,7 @@ def scale_by_wolfe_linesearch(
     check_count("max_steps", max_steps)
     check_range("slope_rtol", slope_rtol, 0, 0.5)
     check_range("curv_rtol", curv_rtol, slope_rtol, 1)
-    check_range("max_rate", math.inf if max_rate is None else max_rate, 0)
+    check_range("max_rate", math.inf if max_rate is None else max_rate, float(jnp.finfo(jnp.float32).tiny))
     guess = choose("initial_guess", initial_guess, GUESSES)
 
     def init(params: Params) -> LinesearchState:

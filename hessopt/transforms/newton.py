@@ -88,8 +88,8 @@ def scale_by_newton(
       TypeError: in `update`, when params or value_fn is missing, or data that value_fn requires.
 
     Cost per update: sum n_b products of about two gradients each and n_b^3/3 multiplications per attempted
-    factorisation (`"shift"`: 1.6 attempts on average), every `update_every` updates; n_b^2 in between. Memory: the
-    largest n_b^2, twice; with update_every > 1 all of them.
+    factorisation (`"shift"`: 1.6 attempts on average), every `update_every` updates; n_b^2 in between. Memory during
+    an update: two to four times the sum of n_b^2; with update_every > 1 once between updates.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

@@ -154,12 +154,12 @@ def scale_by_newton_cg(
             max_iterations=max_iterations,
         )
         downhill = inner(g, found.x) > 0
-        p = [jnp.where(downhill, x, leaf) for x, leaf in zip(found.x, g, strict=True)]
+        p = [jnp.where(downhill, x, jnp.where(found.finite, leaf, 0.0)) for x, leaf in zip(found.x, g, strict=True)]
 
         status = {
             StepStatus.NONFINITE: ~known | ~found.finite,
             StepStatus.NEGATIVE_CURVATURE: found.negative,
-            StepStatus.NOT_DESCENT: known & (length > 0) & ~downhill,
+            StepStatus.NOT_DESCENT: known & found.finite & (length > 0) & ~downhill,
         }
         direction = restore_updates([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
         sound = known & found.finite
@@ -170,7 +170,7 @@ def scale_by_newton_cg(
             )
         return direction, NewtonCgState(
             count=jnp.asarray(optax.safe_increment(state.count)),
-            first_length=jnp.where(known, first_length, state.first_length),
+            first_length=jnp.where(sound, first_length, state.first_length),
             direction=kept,
             info=NewtonCgInfo(
                 status=step_status(status),

@@ -7,7 +7,7 @@ import pytest
 
 import hessopt
 from hessopt import value_and_grad_from_state
-from hessopt.calculus.recycling import evaluations
+from hessopt.calculus.recycling import evaluations, tried
 
 
 def loss(params, scale=1.0):
@@ -51,7 +51,7 @@ def test_what_the_search_accepted_is_reused_and_nothing_evaluated(tx):
     ids=["no search", "no gradient", "part of the parameters", "newton"],
 )
 def test_without_a_kept_pair_it_evaluates(tx):
-    _, state = stepped(optax.with_extra_args_support(tx))
+    state = tx.init(PARAMS)
     pair = value_and_grad_from_state(loss)(PARAMS, state=state)
     chex.assert_trees_all_close(pair, jax.value_and_grad(loss)(PARAMS))
 
@@ -74,3 +74,23 @@ def test_the_evaluations_of_a_search_are_counted(search):
     _, state = search.update(step, search.init(PARAMS), PARAMS, value=loss(PARAMS), grad=grad, value_fn=counted)
     jax.effects_barrier()
     np.testing.assert_equal(int(evaluations(state)), len(made))
+
+
+def test_an_update_that_waits_has_neither_tried_nor_evaluated():
+    tx = optax.MultiSteps(hessopt.newton(), 2)
+    value, grad = jax.value_and_grad(loss)(PARAMS)
+    state, told = tx.init(PARAMS), []
+    for _ in range(4):
+        _, new = tx.update(grad, state, PARAMS, value=value, grad=grad, value_fn=loss)
+        told.append((bool(tried(new, state, asked=True)), int(evaluations(new, state)) > 0))
+        state = new
+    assert told == [(False, False), (True, True)] * 2
+
+
+@pytest.mark.parametrize(("failure", "expected"), [(jnp.nan, True), (1.0, False)])
+def test_what_evaluates_no_trials_has_tried_where_it_tells_of_a_failure(failure, expected):
+    tx = hessopt.scale_by_newton()
+    old = tx.init(PARAMS)
+    _, new = tx.update(jax.grad(loss)(PARAMS), old, PARAMS, value_fn=lambda p: failure * loss(p))
+    assert tried(new, old, asked=True) == expected
+    assert tried((), (), asked=expected) == expected  # it tells nothing

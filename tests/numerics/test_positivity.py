@@ -37,6 +37,11 @@ def test_an_indefinite_matrix_becomes_what_the_word_says():
     assert found.indefinite
 
 
+def test_a_remembered_shift_does_not_hide_a_negative_diagonal():
+    found = POSITIVITIES["shift"].factorize(jnp.diag(jnp.array([1.0, -0.01])), jnp.asarray(1.0))
+    assert (found.attempts, found.indefinite) == (1, True)
+
+
 @pytest.mark.parametrize("word", POSITIVITIES)
 def test_a_nonfinite_matrix_is_not_ok(word):
     assert not solve(word, np.full((3, 3), np.nan))[0].ok

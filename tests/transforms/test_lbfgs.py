@@ -273,6 +273,8 @@ def test_batches_of_digits_train_with_pairs_of_the_same_batch():
 
 
 def test_arguments_out_of_range_are_named():
+    with pytest.raises(ValueError, match="memory_dtype must have the range of float32, as bfloat16 has"):
+        scale_by_lbfgs(memory_dtype=jnp.float16)
     with pytest.raises(ValueError, match="memory_size must be an int, at least 1, got 0"):
         scale_by_lbfgs(0)
     with pytest.raises(TypeError, match="scale_by_lbfgs needs the parameters"):

@@ -134,6 +134,8 @@ ENDINGS = {  # objective, start, how minimize ends
     "NaN at the start": (lambda x: jnp.sum(jnp.log(x)), -1.0, Termination.NONFINITE),
     "linear": (lambda x: jnp.sum(x), 1.0, Termination.UNBOUNDED),
     "kink": (lambda x: jnp.sum(jnp.abs(x - 1 / 3)), 1.0, Termination.STALLED_AT_NOISE),
+    "next to a saddle": (lambda x: jnp.sum(x**4 / 4 - x**2 / 2), 1e-12, Termination.GRADIENT),
+    "downward parabola": (lambda x: -jnp.sum(x**2), 1.0, Termination.UNBOUNDED),
 }
 
 
@@ -147,6 +149,15 @@ def test_awkward_objectives_end_for_the_right_reason(name):
     assert not solution.value > loss(x)
     if name == "kink":
         np.testing.assert_allclose(solution.params, 1 / 3, atol=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-20, -45])
+def test_a_first_step_in_other_units_than_the_parameters_is_shortened_until_it_serves(exponent):
+    unit = 2.0**exponent
+    loss = lambda x: jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
+    solution = minimize(lambda x: loss(x / unit), jnp.full(6, -unit / 2), hessopt.lbfgs())
+    assert Termination(int(solution.termination)) == Termination.GRADIENT
+    np.testing.assert_allclose(solution.params / unit, 1.0, atol=1e-2)
 
 
 def test_a_double_precision_objective_of_single_precision_parameters_is_compared_in_double():
@@ -163,7 +174,7 @@ def test_arguments_out_of_range_are_named():
         ("max_steps", 0, "max_steps must be an int, at least 1, got 0"),
         ("slope_rtol", 0.7, r"slope_rtol must be in \[0, 0.5\], got 0.7"),
         ("curv_rtol", 1e-9, r"curv_rtol must be in \[0.0001, 1\], got 1e-09"),
-        ("max_rate", -1.0, "max_rate must be at least 0, got -1.0"),
+        ("max_rate", 0.0, "max_rate must be at least 1.17.*e-38, got 0.0"),
         ("initial_guess", "two", r"initial_guess must be one of \['one', 'quadratic'\], .* got 'two'"),
     ):
         with pytest.raises(ValueError, match=says):

@@ -105,7 +105,7 @@ def test_what_is_not_finite_gives_no_step_and_keeps_the_state(arguments, what):
     bad = (lambda x: jnp.sum(jnp.abs(x - jnp.array([1.0, 2.0])) ** 1.5)) if what == "curvature" else f
     updates, new = once(tx, bad, x, state, **given)
     assert status(new) & StepStatus.NONFINITE
-    np.testing.assert_array_equal(updates, 1.0 if what == "curvature" else 0.0)
+    np.testing.assert_array_equal(updates, 0.0)
     kept = [(s.first_length, s.direction) for s in (state, new)]
     jax.tree.map(np.testing.assert_array_equal, *kept)
 
