@@ -10,12 +10,12 @@ def accepts(ss: jax.Array, sy: jax.Array, sg_old: jax.Array, gg: jax.Array, gg_o
     return (ss > 0) & (sy > 1e-8 * jnp.abs(sg_old)) & (sy > noise)
 
 
-def unit_scale(square: jax.Array) -> jax.Array:
+def to_unit_length(square: jax.Array) -> jax.Array:
     """What makes a vector of this squared length one of length 1; 1 for zero."""
     return jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
 
 
 def first_scale(gamma: jax.Array, square: jax.Array) -> jax.Array:
     """What stands in for H without pairs: gamma, where known, but at most what makes the step one of length 1."""
-    unit = unit_scale(square)
+    unit = to_unit_length(square)
     return jnp.where(gamma > 0, jnp.minimum(gamma, unit), unit)

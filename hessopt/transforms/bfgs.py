@@ -156,7 +156,8 @@ def scale_by_bfgs(
 
         # s'Bs, by B s = -alpha g_old where s = -alpha H g_old
         sBs = jnp.where(fresh, ss / first, sp_old * sg_old / jnp.where(pp_old > 0, pp_old, 1.0))
-        turned = jnp.where(fresh, 0.0, 1 - sp_old * (sp_old / jnp.where(ss * pp_old > 0, ss * pp_old, 1.0)))
+        per_ss, per_pp = (sp_old / jnp.where(x > 0, x, jnp.inf) for x in (ss, pp_old))  # the product may underflow
+        turned = jnp.where(fresh, 0.0, 1 - per_ss * per_pp)
         straight = (turned <= BENT) & (sBs > 0)
 
         # Powell's damping: a mixture of y and B s in place of y

@@ -21,7 +21,7 @@ from hessopt.calculus.flat import eps, gram, inner, solve_dtype
 from hessopt.calculus.objective import bind, require_params
 from hessopt.calculus.sharding import contract, stack_of, zeros
 from hessopt.numerics import compact
-from hessopt.numerics.secant import accepts, first_scale, unit_scale
+from hessopt.numerics.secant import accepts, first_scale, to_unit_length
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "scale_by_lbfgs"
@@ -198,7 +198,7 @@ def scale_by_lbfgs(
         pairs = jax.tree.map(write, state.pairs, s, y)
 
         # the direction
-        unit = unit_scale(uu)
+        unit = to_unit_length(uu)
         gamma = jnp.where(jnp.any(small.used) & (small.gamma > 0), small.gamma, first_scale(small.gamma, uu))
         S_u, Y_u = u_products.T
         v, w = compact.coefficients(small, S_u, Y_u, gamma)

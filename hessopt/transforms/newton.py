@@ -19,7 +19,7 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
-from hessopt.calculus.flat import ravel, solve_dtype, unravel
+from hessopt.calculus.flat import all_finite, ravel, solve_dtype, unravel
 from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.calculus.objective import bind, require_params
 from hessopt.calculus.sharding import beside
@@ -172,11 +172,11 @@ def scale_by_newton(
 
         direction, status = updates, info.status
         for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
-            p = method.solve(factors[group], g)
-            solved, finite = jnp.all(jnp.isfinite(p)), jnp.all(jnp.isfinite(g))
-            p = jnp.where(solved, p, 0.0)
+            p = unravel(method.solve(factors[group], g), part)
+            solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))  # in the dtypes of params
+            p = jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.zeros_like(leaf)), p)
             status |= step_status({StepStatus.NONFINITE: ~finite, StepStatus.FACTORIZATION_FAILED: finite & ~solved})
-            direction = combine(unravel(p, part), direction)
+            direction = combine(p, direction)
         p, g = ravel(direction), ravel(updates if grad is None else grad)
         g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
         slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
