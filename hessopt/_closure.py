@@ -1,16 +1,20 @@
 """What an objective holds: its identity as a static argument of `jax.jit`, and the traced values it closes over."""
 
-import functools
+import gc
 import inspect
 from collections.abc import Callable
+from types import FunctionType, ModuleType
 from typing import Any
 
 import jax
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 
 from hessopt._loop import Problem, bound
 from hessopt.calculus.objective import Composite
 from hessopt.typing import Params
+
+_NO_HOLDERS = (type, ModuleType, jax.Array, type(jax.tree_util.default_registry))
+"""What leads away from the objective, to whatever the process holds."""
 
 
 class _Identified:
@@ -42,31 +46,51 @@ def identified(value_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_closure(problem: Problem, params: Params, data: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
-    """Turn the traced values that the objective closes over into data; else their derivatives would be lost."""
-    value_fn = problem.value_fn
-    if not _holds_tracers(value_fn):
+    """Turn the traced values that the objective closes over into data; else their derivatives would be lost.
+
+    Cost: a walk over what the objective holds; one abstract evaluation of it where that meets a traced value.
+    """
+    if not _holds_tracers(problem.value_fn):
         return problem, data
-    if not isinstance(value_fn, Composite):
-        opened, held = jax.closure_convert(lambda p, data: bound(problem, data)(p), params, data)
-        return problem._replace(value_fn=lambda p, data, held: opened(p, data, *held)), {"data": data, "held": held}
+    if not isinstance(problem.value_fn, Composite):
+        opened, held, _ = _opened(lambda p, data: bound(problem, data)(p), params, data)
+    else:
+        model, of_model, outputs = _opened(lambda p, data: bound(problem, data).model_fn(p), params, data)
+        loss, of_loss, _ = _opened(lambda x, data: bound(problem, data).loss_fn(x), outputs, data)
+        opened = Composite(lambda p, data, held: model(p, data, held[0]), lambda x, data, held: loss(x, data, held[1]))
+        held = [of_model, of_loss]
+    if not jax.tree.leaves(held):  # one program then serves all calls
+        return problem, data
+    return problem._replace(value_fn=opened), {"data": data, "held": held}
 
-    model, of_model = jax.closure_convert(lambda p, data: bound(problem, data).model_fn(p), params, data)
-    outputs = jax.eval_shape(model, params, data, *of_model)
-    loss, of_loss = jax.closure_convert(lambda x, data: bound(problem, data).loss_fn(x), outputs, data)
-    parts = Composite(
-        lambda p, data, of_model: model(p, data, *of_model), lambda x, data, of_loss: loss(x, data, *of_loss)
-    )
-    return problem._replace(value_fn=parts), {"data": data, "of_model": of_model, "of_loss": of_loss}
+
+def _opened(fn: Callable[..., Any], x: Any, data: Any) -> tuple[Callable[..., Any], list[Any], Any]:
+    """`fn` as `opened(x, data, held)`, the traced values `held` that it closes over, and the shapes of its outputs."""
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x, data)
+    held = [const for const in closed.consts if isinstance(const, Tracer)]
+    fixed = [None if isinstance(const, Tracer) else const for const in closed.consts]
+
+    def opened(x: Any, data: Any, held: list[Any]) -> Any:
+        rest = iter(held)
+        consts = [next(rest) if const is None else const for const in fixed]
+        outputs = eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((x, data)))
+        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+    return opened, held, shapes
 
 
-def _holds_tracers(thing: Any, depth: int = 5) -> bool:
-    """Whether a callable holds a traced value, itself or in the callables that it holds."""
-    if depth == 0 or not callable(thing):
-        return isinstance(thing, Tracer)
-    held = [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]
-    held += [getattr(thing, name, None) for name in ("__self__", "__wrapped__")]
-    if isinstance(thing, functools.partial):
-        held += [thing.func, thing.args, thing.keywords]
-    elif not inspect.isroutine(thing):
-        held += [getattr(thing, "__dict__", None)]
-    return any(_holds_tracers(leaf, depth - 1) for leaf in jax.tree.leaves(held))
+def _holds_tracers(thing: Any) -> bool:
+    """Whether a traced value is reached from a callable, through whatever its objects hold; globals are not held."""
+    seen, reached = set(), [thing]
+    while reached:
+        thing = reached.pop()
+        if isinstance(thing, Tracer):
+            return True
+        if id(thing) in seen or not gc.is_tracked(thing) or isinstance(thing, _NO_HOLDERS):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, FunctionType):
+            reached += (thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing))
+        else:
+            reached += gc.get_referents(thing)
+    return False

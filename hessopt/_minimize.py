@@ -23,6 +23,7 @@ from hessopt._loop import Limits, Problem, Run, advance, begin, end, evaluate, o
 from hessopt.calculus.curvature import block_hessians
 from hessopt.calculus.flat import ravel, real_leaves, solve_dtype, strongly_typed, unravel
 from hessopt.calculus.objective import Composite, precompose, require_taken
+from hessopt.numerics.equilibration import equilibration
 from hessopt.numerics.norms import norm
 from hessopt.typing import Matrix, Params, Termination
 
@@ -134,8 +135,8 @@ def minimize(
             raise TypeError(f"data{jax.tree_util.keystr(path)} must be an array, got {leaf!r}: bind it to value_fn")
     require_taken(value_fn, data, caller="minimize")
 
-    problem, data = open_closure(Problem(identified(value_fn), tx, has_aux), params, data)
     params = strongly_typed(params)
+    problem, data = open_closure(Problem(identified(value_fn), tx, has_aux), params, data)
     opt_state = None if state is None else strongly_typed(state)  # a fresh one is part of the program
     real = jax.dtypes.canonicalize_dtype(float)
     limits = Limits(_scalar(max_steps, np.int32), *(_scalar(tolerance, real) for tolerance in (gtol, ftol, xtol)))
@@ -196,11 +197,13 @@ def _solve_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Solution,
 
 
 def _solve_dense(H: Matrix, rhs: Any) -> Any:
-    """`H^-1 rhs`, NaN where H is singular to working precision."""
-    eigenvalues = jnp.abs(jnp.linalg.eigvalsh(jax.lax.stop_gradient(H)))
+    """`H^-1 rhs`, NaN where H is singular to working precision in units that bring its rows to size 1."""
+    t = equilibration(jax.lax.stop_gradient(H))
+    scaled = t[:, None] * H * t
+    eigenvalues = jnp.abs(jnp.linalg.eigvalsh(jax.lax.stop_gradient(scaled)))
     regular = jnp.min(eigenvalues) > len(H) * jnp.finfo(H.dtype).eps * jnp.max(eigenvalues)
-    linear = jnp.where(regular, 1.0, jnp.nan).astype(H.dtype) * ravel(rhs)  # a factor, so that it transposes
-    return unravel(jnp.linalg.solve(H, linear), rhs)
+    linear = jnp.where(regular, t, jnp.nan) * ravel(rhs)  # a factor, so that it transposes
+    return unravel(t * jnp.linalg.solve(scaled, linear), rhs)
 
 
 def _conjugate_gradients(matvec: Any, rhs: Any) -> Any:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import chex
 import jax
@@ -280,26 +281,105 @@ class Residual:
     def __call__(self, x):
         return x - self.target
 
+    def squared(self, x):
+        return jnp.sum(self(x) ** 2)
+
+
+class Slotted(Residual):
+    __slots__ = ("target",)
+
+
+def over_an_object(target):
+    box = types.SimpleNamespace(target=target)
+    return lambda x: jnp.sum((x - box.target) ** 2)
+
 
 CLOSED_OVER = {
     "function": lambda target: lambda x: jnp.sum((x - target) ** 2),
+    "default": lambda target: lambda x, t=target: jnp.sum((x - t) ** 2),
+    "keyword's default": lambda target: lambda x, *, t=target: jnp.sum((x - t) ** 2),
     "partial": lambda target: functools.partial(lambda x, t: jnp.sum((x - t) ** 2), t=target),
+    "compiled": lambda target: jax.jit(lambda x: jnp.sum((x - target) ** 2)),
+    "object behind a function": over_an_object,
+    "method": lambda target: Residual(target).squared,
+    "slot": lambda target: Slotted(target).squared,
     "composite": lambda target: hessopt.composite(lambda x: x - target, lambda r: jnp.sum(r**2)),
     "composite's loss": lambda target: hessopt.composite(lambda x: x, lambda x: jnp.sum((x - target) ** 2)),
-    "object": lambda target: hessopt.composite(Residual(target), lambda r: jnp.sum(r**2)),
+    "composite's object": lambda target: hessopt.composite(Residual(target), lambda r: jnp.sum(r**2)),
+    "composite's default": lambda target: hessopt.composite(lambda x, t=target: x - t, lambda r: jnp.sum(r**2)),
 }
 
 
-@pytest.mark.parametrize("through", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def nearest(kind, target):
+    return minimize(CLOSED_OVER[kind](target), jnp.zeros(2), optax.sgd(0.5)).params.sum()
+
+
 @pytest.mark.parametrize("kind", CLOSED_OVER)
-def test_what_value_fn_closes_over_is_differentiated_too(kind, through):
-    tx = optax.sgd(0.5)
+def test_what_value_fn_closes_over_is_differentiated_too(kind):
+    solved = functools.partial(nearest, kind)
+    np.testing.assert_allclose(jax.jacfwd(solved)(1.0), 2.0)  # unnoticed, this would raise
+    np.testing.assert_allclose(jax.jit(jax.grad(solved))(1.0), 2.0)  # and this would be 0
 
+
+@pytest.mark.parametrize("kind", ["default", "composite's default"])
+def test_what_value_fn_closes_over_passes_every_transformation(kind):
+    solved = functools.partial(nearest, kind)
+    for derivative in (jax.grad(solved), jax.jacrev(solved), jax.grad(jax.jit(solved)), jax.jit(jax.jacfwd(solved))):
+        np.testing.assert_allclose(derivative(1.0), 2.0)
+    for f, exact in ((solved, [2.0, 4.0]), (jax.grad(solved), [2.0, 2.0])):
+        np.testing.assert_allclose(jax.vmap(f)(jnp.array([1.0, 2.0])), exact)
+
+
+@pytest.mark.parametrize("as_composite", [False, True])
+def test_traced_labels_and_keys_may_be_closed_over_too(as_composite):
+    def solved(scale, labels, key):
+        residual = lambda x: x - scale * (labels + jax.random.normal(key, (2,)))
+        total = lambda r: jnp.sum(r**2)
+        value_fn = hessopt.composite(residual, total) if as_composite else lambda x: total(residual(x))
+        return minimize(value_fn, jnp.zeros(2), optax.sgd(0.5)).params.sum()
+
+    labels, key = jnp.array([3, 5]), jax.random.key(0)
+    exact = jnp.sum(labels + jax.random.normal(key, (2,)))
+    for derivative in (jax.grad(solved), jax.jit(jax.grad(solved)), jax.grad(jax.jit(solved)), jax.jacfwd(solved)):
+        np.testing.assert_allclose(derivative(1.0, labels, key), exact, rtol=1e-12)
+    lanes = jax.vmap(jax.grad(solved), in_axes=(None, None, 0))(1.0, labels, key[None])
+    np.testing.assert_allclose(lanes, exact[None], rtol=1e-12)
+
+
+def test_aux_keeps_its_structure_where_something_is_closed_over():
     def solved(target):
-        return minimize(CLOSED_OVER[kind](target), jnp.zeros(2), tx).params.sum()
+        loss = lambda x: (jnp.sum((x - target) ** 2), {"n": x.size, "residual": x - 2 * target, "none": None})
+        return minimize(loss, jnp.zeros(2), optax.sgd(0.5), has_aux=True).aux
 
-    for derivative in (jax.grad, jax.jacfwd):
-        np.testing.assert_allclose(through(derivative(solved))(1.0), 2.0)
+    aux, tangent = jax.jvp(solved, (1.0,), (1.0,))
+    chex.assert_trees_all_close(aux, {"n": jnp.array(2), "residual": jnp.full(2, -1.0), "none": None})
+    np.testing.assert_allclose(tangent["residual"], -1.0)
+
+
+def test_an_objective_that_holds_an_unused_traced_value_is_compiled_once():
+    traces, box = [], types.SimpleNamespace()
+
+    def loss(x, unused=box):
+        traces.append(1)
+        return jnp.sum((x - 1.0) ** 2)
+
+    def solved(t):
+        box.t = t
+        return minimize(loss, jnp.zeros(2), tx).params
+
+    tx, lanes = optax.sgd(0.5), jax.vmap(solved)
+    lanes(jnp.ones(3))
+    first = len(traces)
+    lanes(jnp.ones(3))
+    assert len(traces) == first + 1  # to see what it uses
+
+
+def test_an_objective_may_name_what_is_defined_after_the_call():
+    def loss(x):
+        return jnp.sum(x**2) if x.ndim == 1 else helper(x)
+
+    np.testing.assert_allclose(minimize(loss, jnp.ones(2), optax.sgd(0.5)).params, 0.0)
+    helper = jnp.sum
 
 
 def test_derivatives_of_ill_conditioned_problems_are_right_or_nan():
@@ -315,6 +395,32 @@ def test_derivatives_of_ill_conditioned_problems_are_right_or_nan():
     large = jnp.tile(jnp.logspace(0, 3, 20), 30)  # by conjugate gradients
     np.testing.assert_allclose(solved(large), jnp.sum(1 / large), rtol=1e-6)
     assert jnp.isnan(solved(large.at[3].set(0.0)))
+
+
+@pytest.mark.parametrize("jacobian", [jax.jacrev, jax.jacfwd])
+@pytest.mark.parametrize("units", [[1.0, 1e4], [1e-12, 1e12]])
+def test_derivatives_are_nan_where_the_hessian_is_singular_in_any_units(units, jacobian):
+    units = jnp.array(units, jnp.float32)
+
+    @jacobian
+    def solved(target, curvature):
+        loss = lambda x, target: 0.5 * (units * (x - target)) @ curvature @ (units * (x - target))
+        return minimize(loss, jnp.zeros(2, jnp.float32), optax.scale(0.0), data={"target": target}).params
+
+    target = jnp.ones(2, jnp.float32)
+    for regular in (jnp.eye(2), jnp.array([[2.0, 1.0], [1.0, -3.0]])):
+        unitless = units[:, None] * solved(target, regular.astype(jnp.float32)) / units
+        np.testing.assert_allclose(unitless, jnp.eye(2), atol=1e-5)
+    for singular in (jnp.ones((2, 2)), jnp.diag(jnp.array([0.0, 1.0])), jnp.diag(jnp.array([1.0, 0.0]))):
+        assert jnp.all(jnp.isnan(solved(target, singular.astype(jnp.float32))))
+
+
+def test_the_solution_is_differentiated_twice():
+    def solved(t):  # of exp(x) - t x: log(t)
+        loss = lambda x, t: jnp.sum(jnp.exp(x) - t * x)
+        return minimize(loss, jnp.zeros(1), NEWTON, data={"t": t}, gtol=1e-12).params.sum()
+
+    np.testing.assert_allclose(jax.grad(jax.grad(solved))(2.0), -0.25, rtol=1e-8)
 
 
 def test_an_objective_without_a_hash_is_compiled_once():
@@ -429,3 +535,22 @@ def test_ctrl_c_returns_the_best_point_so_far():
     assert (reason, better) == ("INTERRUPTED", "True")
     assert int(steps) >= 20_000
     assert process.returncode == 0
+
+
+def test_steps_of_zero_that_wait_are_no_stall():
+    f = lambda x: jnp.sum((x - 1.0) ** 4)
+    waiting = hessopt.newton(lambda count: jnp.where(count < 5, 0.0, 1.0))
+    for tx in (optax.MultiSteps(hessopt.newton(), 5), waiting):
+        assert ended(minimize(f, jnp.zeros(2), tx)) == Termination.GRADIENT
+
+
+def test_the_gradients_of_pairs_of_one_batch_are_counted():
+    made = []
+
+    def counted(x):
+        jax.debug.callback(lambda: made.append(1))
+        return rosenbrock(x)
+
+    solution = minimize(counted, jnp.array([-1.2, 1.0]), hessopt.lbfgs(same_batch_pairs=True), max_steps=6)
+    jax.effects_barrier()
+    assert solution.evaluations == len(made)

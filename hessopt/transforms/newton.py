@@ -172,11 +172,11 @@ def scale_by_newton(
 
         direction, status = updates, info.status
         for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
-            p = unravel(method.solve(factors[group], g), part)
-            solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))  # in the dtypes of params
-            p = jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.zeros_like(leaf)), p)
+            p = method.solve(factors[group], g)
+            solved, finite = all_finite(unravel(p, part)), jnp.all(jnp.isfinite(g))  # p in the dtypes of params
+            p = jnp.where(solved, p, 0.0)
             status |= step_status({StepStatus.NONFINITE: ~finite, StepStatus.FACTORIZATION_FAILED: finite & ~solved})
-            direction = combine(p, direction)
+            direction = combine(unravel(p, part), direction)
         p, g = ravel(direction), ravel(updates if grad is None else grad)
         g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
         slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
