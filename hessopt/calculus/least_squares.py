@@ -37,11 +37,13 @@ class Root(NamedTuple):
 
     K: Matrix  # (k, n), triangular
     r: Vector  # (k,)
-    rest: Vector  # (n,), of outputs at which the loss has a slope and next to no curvature
+    rest: Vector  # (n,), of outputs with a slope and next to no curvature, whose r would drown the others
 
 
 def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     """Return the root of the Gauss-Newton matrix at real leaves; None where the loss is not seen to be diagonal.
+
+    Negative curvature of the loss counts as none; what is not finite makes the result so.
 
     Cost: n tangents of the model, in chunks, and `2 m n^2` multiplications for m outputs; memory `m n`.
     """
@@ -54,12 +56,12 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     dtype = solve_dtype(parts)
     weights = ravel(loss_hessian(jax.tree.map(jnp.ones_like, outputs))).astype(dtype)
     slopes = ravel(slopes).astype(dtype)
+    roots = jnp.maximum(weights, 0.0) ** 0.5
     curved = weights > jnp.finfo(dtype).eps * jnp.max(weights, initial=0.0)
-    roots = jnp.where(curved, weights, 1.0) ** 0.5
-    r = jnp.where(curved, slopes / roots, 0.0)
+    r = jnp.where(curved, slopes / jnp.where(curved, roots, 1.0), 0.0)
 
     transposed = _transposed_jacobian(objective.model_fn, parts, outputs, dtype)  # J', (n, m)
-    K = jnp.where(curved, transposed * roots, 0.0)
+    K = transposed * roots
     R = jnp.linalg.qr(jnp.concatenate([K, r[None]]).T, mode="r")
     n, m = K.shape
     rest = jnp.matmul(transposed, jnp.where(curved, 0.0, slopes), precision="highest")

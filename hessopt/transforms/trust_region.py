@@ -104,9 +104,15 @@ def exact(local: Local) -> Spectral:
     if found is not None:
         lengths = jnp.sqrt(jnp.sum(found.K**2, axis=0))
         scales, t = _largest(local.scales, unit_power(lengths), lengths > 0)
-        U, s, Q = jnp.linalg.svd(found.K * t, full_matrices=False)
-        z = s * _matmul(found.r, U) + _matmul(Q, t * found.rest)
+        K = found.K * t
+        finite = all_finite(K)
+        rest = jnp.where(finite, t * found.rest, jnp.nan)
+        U, s, Q = jnp.linalg.svd(jnp.where(finite, K, 0.0), full_matrices=False)  # from inf LAPACK does not return
+        z = s * _matmul(found.r, U) + _matmul(Q, rest)
         w, z, Q = s[::-1] ** 2, z[::-1], Q[::-1].T
+        if Q.shape[1] < len(Q):  # fewer outputs than parameters: of the null space only what the gradient has there
+            length, q = _outside(Q, rest)
+            w, z, Q = jnp.pad(w, (1, 0)), jnp.append(length, z), jnp.concatenate([q[:, None], Q], axis=1)
     else:
         everything = [0] * len(local.parts)
         (H,) = block_hessians(local.objective, local.parts, everything, 1, curvature=local.curvature)
@@ -165,9 +171,10 @@ def trust_region_newton(
       value_fn, **data)` needs the objective, and evaluates it at params where value is missing. Its status is
       `state.info.status`.
 
-      Where no trial is taken (STEP_REJECTED) the step is zero, and the next update begins with a shorter one. A value,
-      gradient or curvature that is not finite (NONFINITE) gives a step of zero; the state is then as before, but for
-      count and info. NEGATIVE_CURVATURE says that H has a negative eigenvalue.
+      Where no trial is taken (STEP_REJECTED) the step is zero, and the next update begins with a shorter one; with a
+      longer one, if the last trial promised less than the value's rounding and its value was finite. A value, gradient
+      or curvature that is not finite (NONFINITE) gives a step of zero; the state is then as before, but for count and
+      info. NEGATIVE_CURVATURE says that H has a negative eigenvalue.
 
     Raises:
       ValueError: for max_trials < 1, initial_radius <= 0, an unknown word, or geodesic_acceleration without what it
@@ -226,8 +233,8 @@ def trust_region_newton(
         gradient, restore_step = real_leaves(updates)
         objective = precompose(objective, restore)
         value = objective(parts) if value is None else jnp.asarray(value)
-        noise = (10 * jnp.finfo(value.dtype).eps * jnp.abs(value)).astype(dtype)
-        value = value.astype(dtype)
+        noise = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+        value = value.astype(solve_dtype((params, value)))
 
         def sized(w: Vector, z: Vector) -> jax.Array:
             radius = _cauchy(w, z) if initial_radius is None else jnp.asarray(initial_radius, dtype)
@@ -250,10 +257,10 @@ def trust_region_newton(
                 a = secular.divided(w, project(_bending(objective, parts, p)), step.shift)
                 p = lift(step.y + jnp.where(norm(a) <= BEND * step.length, a / 2, 0.0))
             p = jax.tree.map(lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts)
-            fall = value - jnp.asarray(objective(applied(parts, p)), dtype)
-            ratio = jnp.where(sound, gain_ratio(fall, step.decrease, noise), -jnp.inf)
+            fall = jnp.where(sound, value - jnp.asarray(objective(applied(parts, p)), value.dtype), jnp.nan)
+            ratio = gain_ratio(fall, step.decrease, noise).astype(dtype)
             told = step.decrease > noise  # else the ratio says nothing of the model, but that it promises too little
-            size = bound.adapt(w, z, last.size, jnp.where(told, ratio, 1.0), step)
+            size = bound.adapt(w, z, last.size, jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0), step)
             return _Trial(p, size, ratio, step.shift, told, last.count + 1)
 
         def goes_on(last: _Trial) -> jax.Array:
@@ -301,6 +308,16 @@ def _bending(objective: Any, parts: list[jax.Array], p: list[jax.Array]) -> Any:
 
     second = jax.jvp(slope, (parts,), (p,))[1]
     return transposed(jax.jvp(jax.grad(objective.loss_fn), (outputs,), (second,))[1])[0]
+
+
+def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
+    """The length of what c has orthogonal to the columns of Q, and its direction; 0 where that is rounding."""
+    q = c
+    for _ in range(2):  # twice is enough
+        q = q - _matmul(Q, _matmul(q, Q))
+    length = norm(q)
+    length = jnp.where(length > 10 * jnp.finfo(c.dtype).eps * norm(c), length, 0.0)
+    return length, jnp.where(length > 0, q / jnp.where(length > 0, length, 1.0), 0.0)
 
 
 def _cauchy(w: Vector, z: Vector) -> jax.Array:

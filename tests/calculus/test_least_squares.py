@@ -81,3 +81,40 @@ def test_singular_values_are_kept_where_their_squares_are_lost():
     np.testing.assert_allclose(np.linalg.svd(K, compute_uv=False), expected, rtol=1e-7)
     squared = np.sqrt(np.abs(np.linalg.eigvalsh(hessian(value_fn, jnp.ones(12), curvature="gauss_newton"))))
     assert np.abs(squared[0] / expected[-1] - 1) > 1e-3  # by rounding, between 1e-2 and 1
+
+
+@pytest.mark.parametrize(("dtype", "heavy", "rtol"), [(jnp.float32, 1e8, 2e-3), (jnp.float64, 1e20, 1e-4)])
+def test_light_outputs_keep_their_curvature_and_their_slopes_beside_heavy_ones(dtype, heavy, rtol):
+    rng = np.random.default_rng(1)
+    A, z, W = rng.normal(size=(20, 6)), rng.normal(size=20), np.r_[[heavy] * 3, np.ones(17)]
+    z[:3] /= heavy  # slopes of one size
+    a, b, weights = (jnp.asarray(v, dtype) for v in (A, z, W))
+    K, r, rest = root(composite(lambda p: a @ p[0] + b, lambda z: 0.5 * jnp.sum(weights * z**2)), [jnp.zeros(6, dtype)])
+    assert K.dtype == r.dtype == rest.dtype == dtype
+    expected = np.linalg.svd(A * np.sqrt(W)[:, None], compute_uv=False)
+    np.testing.assert_allclose(np.linalg.svd(np.asarray(K, np.float64), compute_uv=False), expected, rtol=rtol)
+    np.testing.assert_allclose(K.T @ r + rest, A.T @ (W * z), rtol=rtol)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: jnp.sum(jnp.abs(z) ** 1.5),  # infinite curvature at 0
+        lambda z: jnp.sum(jnp.where(z == 0, jnp.nan, 1.0) * z**2),
+        lambda z: jnp.sum(jnp.where(z == 0, jnp.inf, 1.0) * z),  # infinite slope, no curvature
+    ],
+)
+def test_what_is_not_finite_shows_in_the_root(loss):
+    for outputs in (1, 3, 4):
+        found = root(composite(lambda p, k=outputs: jnp.arange(k) * jnp.sum(p[0]), loss), [jnp.ones(3)])
+        assert not all(jnp.all(jnp.isfinite(part)) for part in found)
+
+
+def test_negative_curvature_of_a_loss_counts_as_none():
+    z = jnp.array([0.5, 3.0])  # the Hessian of log(1 + z^2) is positive, negative there
+    J = jnp.array([[1.0, 2.0], [3.0, -1.0]])
+    K, r, rest = root(composite(lambda p: J @ p[0] + z, lambda z: jnp.sum(jnp.log1p(z**2))), [jnp.zeros(2)])
+    slopes = 2 * z / (1 + z**2)
+    np.testing.assert_allclose(K.T @ K, 2 * (1 - 0.25) / 1.25**2 * jnp.outer(J[0], J[0]), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(K.T @ r + rest, J.T @ slopes, rtol=1e-12)
+    np.testing.assert_allclose(rest, J[1] * slopes[1], rtol=1e-12)

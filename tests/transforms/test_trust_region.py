@@ -198,6 +198,58 @@ def test_a_loss_without_curvature_at_some_outputs_still_counts_their_slopes():
     np.testing.assert_allclose(found.params, [1.0, -2.0, 0.5], atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("far", [[], [0, 2], [0, 1, 2]])  # outputs in the linear regime of Huber's loss
+def test_fewer_outputs_than_parameters_still_have_their_whole_gradient(far, dtype):
+    """Oracle: the step within the radius, dense, in the scales found."""
+    X = jax.random.normal(jax.random.key(0), (3, 6))
+    y = jnp.full(3, 0.5).at[jnp.array(far, int)].set(10.0)
+    value_fn = composite(lambda w: X.astype(dtype) @ w, lambda z: jnp.sum(optax.huber_loss(z, y.astype(dtype))))
+    tx = trust_region_newton(curvature="gauss_newton", model="radius", initial_radius=0.05)
+    step, state = once(tx, value_fn, jnp.zeros(6, dtype))
+    assert status(state) == StepStatus.OK
+    assert state.info.lowest == 0
+    J, D = np.asarray(X), np.asarray(state.scales, float)
+    D = np.where(D > 0, D, D.max() or 1.0)
+    B = J.T @ np.diag([0.0 if i in far else 1.0 for i in range(3)]) @ J / np.outer(D, D)
+    g = -J.T @ np.array([1.0 if i in far else 0.5 for i in range(3)]) / D
+    length = lambda kappa: np.linalg.norm(np.linalg.solve(B + kappa * np.eye(6), g))
+    low, high = 1e-9, 1e6
+    for _ in range(100):
+        middle = np.sqrt(low * high)
+        low, high = (middle, high) if length(middle) > 0.05 else (low, middle)
+    expected = -np.linalg.solve(B + low * np.eye(6), g) / D
+    np.testing.assert_allclose(step, expected, rtol=0, atol=1e-6 if dtype == jnp.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("model", ["cubic", "radius"])
+def test_parameters_that_no_curved_output_sees_move(model):
+    value_fn = composite(lambda x: x[3:] - 10.0, lambda z: jnp.sum(optax.huber_loss(z)))
+    tx = trust_region_newton(curvature="gauss_newton", model=model)
+    found = jax.jit(jax.vmap(lambda x: hessopt.minimize(value_fn, x, tx, max_steps=50)))(jnp.zeros((2, 4)))
+    np.testing.assert_allclose(found.params, [[0.0, 0.0, 0.0, 10.0]] * 2, atol=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_a_loss_of_infinite_curvature_gives_no_step(outputs):
+    value_fn = composite(lambda x: x[:outputs], lambda z: jnp.sum(jnp.abs(z) ** 1.5))
+    step, state = once(trust_region_newton(curvature="gauss_newton"), value_fn, jnp.arange(3.0), updates=jnp.ones(3))
+    assert status(state) == StepStatus.NONFINITE
+    np.testing.assert_array_equal(step, 0.0)
+
+
+def test_light_outputs_are_fitted_beside_heavy_ones_in_float32():
+    W = jnp.array([1e8] * 3 + [1.0] * 17, jnp.float32)
+    A = jax.random.normal(jax.random.key(2), (20, 6), jnp.float32)
+    t = A @ jnp.arange(6, dtype=jnp.float32) + 0.1 * jax.random.normal(jax.random.key(3), (20,), jnp.float32)
+    value_fn = composite(lambda x: A @ x - t, lambda z: 0.5 * jnp.sum(W * z**2))
+    tx = trust_region_newton(curvature="gauss_newton")
+    found = hessopt.minimize(value_fn, jnp.zeros(6, jnp.float32), tx, gtol=0.0, ftol=1e-9, max_steps=50)
+    V, v = np.asarray(A, float) * np.sqrt(W)[:, None], np.asarray(t * jnp.sqrt(W), float)
+    least = np.linalg.lstsq(V, v, rcond=None)[1][0] / 2
+    np.testing.assert_allclose(np.sum((V @ np.asarray(found.params, float) - v) ** 2) / 2, least, rtol=1e-3)
+
+
 def banana(x):
     return jnp.stack([100.0 * (x[1] - x[0] ** 2), 1.0 - x[0]])
 
@@ -284,3 +336,29 @@ def test_a_bound_that_promises_less_than_rounding_is_loosened(model, subproblem)
         lambda x: jnp.sum(jnp.logaddexp(x, -x)), jnp.array([15.0], jnp.float32), tx, max_steps=100
     )
     np.testing.assert_allclose(solution.params, 0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["cubic", "radius"])
+def test_a_wide_value_is_not_rounded_to_the_parameters(model):
+    f = lambda x: rosenbrock(x.astype(jnp.float64)) + 1e4
+    narrow, wide = (
+        hessopt.minimize(f, jnp.full(6, -0.5, dtype), trust_region_newton(model=model), gtol=1e-5)
+        for dtype in (jnp.float32, jnp.float64)
+    )
+    assert narrow.termination == wide.termination == Termination.GRADIENT
+    assert abs(narrow.steps - wide.steps) <= 1
+    assert narrow.state.size.dtype == narrow.state.info.ratio.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_trial_that_is_not_finite_makes_the_bound_stricter_whatever_it_promised(name):
+    f = lambda x: jnp.where(jnp.all(x <= 0), 1e4 - 1e-3 * jnp.sum(x) + 5e-5 * jnp.sum(x**2), jnp.nan)
+    x, tx = jnp.zeros(2, jnp.float32), trust_region_newton(**VARIANTS[name])
+    again = jax.jit(lambda s: tx.update(jnp.full(2, -1e-3, jnp.float32), s, x, value_fn=f))
+    state, sizes = tx.init(x), []
+    for _ in range(4):
+        _, state = again(state)
+        assert status(state) == StepStatus.STEP_REJECTED
+        assert state.info.trials == 1  # it promises less than rounding
+        sizes.append(float(state.size))
+    assert all(np.diff(sizes) * (1 if "cubic" in name else -1) > 0)
