@@ -1,6 +1,19 @@
 """Double precision everywhere; float32 is asked for by dtype where it is meant."""
 
+import itertools
+
 import jax
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
+
+MANY = 200
+"""Tests after which a worker forgets its programs: they pile up until no more memory can be mapped."""
+
+_tests = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    """Forget them now and then."""
+    if next(_tests) % MANY == 0:
+        jax.clear_caches()
