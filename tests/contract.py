@@ -118,6 +118,12 @@ def stepper(case: Case, dtype: Any = np.float64) -> Stepper:
     return _STEPPERS[key]
 
 
+def forget() -> None:
+    """Drop the steppers and every compiled program."""
+    _STEPPERS.clear()
+    jax.clear_caches()
+
+
 def walk(case: Case, steps: int, dtype: Any = np.float64) -> tuple[Any, Any]:
     """Parameters and state after some steps from the start."""
     tx, run, _ = stepper(case, dtype)
