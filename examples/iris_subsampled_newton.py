@@ -4,9 +4,9 @@ A network 4-15-10-3 (tanh, softmax cross-entropy with a small L2 penalty). At ev
 of damped Newton (with the Gauss-Newton matrix) with probability p, else its gradient; a rate of 0.3 follows, or a Wolfe
 search. The maps show where training ends, over p and the damping lambda; the curves show the best settings beside SGD
 and Adam at the best of five rates. On the full batch lambda wants to be small, and a part of the layers is enough:
-0.0064 at p = 1/2 and 0.0067 at 1/4, where Adam ends at 0.027 and SGD at 0.043. (At p = 1 the smallest lambda needs the
-search: some seeds diverge without.) On minibatches of 15 the same lambda ends at 0.18 at best, and without the search
-most runs diverge; with lambda = 1 Newton ends at 0.052, SGD at 0.056, Adam at 0.047.
+medians of 0.0064 at p = 1/2 with the search and 0.0067 at p = 1 without (some seeds diverge there), where Adam ends at
+0.027 and SGD at 0.043. On minibatches of 15 the same lambda ends at 0.18 at best, and without the search most runs
+diverge; with lambda = 1 Newton ends at 0.052, SGD at 0.056, Adam at 0.047.
 
 The last column shows what batches do to the step, at a fixed point early in training. Gradients and matrices of batches
 have no bias, but steps have: the mean of (H_B + lambda I)^-1 g_B over batches B of 15 is off the step of the full batch
