@@ -7,7 +7,7 @@ hundred, takes a fortieth of them. The table shows the relative L2 error against
 three by BFGS, four by SSBroyden. The figure shows it against steps and seconds, and on a slice through the middle the
 best network beside its error.
 
-    python -m examples.pinn_poisson                                    # all optimizers, about 12 minutes
+    python -m examples.pinn_poisson                                    # all optimizers, about 7 minutes
     python -m examples.pinn_poisson --optimizers ssbroyden --steps 10000
 """
 
