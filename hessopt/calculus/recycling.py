@@ -64,8 +64,8 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
     return jax.tree.map(lambda kept, x: kept.astype(x.dtype), pair, like)
 
 
-EVALUATIONS = ("trials", "gradients", "num_linesearch_steps")
-"""The fields of an `info` that count evaluations of the objective: of searches, trust regions and `scale_by_lbfgs`."""
+TRIALS = ("trials", "num_linesearch_steps")
+"""The fields of an `info` that count trials: of searches and trust regions. `gradients` are what else is evaluated."""
 
 FAILURES = (
     StepStatus.NONFINITE
@@ -83,17 +83,19 @@ def evaluations(state: optax.OptState, old: optax.OptState | None = None) -> jax
 
     What tells, and has not been updated since the state `old`, does not count.
     """
-    return sum((x for name in EVALUATIONS for x in _told(name, state, old)), jnp.zeros((), jnp.int32))
+    return sum((x for name in (*TRIALS, "gradients") for x in _told(name, state, old)), jnp.zeros((), jnp.int32))
 
 
 def tried(state: optax.OptState, old: optax.OptState, asked: bool) -> jax.Array:
-    """Whether an update from `old` to `state` wanted to move: it evaluated trials, or tells of a failure.
+    """Whether an update from `old` to `state` wanted to move: it made trials, or tells of a failure.
 
-    A transformation that tells nothing is believed to have, if it asked for the objective.
+    A transformation that tells nothing is believed to have, if it asked for the objective. What is not finite leaves
+    some counts as they are, and is believed in any case.
     """
-    failed = jnp.asarray([status & int(FAILURES) for status in _told("status", state, old)], jnp.int32)
-    tells = failed.size or any(_told(name, state, old) for name in EVALUATIONS)
-    return (evaluations(state, old) > 0) | jnp.any(failed > 0) if tells else jnp.asarray(asked)
+    failed = [status & int(FAILURES) for status in _told("status", state, old)]
+    failed += [status & int(StepStatus.NONFINITE) for status in _told("status", state, None)]
+    facts = [*failed, *(x for name in TRIALS for x in _told(name, state, old))]
+    return jnp.any(jnp.stack(facts) > 0) if facts else jnp.asarray(asked)
 
 
 def _told(name: str, state: optax.OptState, old: optax.OptState | None) -> list[jax.Array]:

@@ -94,3 +94,16 @@ def test_what_evaluates_no_trials_has_tried_where_it_tells_of_a_failure(failure,
     _, new = tx.update(jax.grad(loss)(PARAMS), old, PARAMS, value_fn=lambda p: failure * loss(p))
     assert tried(new, old, asked=True) == expected
     assert tried((), (), asked=expected) == expected  # it tells nothing
+
+
+def test_what_is_not_finite_has_tried_though_it_is_not_counted_and_a_pair_is_no_trial():
+    tx = hessopt.lbfgs(same_batch_pairs=True)
+    old, grad = tx.init(PARAMS), jax.grad(loss)(PARAMS)
+    update = lambda grad, state: tx.update(grad, state, PARAMS, value=loss(PARAMS), grad=grad, value_fn=loss)[1]
+    spoilt = update(jax.tree.map(lambda g: jnp.inf * g, grad), old)
+    assert spoilt[0].count == old[0].count
+    assert tried(spoilt, old, asked=True)
+    direction = hessopt.scale_by_lbfgs(same_batch_pairs=True)
+    _, state = direction.update(grad, direction.init(PARAMS), PARAMS, value_fn=loss)
+    assert evaluations(state) == 1
+    assert not tried(state, direction.init(PARAMS), asked=True)
