@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt  # the backend comes first
 import hessopt
 from benchmarks.problems import poisson
 from examples.pinn_poisson import Run, train
-from hessopt.transforms import trust_region
+from hessopt.calculus import subproblems
 
 AIM = 4.1e-6
 """Relative L2 error that SSBroyden is published to reach in 10,000 iterations."""
@@ -22,9 +22,9 @@ AIM = 4.1e-6
 SMALL = (3, 16, 16, 1)
 
 
-def of_this_iterate(local: trust_region.Local) -> trust_region.Spectral:
+def of_this_iterate(local: subproblems.Local) -> subproblems.Spectral:
     """The exact subproblem with a D that forgets."""
-    return trust_region.exact(local._replace(scales=jnp.zeros_like(local.scales)))
+    return subproblems.exact(local._replace(scales=jnp.zeros_like(local.scales)))
 
 
 def gauss_newton(**arguments: Any) -> optax.GradientTransformation:
@@ -40,7 +40,7 @@ VARIANTS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "no geodesic acceleration": lambda: gauss_newton(geodesic_acceleration=False),
     "a radius instead of the cubic term": lambda: gauss_newton(model="radius"),
     "D of the iterate instead of the largest so far": lambda: gauss_newton(
-        subproblem=trust_region.Subproblem(of_this_iterate, scaled=True)
+        subproblem=subproblems.Subproblem(of_this_iterate, scaled=True)
     ),
     WITHOUT_ROOT: gauss_newton,
     "the Hessian instead of J'J": hessopt.trust_region_newton,

@@ -114,7 +114,7 @@ def minimize(
     """
     check_count("log_every", log_every)
     check_range("max_steps", max_steps, 0, np.iinfo(np.int32).max)
-    if isinstance(max_steps, float) and not max_steps.is_integer():
+    if not isinstance(max_steps, Tracer) and not float(max_steps).is_integer():
         raise ValueError(f"max_steps must be a whole number, got {max_steps}")
     for name, bound in (("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
         check_range(name, bound, 0)

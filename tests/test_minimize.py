@@ -110,6 +110,7 @@ def test_wrong_arguments_are_named():
     for steps, says in (
         (-1, "in [0, 2147483647], got -1"),
         (2.7, "a whole number, got 2.7"),
+        (jnp.float32(2.5), "a whole number, got 2.5"),
         (2**31, "in [0, 2147483647]"),
         (np.inf, "in [0, "),
     ):

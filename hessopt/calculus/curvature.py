@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from hessopt._checks import check_range, choose
+from hessopt._checks import check_count, choose
 from hessopt.calculus.batching import stacked
 from hessopt.calculus.flat import real_leaves, solve_dtype
 from hessopt.calculus.groups import Groups, combine, group_labels, take
@@ -140,7 +140,7 @@ def block_hessians(
 ) -> list[Matrix]:
     """The diagonal blocks of `hessian`, one `(n_b, n_b)` matrix per label 0, ..., count - 1."""
     chunk_size = CHUNK_SIZE if chunk_size is None else chunk_size
-    check_range("chunk_size", chunk_size, 1)
+    check_count("chunk_size", chunk_size)
     linearize = choose("curvature", curvature, CURVATURES)
 
     def block(group: int) -> Matrix:

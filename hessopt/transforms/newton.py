@@ -172,11 +172,10 @@ def scale_by_newton(
 
         direction, status = updates, info.status
         for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
-            p = method.solve(factors[group], g)
-            solved, finite = all_finite(unravel(p, part)), jnp.all(jnp.isfinite(g))  # p in the dtypes of params
-            p = jnp.where(solved, p, 0.0)
+            p = unravel(method.solve(factors[group], g), part)
+            solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))
             status |= step_status({StepStatus.NONFINITE: ~finite, StepStatus.FACTORIZATION_FAILED: finite & ~solved})
-            direction = combine(unravel(p, part), direction)
+            direction = combine(jax.tree.map(lambda leaf, ok=solved: jnp.where(ok, leaf, 0), p), direction)
         p, g = ravel(direction), ravel(updates if grad is None else grad)
         g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
         slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")

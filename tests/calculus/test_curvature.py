@@ -108,7 +108,7 @@ def test_gauss_newton_needs_a_composite_and_words_are_checked():
         hessian(loss, PARAMS, curvature="gauss_newton")
     with pytest.raises(ValueError, match=r"curvature must be one of .* got 'fisher'"):
         hessian(loss, PARAMS, curvature="fisher")
-    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_size must be an int, at least 1, got 0"):
         hessian(loss, PARAMS, chunk_size=0)
 
 
