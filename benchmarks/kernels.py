@@ -266,7 +266,6 @@ def rated_steps(problem: mlp.Problem) -> list[Contender]:
                 carry[:] = run_step(*carry)
             return carry[0]
 
-        run()
         return compiled(name, step, *carry)._replace(run=run)
 
     generalized, grouped, sgd = hessopt.generalized_newton, hessopt.grouped_newton, functools.partial(optax.sgd, 1.0)
