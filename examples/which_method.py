@@ -4,9 +4,9 @@ What one sees, on two cores and in twelve seconds each: up to a thousand paramet
 error of 4e-6, where Adam and L-BFGS end at 1e-3 to 3e-3. At a hundred, the method of Levenberg and Marquardt
 (`trust-region-gauss`) is slower at first and ends lower still. At ten thousand a matrix is too dear: conjugate
 gradients lead, those in a region of trust first (1e-3), ahead of L-BFGS by a factor of three. At a hundred thousand
-gradients count: L-BFGS and conjugate gradients end at 5e-3, Adam at 1e-2. The Hessian itself is hardly worth its price
-on this loss, which is far from convex: Newton's method ends below Adam at a hundred parameters and above it at a
-thousand, and by a factor of six to ten lower with Gauss-Newton curvature.
+gradients count: L-BFGS and three of four by conjugate gradients end at 5e-3, Adam at 1.4e-2. The Hessian itself is
+hardly worth its price on this loss, which is far from convex: Newton's method ends below Adam at a hundred parameters
+and above it at a thousand, and by a factor of six to ten lower with Gauss-Newton curvature.
 
     python examples/which_method.py                                # about 18 minutes
     python examples/which_method.py --methods adam lbfgs ssbroyden --seconds 5
