@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hessopt.calculus.curvature import CurvatureFn, block_hessians, product
 from hessopt.calculus.flat import all_finite, inner, ravel, solve_dtype, unravel
@@ -83,13 +84,13 @@ def conjugate(local: Local) -> Spectral:
     linear = product(local.objective, local.parts, local.curvature)
 
     def multiply(v: Any) -> Any:
-        return _cast(linear(jax.tree.map(lambda x, p: x.astype(p.dtype), v, local.parts)), wide)
+        return optax.tree.cast(linear(optax.tree.cast_like(v, local.parts)), wide)
 
-    g = _cast(local.gradient, wide)
+    g = optax.tree.cast(local.gradient, wide)
     size = min(DIMENSION, sum(part.size for part in local.parts))
     tolerance = local.tolerance * jnp.sqrt(inner(g, g))
     V, _, _, used, _, w, z, S = krylov(multiply, g, size, local.minimize, tolerance)
-    lift, project = lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, _cast(c, wide)), S)
+    lift, project = lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, optax.tree.cast(c, wide)), S)
     return Spectral(w, z, lift, project, local.scales, used)
 
 
@@ -111,10 +112,6 @@ def _largest(scales: Vector, t: Vector, known: jax.Array) -> tuple[Vector, Vecto
     scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
     largest = unit_scale(scales)
     return scales, 1 / jnp.where(scales > 0, scales, largest)
-
-
-def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
