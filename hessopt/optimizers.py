@@ -302,9 +302,12 @@ def grouped_newton(
       ...     return jnp.sum((p["scale"] * p["w"] - 3.0) ** 2) + 1e-3 * p["scale"] ** 2
       >>> params, tx = {"scale": jnp.array(1.0), "w": jnp.array([0.1, 5.0])}, grouped_newton(optax.sgd(1.0))
       >>> state = tx.init(params)
-      >>> for _ in range(20):
+      >>> @jax.jit
+      ... def step(params, state):
       ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
-      ...     params = optax.apply_updates(params, updates)
+      ...     return optax.apply_updates(params, updates), state
+      >>> for _ in range(20):
+      ...     params, state = step(params, state)
       >>> float(loss(params)) < 0.1
       True
 

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -35,10 +36,12 @@ def test_a_poor_trial_shortens_the_next_and_a_good_one_lengthens_it(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_poor_trial_halves_the_step_at_least_also_after_any_number_of_good_ones(name):
     model = MODELS[name]
+    step = jax.jit(lambda size: model.minimize(W, Z, size))
+    after = jax.jit(lambda size, ratio: model.adapt(W, Z, size, ratio, step(size)))
     size = jnp.asarray(1.0)
     for _ in range(400):
-        size = model.adapt(W, Z, size, jnp.asarray(1.0), model.minimize(W, Z, size))
-    longest = model.minimize(W, Z, size).length
+        size = after(size, 1.0)
+    longest = step(size).length
     for _ in range(3):
-        size = model.adapt(W, Z, size, jnp.asarray(-1.0), model.minimize(W, Z, size))
-    assert model.minimize(W, Z, size).length <= longest / 8 * (1 + 1e-12)
+        size = after(size, -1.0)
+    assert step(size).length <= longest / 8 * (1 + 1e-12)
