@@ -472,6 +472,7 @@ COSTLY = (
     is_the_same_without_jit,
     shares_no_buffer,
     batches_like_a_loop,
+    runs_on_eight_devices_as_on_one,
     is_guarded_by_apply_if_finite,
     accumulates_in_multi_steps,
     continues_from_a_checkpoint_bit_for_bit,
