@@ -61,7 +61,7 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
     for kept, x in zip(*map(jax.tree.leaves, (pair, like)), strict=True):
         if kept.shape != x.shape or jnp.promote_types(kept.dtype, x.dtype) != kept.dtype:
             return None
-    return jax.tree.map(lambda kept, x: kept.astype(x.dtype), pair, like)
+    return optax.tree.cast_like(pair, like)
 
 
 TRIALS = ("trials", "num_linesearch_steps")

@@ -120,7 +120,7 @@ def subsampled(
 
             def inner_step() -> tuple[Any, Any]:
                 new, new_state = inner.update(part, kept_state, take(params, labels, group), **own)
-                new = jax.tree.map(lambda n, u: n.astype(u.dtype), new, part)
+                new = optax.tree.cast_like(new, part)
                 finite = jnp.isfinite(norm(ravel(new)))
                 return new, jax.tree.map(lambda n, kept: jnp.where(finite, n, kept), new_state, kept_state)
 
