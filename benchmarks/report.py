@@ -20,7 +20,7 @@ Written by `python -m benchmarks`, not by hand: the records in `results/`, by de
 HOME = "cpu-2-cores"
 """The device that the README cites."""
 
-CITING = ("README.md", "docs/study.md")
+CITING = ("README.md", "docs/pages/comparison.md", "docs/study.md")
 
 Records = Mapping[str, dict[str, Any]]
 """What was measured, by suite."""

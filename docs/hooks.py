@@ -15,6 +15,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
@@ -61,6 +62,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
+    """Adapt the pages of the guide, which link to the repository's files as it has them."""
+    return markdown if page.file.generated_by or ":::" in markdown else adapted(markdown)
+
+
 def gallery(figures: list[str]) -> str:
     """The page with a card for every example."""
     cards = []
@@ -86,15 +92,17 @@ def described(path: pathlib.Path) -> list[str]:
 
 
 def adapted(text: str) -> str:
-    """Markdown of the repository as a page: links that lead to pages, doctests that look like such."""
+    """Markdown of the repository as a page: links that lead to pages, and names that lead to their reference."""
     text = (
         re.sub(r"(\]\((?:\.\./)*examples/\w+)\.py\)", r"\1.md)", text)
         .replace("](docs/", "](")
+        .replace("](../../README.md", "](index.md")
+        .replace("](../../", "](")
         .replace("../benchmarks/", "benchmarks/")
         .replace("](pages/", "](")
     )
     parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
-    prose, blocks = map(linked, parts[::2]), (b.replace("```python\n>>>", "```pycon\n>>>") for b in [*parts[1::2], ""])
+    prose, blocks = map(linked, parts[::2]), [*parts[1::2], ""]
     return "".join(part for pair in zip(prose, blocks, strict=True) for part in pair)
 
 
