@@ -70,7 +70,7 @@ def _single(name: str) -> dict[str, Any]:
         near = exact * (1 + np.finfo(np.float32).eps * signs)
         floor = np.median([float(size(jnp.asarray(x, jnp.float32))) for x in near])
         size_here, value = float(size(solution.params)), float(solution.value)
-    said = hessopt.Termination(int(solution.termination)).name
+    said = solution.reason
     return {"g": size_here, "floor": floor, "f": value, "f_ref": problem.f_ref, "said": said}
 
 

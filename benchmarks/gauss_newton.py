@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt  # the backend comes first
 import hessopt
 from benchmarks.problems import poisson
 from examples.pinn_poisson import Run, train
-from hessopt.calculus import subproblems
+from hessopt.kinds import subproblems
 
 AIM = 4.1e-6
 """Relative L2 error that SSBroyden is published to reach in 10,000 iterations."""
@@ -93,7 +93,7 @@ def _row(name: str, result: Run) -> dict[str, Any]:
         "losses": result.losses,
         "seconds": result.seconds,
         "values": int(result.solution.evaluations),
-        "ended": hessopt.Termination(int(result.solution.termination)).name,
+        "ended": result.solution.reason,
     }
 
 

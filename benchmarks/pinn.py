@@ -75,7 +75,7 @@ def _row(result: Run, state_mb: float | None = None) -> dict[str, Any]:
         "steps": steps,
         "gradients per step": int(solution.evaluations) / steps,
         "ms per step": 1e3 * result.seconds[-1] / steps,
-        "ended": hessopt.Termination(int(solution.termination)).name,
+        "ended": solution.reason,
     } | ({} if state_mb is None else {"state MB": state_mb})
 
 

@@ -81,7 +81,7 @@ def print_table(runs: dict[str, Run]) -> None:
     titles = ("optimizer", "relative error", "loss", "steps", "gradients", "seconds", "ended")
     print(("{:>10}" + " {:>14}" * 5 + "  {}").format(*titles))
     for name, run in runs.items():
-        ended = hessopt.Termination(int(run.solution.termination)).name
+        ended = run.solution.reason
         print(
             f"{name:>10} {run.errors[-1]:14.2e} {run.losses[-1]:14.2e} {run.steps[-1]:14d} "
             f"{int(run.solution.evaluations):14d} {run.seconds[-1]:14.1f}  {ended}"

@@ -1,20 +1,19 @@
 """Second-order optimization, and still just an `optax.GradientTransformation`."""
 
-from hessopt._diagnostics import diagnostics as diagnostics
-from hessopt._minimize import Solution as Solution
-from hessopt._minimize import minimize as minimize
 from hessopt.calculus.curvature import hessian as hessian
 from hessopt.calculus.curvature import hvp as hvp
-from hessopt.calculus.groups import group_labels as group_labels
-from hessopt.calculus.microbatching import microbatched as microbatched
-from hessopt.calculus.objective import composite as composite
-from hessopt.calculus.recycling import value_and_grad_from_state as value_and_grad_from_state
-from hessopt.calculus.restriction import restriction as restriction
 from hessopt.calculus.spectrum import spectrum as spectrum
 from hessopt.calculus.taylor import Taylor as Taylor
 from hessopt.calculus.taylor import taylor as taylor
+from hessopt.driver.diagnostics import diagnostics as diagnostics
+from hessopt.driver.minimize import Solution as Solution
+from hessopt.driver.minimize import minimize as minimize
+from hessopt.kinds.line_searches import value_and_grad_from_state as value_and_grad_from_state
 from hessopt.numerics.cubic import CubicSolution as CubicSolution
 from hessopt.numerics.cubic import solve_cubic as solve_cubic
+from hessopt.objective.binding import composite as composite
+from hessopt.objective.microbatching import microbatched as microbatched
+from hessopt.objective.restriction import restriction as restriction
 from hessopt.optimizers import bfgs as bfgs
 from hessopt.optimizers import generalized_newton as generalized_newton
 from hessopt.optimizers import grouped_newton as grouped_newton
@@ -32,6 +31,7 @@ from hessopt.transforms.newton import scale_by_newton as scale_by_newton
 from hessopt.transforms.newton_cg import scale_by_newton_cg as scale_by_newton_cg
 from hessopt.transforms.subsampled import subsampled as subsampled
 from hessopt.transforms.trust_region import trust_region_newton as trust_region_newton
+from hessopt.trees.groups import group_labels as group_labels
 from hessopt.typing import StepStatus as StepStatus
 from hessopt.typing import Termination as Termination
 

@@ -8,7 +8,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from hessopt.calculus.objective import Composite, informed_update
+from hessopt.objective.binding import Composite, informed_update
 from hessopt.typing import ValueFn
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hessopt.calculus.objective import Composite, informed_update, precompose
+from hessopt.objective.binding import Composite, informed_update, precompose
 
 if TYPE_CHECKING:
     from flax.nnx import Pytree as _Base

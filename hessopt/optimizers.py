@@ -9,8 +9,6 @@ import optax
 
 from hessopt._checks import check_transformation
 from hessopt.calculus.curvature import CurvatureFn
-from hessopt.calculus.flat import all_finite
-from hessopt.calculus.groups import Groups
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.positivity import Positivity
 from hessopt.transforms.bfgs import scale_by_bfgs
@@ -21,6 +19,8 @@ from hessopt.transforms.linesearch import scale_by_wolfe_linesearch
 from hessopt.transforms.newton import scale_by_newton
 from hessopt.transforms.newton_cg import Preconditioner, scale_by_newton_cg
 from hessopt.transforms.optax_linesearch import fitted
+from hessopt.trees.groups import Groups
+from hessopt.trees.vectors import all_finite
 from hessopt.typing import Params
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()

@@ -1,4 +1,4 @@
-"""The laws that every transformation keeps: section by section what the README promises of any update.
+"""The laws that every transformation keeps: section by section what the page of guarantees promises of any update.
 
 A law is a function of a `Case` that raises where the transformation breaks it. `test_contract.py` sweeps all laws over
 the table, `test_contract_itself.py` shows that each catches what it is there for.
@@ -23,7 +23,7 @@ import pytest
 
 import hessopt
 from hessopt import StepStatus
-from hessopt.calculus import rates
+from hessopt.kinds import rates
 from tests.table import Case
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from hessopt import StepStatus
-from hessopt.calculus.objective import bind
+from hessopt.objective.binding import bind
 from hessopt.typing import step_status
 from tests import contract
 from tests.table import Case

@@ -20,7 +20,7 @@ def loss_fn(params, x, y):
 x = jax.random.normal(jax.random.key(0), (200, 3))
 y = jnp.sign(x @ jnp.array([1.0, -2.0, 0.5]) + 0.3)
 solution = hessopt.minimize(loss_fn, jnp.zeros(3), hessopt.newton(), data={"x": x, "y": y}, gtol=1e-5)
-print(hessopt.__file__, hessopt.Termination(int(solution.termination)).name)
+print(hessopt.__file__, solution.reason)
 """
 
 pytestmark = pytest.mark.slow

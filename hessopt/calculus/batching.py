@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from hessopt.calculus.programs import CALLS, called, single
+from hessopt.calculus.jaxprs import CALLS, called, single
 
 
 def stacked(fun: Callable[[jax.Array], list[jax.Array]], example: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:

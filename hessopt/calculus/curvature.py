@@ -8,10 +8,10 @@ import jax.numpy as jnp
 
 from hessopt._checks import check_count, choose
 from hessopt.calculus.batching import stacked
-from hessopt.calculus.flat import real_leaves, solve_dtype
-from hessopt.calculus.groups import Groups, combine, group_labels, take
-from hessopt.calculus.objective import Composite, precompose
-from hessopt.calculus.sharding import gathered
+from hessopt.objective.binding import Composite, precompose
+from hessopt.trees.groups import Groups, combine, group_labels, take
+from hessopt.trees.sharding import gathered
+from hessopt.trees.vectors import real_leaves, solve_dtype
 from hessopt.typing import Matrix, Params, ValueFn
 
 CurvatureFn: TypeAlias = Callable[[Any, Callable[[Any], Any], Any], Callable[[Any], Any]]

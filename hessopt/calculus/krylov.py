@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.flat import inner
-from hessopt.calculus.sharding import contract, stack_of, zeros
 from hessopt.numerics.secular import Shifted
+from hessopt.trees.sharding import contract, stack_of, zeros
+from hessopt.trees.vectors import inner
 from hessopt.typing import Matrix, Vector
 
 

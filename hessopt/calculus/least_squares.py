@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from hessopt.calculus.curvature import fill_rows
-from hessopt.calculus.flat import ravel, solve_dtype
-from hessopt.calculus.objective import Composite
-from hessopt.calculus.programs import CALLS, called
+from hessopt.calculus.jaxprs import CALLS, called
+from hessopt.objective.binding import Composite
+from hessopt.trees.vectors import ravel, solve_dtype
 from hessopt.typing import Matrix, Vector
 
 CHUNK_SIZE = 4

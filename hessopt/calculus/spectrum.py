@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from hessopt._checks import check_range
 from hessopt.calculus.curvature import product
-from hessopt.calculus.flat import ravel, unravel
 from hessopt.numerics.norms import norm
+from hessopt.trees.vectors import ravel, unravel
 from hessopt.typing import Matrix, Params, ValueFn, Vector
 
 FIRST_BASIS = 32

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_word, choose
-from hessopt.calculus.flat import eps, gram, inner, ravel, unravel
-from hessopt.calculus.objective import require_params
-from hessopt.calculus.sharding import zeros
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
 from hessopt.numerics.secant import accepts, first_scale
+from hessopt.objective.binding import require_params
+from hessopt.trees.sharding import zeros
+from hessopt.trees.vectors import eps, gram, inner, ravel, unravel
 from hessopt.typing import Matrix, Params, StepStatus, step_status
 
 _NAME = "scale_by_bfgs"

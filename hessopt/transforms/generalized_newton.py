@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, choose
-from hessopt.calculus.flat import applied, eps
-from hessopt.calculus.groups import Groups
-from hessopt.calculus.rates import (
+from hessopt.calculus.taylor import taylor
+from hessopt.kinds.rates import (
     Measured,
     Memory,
     RateInfo,
@@ -29,7 +28,8 @@ from hessopt.calculus.rates import (
     scale_by_rates,
     scaled,
 )
-from hessopt.calculus.taylor import taylor
+from hessopt.trees.groups import Groups
+from hessopt.trees.vectors import applied, eps
 from hessopt.typing import StepStatus, Vector
 
 _NAME = "scale_by_generalized_newton"

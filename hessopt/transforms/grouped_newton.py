@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range
-from hessopt.calculus.groups import Groups
-from hessopt.calculus.rates import Measured, Memory, RateInfo, Restricted, Rule, Solved, scale_by_rates
 from hessopt.calculus.taylor import taylor
+from hessopt.kinds.rates import Measured, Memory, RateInfo, Restricted, Rule, Solved, scale_by_rates
 from hessopt.numerics.cubic import solve_cubic
+from hessopt.trees.groups import Groups
 from hessopt.typing import Matrix, StepStatus, Vector
 
 _NAME = "scale_by_grouped_newton"

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count
-from hessopt.calculus import flat
-from hessopt.calculus.flat import eps, gram, inner, solve_dtype
-from hessopt.calculus.objective import bind, require_params
-from hessopt.calculus.sharding import contract, stack_of, zeros
 from hessopt.numerics import compact
 from hessopt.numerics.secant import accepts, first_scale, to_unit_length
+from hessopt.objective.binding import bind, require_params
+from hessopt.trees import vectors
+from hessopt.trees.sharding import contract, stack_of, zeros
+from hessopt.trees.vectors import eps, gram, inner, solve_dtype
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "scale_by_lbfgs"
@@ -160,7 +160,7 @@ def scale_by_lbfgs(
 
         # products with the pairs
         products = functools.partial(_products, jnp.zeros((memory_size, 2), gg.dtype))
-        is_large = [leaf.size >= flat.LARGE for leaf in jax.tree.leaves(y)]
+        is_large = [leaf.size >= vectors.LARGE for leaf in jax.tree.leaves(y)]
         small_g, small_y = products(*(_part(tree, is_large, False) for tree in (state.pairs, grad, y)))
         large_pairs, large_g, large_y = (_part(tree, is_large, True) for tree in (state.pairs, grad, y))
 
@@ -262,7 +262,7 @@ def _part(tree: Params, is_large: Sequence[bool], large: bool) -> list[jax.Array
     return [leaf for leaf, this in zip(jax.tree.leaves(tree), is_large, strict=True) if this == large]
 
 
-def _products(none: Matrix, pairs: Sequence[jax.Array], *vectors: Sequence[jax.Array]) -> list[Matrix]:
+def _products(none: Matrix, pairs: Sequence[jax.Array], *trees: Sequence[jax.Array]) -> list[Matrix]:
     """`S'x` and `Y'x`, `(m, 2)`, of each vector x, summed over the leaves."""
 
     def product(rows: jax.Array, x: jax.Array, axes: int) -> jax.Array:
@@ -272,18 +272,18 @@ def _products(none: Matrix, pairs: Sequence[jax.Array], *vectors: Sequence[jax.A
         axes, wide = xs[0].ndim, jnp.promote_types(jnp.float32, xs[0].dtype)
         if jnp.finfo(rows.dtype).bits < jnp.finfo(wide).bits:  # widened as it is read, not before
             return [jnp.sum(rows.astype(wide) * x, axis=tuple(range(2, rows.ndim))) for x in xs]
-        if xs[0].size >= flat.LARGE:
+        if xs[0].size >= vectors.LARGE:
             return [product(rows, x, axes) for x in xs]
         return jnp.unstack(product(rows, jnp.stack(xs), axes), axis=2)
 
-    return [sum(column, none) for column in zip(*map(products, pairs, *vectors), strict=True)] or [none] * len(vectors)
+    return [sum(column, none) for column in zip(*map(products, pairs, *trees), strict=True)] or [none] * len(trees)
 
 
 def _combination(rows: jax.Array, v: Vector, w: Vector) -> jax.Array:
     """`S v + Y w` of a leaf."""
     weights = jnp.stack([v, w], axis=1)
     wide = jnp.promote_types(rows.dtype, weights.dtype)
-    if rows[0, 0].size < flat.LARGE:
+    if rows[0, 0].size < vectors.LARGE:
         return jnp.sum(jnp.expand_dims(weights, range(2, rows.ndim)) * rows.astype(wide), axis=(0, 1))
     terms = [weights[i, j] * rows[i, j].astype(wide) for i in range(len(v)) for j in range(2)]
     return functools.reduce(jnp.add, terms)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, check_range, choose
-from hessopt.calculus.flat import applied, gram, inner, solve_dtype, strongly_typed
-from hessopt.calculus.objective import bind, require_given, require_params
-from hessopt.calculus.recycling import LinesearchInfo, LinesearchState
-from hessopt.calculus.sharding import beside
+from hessopt.kinds.line_searches import LinesearchInfo, LinesearchState
 from hessopt.numerics import wolfe
+from hessopt.objective.binding import bind, require_given, require_params
+from hessopt.trees.sharding import beside
+from hessopt.trees.vectors import applied, gram, inner, solve_dtype, strongly_typed
 from hessopt.typing import Params, StepStatus, ValueFn, step_status
 
 _NAME = "scale_by_wolfe_linesearch"

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 
 from hessopt._checks import check_transformation
-from hessopt.calculus.groups import combine, given_labels, take
-from hessopt.calculus.objective import of_group, require_params
+from hessopt.objective.binding import of_group, require_params
+from hessopt.trees.groups import combine, given_labels, take
 from hessopt.typing import Params
 
 _NAME = "masked"

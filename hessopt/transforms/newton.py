@@ -19,12 +19,12 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
-from hessopt.calculus.flat import all_finite, ravel, solve_dtype, unravel
-from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
-from hessopt.calculus.objective import bind, require_params
-from hessopt.calculus.sharding import beside
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.numerics.positivity import POSITIVITIES, Positivity
+from hessopt.objective.binding import bind, require_params
+from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
+from hessopt.trees.sharding import beside
+from hessopt.trees.vectors import all_finite, ravel, solve_dtype, unravel
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "scale_by_newton"

@@ -17,10 +17,10 @@ import optax
 
 from hessopt._checks import check_count, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn
-from hessopt.calculus.flat import gram, inner, real_leaves, solve_dtype
-from hessopt.calculus.objective import bind, precompose, require_params
-from hessopt.calculus.sharding import zeros
 from hessopt.numerics.cg import conjugate_gradients, forcing
+from hessopt.objective.binding import bind, precompose, require_params
+from hessopt.trees.sharding import zeros
+from hessopt.trees.vectors import gram, inner, real_leaves, solve_dtype
 from hessopt.typing import Params, StepStatus, ValueFn, step_status
 
 _NAME = "scale_by_newton_cg"

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_transformation
-from hessopt.calculus.flat import strongly_typed
-from hessopt.calculus.objective import bind, precompose, require_given, require_params
-from hessopt.calculus.recycling import LinesearchState
-from hessopt.calculus.sharding import beside, gathered, placed
+from hessopt.kinds.line_searches import LinesearchState
+from hessopt.objective.binding import bind, precompose, require_given, require_params
+from hessopt.trees.sharding import beside, gathered, placed
+from hessopt.trees.vectors import strongly_typed
 from hessopt.typing import Params, ValueFn
 
 

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, check_transformation, check_word
-from hessopt.calculus.flat import ravel, solve_dtype
-from hessopt.calculus.groups import Groups, check_groups, combine, group_labels, take
-from hessopt.calculus.objective import of_group, require_params
-from hessopt.calculus.sharding import beside
 from hessopt.numerics.norms import norm
+from hessopt.objective.binding import of_group, require_params
+from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
+from hessopt.trees.sharding import beside
+from hessopt.trees.vectors import ravel, solve_dtype
 from hessopt.typing import Params, StepStatus, step_status
 
 _NAME = "subsampled"

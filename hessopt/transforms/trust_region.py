@@ -25,14 +25,14 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn
-from hessopt.calculus.flat import all_finite, applied, ravel, real_leaves, solve_dtype, tree_norm
-from hessopt.calculus.objective import bind, precompose, require_params
-from hessopt.calculus.sharding import zeros
-from hessopt.calculus.subproblems import SUBPROBLEMS, Local, Subproblem
+from hessopt.kinds.step_bounds import MODELS, TAKEN, Model, gain_ratio
+from hessopt.kinds.subproblems import SUBPROBLEMS, Local, Subproblem
 from hessopt.numerics import secular
 from hessopt.numerics.cg import forcing
-from hessopt.numerics.gain_ratio import MODELS, TAKEN, Model, gain_ratio
 from hessopt.numerics.norms import norm, unit_scale
+from hessopt.objective.binding import bind, precompose, require_params
+from hessopt.trees.sharding import zeros
+from hessopt.trees.vectors import all_finite, applied, ravel, real_leaves, solve_dtype, tree_norm
 from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "trust_region_newton"

@@ -6,8 +6,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from hessopt import composite, hessian
-from hessopt.calculus.flat import real_leaves
 from hessopt.calculus.least_squares import is_diagonal, root
+from hessopt.trees.vectors import real_leaves
 from tests.problems import init_mlp, mlp
 
 X = jax.random.normal(jax.random.key(0), (11, 5))

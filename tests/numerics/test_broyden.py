@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessopt.calculus.sharding import zeros
 from hessopt.numerics import broyden
+from hessopt.trees.sharding import zeros
 
 EVERY = sorted(broyden.FORMULAS)
 

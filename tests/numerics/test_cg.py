@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.calculus.flat import gram
 from hessopt.numerics.cg import conjugate_gradients, forcing
+from hessopt.trees.vectors import gram
 
 N = 12
 

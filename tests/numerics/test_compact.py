@@ -2,8 +2,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.calculus.sharding import zeros
 from hessopt.numerics import compact
+from hessopt.trees.sharding import zeros
 
 
 def curved_pairs(count, n=6, seed=0):

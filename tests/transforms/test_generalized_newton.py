@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hessopt import StepStatus, generalized_newton, masked, restriction, scale_by_generalized_newton
-from hessopt.calculus.rates import HALVINGS
+from hessopt.kinds.rates import HALVINGS
 
 MODES = ("exact", "forward", "central")
 

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from hessopt._checks import check_count
-from hessopt.calculus.flat import solve_dtype
-from hessopt.calculus.groups import Groups
-from hessopt.calculus.restriction import as_arrays, grouped
 from hessopt.calculus.taylor.rows import rows
 from hessopt.calculus.taylor.sweep import sweep
 from hessopt.calculus.taylor.tangents import gram
 from hessopt.calculus.taylor.tape import Tape, record
+from hessopt.objective.restriction import as_arrays, grouped
+from hessopt.trees.groups import Groups
+from hessopt.trees.vectors import solve_dtype
 from hessopt.typing import Matrix, Params, ValueFn, Vector
 
 

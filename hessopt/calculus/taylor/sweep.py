@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.sharding import varying
 from hessopt.calculus.taylor.pointwise import contract as contract_pointwise
 from hessopt.calculus.taylor.pointwise import is_pointwise
 from hessopt.calculus.taylor.tangents import (
@@ -35,6 +34,7 @@ from hessopt.calculus.taylor.tangents import (
     total,
 )
 from hessopt.calculus.taylor.tape import Operation, Tape
+from hessopt.trees.sharding import varying
 from hessopt.typing import Matrix, Vector
 
 Places = tuple[int, ...]

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
-from hessopt.calculus.programs import depends
-from hessopt.calculus.sharding import contract
+from hessopt.calculus.jaxprs import depends
+from hessopt.trees.sharding import contract
 
 Groups = tuple[int, ...]
 """Groups by their numbers, each once, in the order of a stack."""

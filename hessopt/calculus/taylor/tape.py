@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from hessopt.calculus.programs import CALLS, REMATERIALIZED, called, depends, inner_programs, single
+from hessopt.calculus.jaxprs import CALLS, REMATERIALIZED, called, depends, inner_programs, single
 
 CUSTOM = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, check_range
-from hessopt.calculus.flat import all_finite, applied, inner, solve_dtype
-from hessopt.calculus.groups import Groups, check_groups, group_labels, take
-from hessopt.calculus.objective import bind, require_params
-from hessopt.calculus.sharding import beside
+from hessopt.objective.binding import bind, require_params
+from hessopt.trees.groups import Groups, check_groups, group_labels, take
+from hessopt.trees.sharding import beside
+from hessopt.trees.vectors import all_finite, applied, inner, solve_dtype
 from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
 
 RISE = 1e-3

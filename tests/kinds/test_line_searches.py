@@ -7,7 +7,7 @@ import pytest
 
 import hessopt
 from hessopt import value_and_grad_from_state
-from hessopt.calculus.recycling import evaluations, tried
+from hessopt.kinds.line_searches import evaluations, tried
 
 
 def loss(params, scale=1.0):

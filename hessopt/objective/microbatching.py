@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hessopt._checks import check_count
-from hessopt.calculus.objective import Composite
+from hessopt.objective.binding import Composite
 from hessopt.typing import ValueFn
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.calculus.flat import strongly_typed
-from hessopt.calculus.rates import RateInfo
+from hessopt.kinds.rates import RateInfo
+from hessopt.trees.vectors import strongly_typed
 from hessopt.typing import Params, StepStatus, ValueFn
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 
 from hessopt import group_labels
-from hessopt.calculus.groups import combine, take
+from hessopt.trees.groups import combine, take
 
 PARAMS = {
     "enc": {"bias": jnp.zeros(2), "kernel": jnp.zeros((3, 2))},

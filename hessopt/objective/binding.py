@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.groups import combine, take
+from hessopt.trees.groups import combine, take
 from hessopt.typing import Params, ValueFn
 
 PROTOCOL = ("value", "grad", "value_fn")

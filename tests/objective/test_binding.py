@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from hessopt import composite
-from hessopt.calculus.objective import bind, precompose, require_params
+from hessopt.objective.binding import bind, precompose, require_params
 
 
 def loss(params, x, y, *, scale=1.0):

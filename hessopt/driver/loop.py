@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.calculus.flat import applied, strongly_typed
-from hessopt.calculus.objective import bind, informed_update, precompose
-from hessopt.calculus.recycling import accepted, counts_evaluations, evaluations, tried
+from hessopt.kinds.line_searches import accepted, counts_evaluations, evaluations, tried
+from hessopt.objective.binding import bind, informed_update, precompose
+from hessopt.trees.vectors import applied, strongly_typed
 from hessopt.typing import Params, Termination, ValueFn
 
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
@@ -30,6 +30,8 @@ EXILE = 1e15
 
 
 class Point(NamedTuple):
+    """Parameters, and the value and gradient of the objective there."""
+
     params: Params
     value: jax.Array
     grad: Params
@@ -37,6 +39,8 @@ class Point(NamedTuple):
 
 
 class Limits(NamedTuple):
+    """The arguments of `minimize` that bound a run, as scalars."""
+
     max_steps: jax.Array
     gtol: jax.Array
     ftol: jax.Array
@@ -82,6 +86,7 @@ def objective_and_aux(problem: Problem, data: Mapping[str, Any]) -> tuple[Any, C
 
 
 def evaluate(objective: ValueFn, params: Params) -> Point:
+    """Evaluate the value and the gradient, the latter in optax's convention for complex leaves."""
     value, grad = strongly_typed(jax.value_and_grad(objective)(params))
     grad = jax.tree.map(jnp.conj, grad)
     return Point(params, value, grad, _size(grad))
@@ -96,6 +101,7 @@ def _size(tree: Params) -> jax.Array:
 def begin(
     problem: Problem, params: Params, state: optax.OptState | None, data: Mapping[str, Any], limits: Limits
 ) -> Run:
+    """Evaluate the start and judge it: a run may end before its first step."""
     here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
     extent = jnp.where(extent > 0, extent, 1.0)
     run = Run(

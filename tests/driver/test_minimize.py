@@ -18,7 +18,7 @@ import scipy.optimize
 
 import hessopt
 from hessopt import Termination, minimize
-from hessopt.calculus.recycling import searches
+from hessopt.kinds.line_searches import searches
 
 NEWTON = hessopt.newton()
 
@@ -33,6 +33,15 @@ def ridge(w, A, b, penalty):
 
 def ended(solution):
     return Termination(int(solution.termination))
+
+
+@pytest.mark.parametrize("reason", Termination)
+def test_a_solution_names_its_reason_and_says_whether_that_is_convergence(reason):
+    one = hessopt.Solution(*[None] * 7, jnp.int32(reason))
+    lanes = one._replace(termination=jnp.array([[reason, Termination.VALUE]], jnp.int32))
+    is_convergence = reason in (Termination.GRADIENT, Termination.VALUE, Termination.STEP)
+    assert (one.reason, bool(one.converged)) == (reason.name, is_convergence)
+    assert (lanes.reason, lanes.converged.tolist()) == ([[reason.name, "VALUE"]], [[is_convergence, True]])
 
 
 @pytest.mark.parametrize(
@@ -518,7 +527,7 @@ def test_ctrl_c_returns_the_best_point_so_far():
         options = dict(max_steps=10**9, gtol=0.0, progress=True, log_every=20_000)
         started = lambda solution: print("running", flush=True)
         solution = hessopt.minimize(loss, jnp.zeros(3), optax.sgd(1e-8), callback=started, **options)
-        print(hessopt.Termination(int(solution.termination)).name, int(solution.steps), float(solution.value) < 4.6292)
+        print(solution.reason, int(solution.steps), float(solution.value) < 4.6292)
         """
     )
     root = pathlib.Path(__file__).parent.parent

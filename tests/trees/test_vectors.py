@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from hessopt.calculus.flat import ravel, solve_dtype, unravel
+from hessopt.trees.vectors import ravel, solve_dtype, unravel
 
 TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.asarray(7.0), "empty": jnp.zeros((0, 2)), "c": jnp.ones(2)}
 

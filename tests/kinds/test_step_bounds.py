@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.numerics.gain_ratio import GOOD, MODELS, POOR, gain_ratio
+from hessopt.kinds.step_bounds import GOOD, MODELS, POOR, gain_ratio
 from hessopt.numerics.secular import within_radius
 
 W, Z = jnp.array([1.0, 4.0]), jnp.array([3.0, 1.0])

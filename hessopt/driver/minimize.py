@@ -18,13 +18,13 @@ import optax
 from jax.core import Tracer
 
 from hessopt._checks import check_count, check_range, check_transformation
-from hessopt._closure import identified, open_closure
-from hessopt._loop import Limits, Problem, Run, advance, begin, end, evaluate, objective_and_aux
 from hessopt.calculus.curvature import block_hessians
-from hessopt.calculus.flat import ravel, real_leaves, solve_dtype, strongly_typed, unravel
-from hessopt.calculus.objective import Composite, precompose, require_taken
+from hessopt.driver.loop import Limits, Problem, Run, advance, begin, bound, end, evaluate, objective_and_aux
 from hessopt.numerics.equilibration import equilibration
 from hessopt.numerics.norms import norm
+from hessopt.objective.binding import Composite, precompose, require_taken
+from hessopt.objective.closure import identified, open_closure
+from hessopt.trees.vectors import ravel, real_leaves, solve_dtype, strongly_typed, unravel
 from hessopt.typing import Matrix, Params, Termination
 
 DENSE = 512
@@ -42,6 +42,23 @@ class Solution(NamedTuple):
     steps: jax.Array  # int32, updates applied
     evaluations: jax.Array  # int32, of the value, with or without gradient, outside of Hessians; -1 where not counted
     termination: jax.Array  # int32, Termination
+
+    @property
+    def converged(self) -> jax.Array:
+        """Whether the run ended by a tolerance: GRADIENT, VALUE or STEP. A bool array, one entry per lane."""
+        return (self.termination >= Termination.GRADIENT) & (self.termination <= Termination.STEP)
+
+    @property
+    def reason(self) -> Any:
+        """The name of the termination as a string, `"GRADIENT"`; of several lanes, a list of such. Not under jit."""
+        return _names(np.asarray(self.termination).tolist())
+
+
+def _names(terminations: Any) -> Any:
+    """The names of terminations, in lists as nested as those of the numbers."""
+    if isinstance(terminations, list):
+        return [_names(each) for each in terminations]
+    return Termination(terminations).name
 
 
 def minimize(
@@ -82,9 +99,9 @@ def minimize(
         INTERRUPTED.
 
     Returns:
-      A `Solution`. `Termination(int(solution.termination))` says why the run ended; MAX_STEPS, STALLED_AT_NOISE,
-      UNBOUNDED, NONFINITE and INTERRUPTED are no convergence by the tolerances. A step of zero never counts as
-      convergence.
+      A `Solution`. `solution.converged` says whether a tolerance ended the run, `solution.reason` names the
+      `Termination`; MAX_STEPS, STALLED_AT_NOISE, UNBOUNDED, NONFINITE and INTERRUPTED are no convergence. A step of
+      zero never counts as convergence.
 
       Under `jax.vmap` every lane has its own termination and stands still once it has ended, while the loop runs until
       the last one ends. Derivatives with respect to `data`, and to what value_fn closes over, of params, value, grad
@@ -107,7 +124,7 @@ def minimize(
       >>> def loss(x, target):
       ...     return jnp.sum((x - target) ** 4)
       >>> solution = hessopt.minimize(loss, jnp.zeros(2), hessopt.newton(), data={"target": jnp.array([1.0, -2.0])})
-      >>> Termination(int(solution.termination)).name
+      >>> solution.reason
       'GRADIENT'
 
     Source: see the head of this file.
@@ -116,8 +133,8 @@ def minimize(
     check_range("max_steps", max_steps, 0, np.iinfo(np.int32).max)
     if not isinstance(max_steps, Tracer) and not float(max_steps).is_integer():
         raise ValueError(f"max_steps must be a whole number, got {max_steps}")
-    for name, bound in (("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
-        check_range(name, bound, 0)
+    for name, tolerance in (("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
+        check_range(name, tolerance, 0)
     if has_aux and isinstance(value_fn, Composite):
         raise TypeError("has_aux needs value_fn to return (value, aux); a composite returns its loss alone")
     check_transformation("tx", tx)
@@ -136,7 +153,9 @@ def minimize(
     require_taken(value_fn, data, caller="minimize")
 
     params = strongly_typed(params)
-    problem, data = open_closure(Problem(identified(value_fn), tx, has_aux), params, data)
+    problem = Problem(identified(value_fn), tx, has_aux)
+    opened, data = open_closure(problem.value_fn, functools.partial(bound, problem), params, data)
+    problem = problem._replace(value_fn=opened)
     opt_state = None if state is None else strongly_typed(state)  # a fresh one is part of the program
     real = jax.dtypes.canonicalize_dtype(float)
     limits = Limits(_scalar(max_steps, np.int32), *(_scalar(tolerance, real) for tolerance in (gtol, ftol, xtol)))

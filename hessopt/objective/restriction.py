@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.groups import Groups, group_labels
+from hessopt.trees.groups import Groups, group_labels
 from hessopt.typing import Params, ValueFn
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 from jax.core import Tracer, eval_jaxpr
 
-from hessopt._loop import Problem, bound
-from hessopt.calculus.objective import Composite
+from hessopt.objective.binding import Composite
 from hessopt.typing import Params
 
 _NO_HOLDERS = (type, ModuleType, jax.Array, type(jax.tree_util.default_registry))
@@ -45,23 +44,34 @@ def identified(value_fn: Callable[..., Any]) -> Callable[..., Any]:
     return value_fn
 
 
-def open_closure(problem: Problem, params: Params, data: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
+def open_closure(
+    value_fn: Callable[..., Any], bind_to: Callable[[Any], Any], params: Params, data: dict[str, Any]
+) -> tuple[Callable[..., Any], dict[str, Any]]:
     """Turn the traced values that the objective closes over into data; else their derivatives would be lost.
+
+    Args:
+      value_fn: the objective.
+      bind_to: `data -> value_fn as a function of params alone`.
+      params: pytree at which the objective can be evaluated.
+      data: what `bind_to` takes.
+
+    Returns:
+      `value_fn` and `data`, or an objective that takes the traced values too, and data that hold them.
 
     Cost: a walk over what the objective holds; one abstract evaluation of it where that meets a traced value.
     """
-    if not _holds_tracers(problem.value_fn):
-        return problem, data
-    if not isinstance(problem.value_fn, Composite):
-        opened, held, _ = _opened(lambda p, data: bound(problem, data)(p), params, data)
+    if not _holds_tracers(value_fn):
+        return value_fn, data
+    if not isinstance(value_fn, Composite):
+        opened, held, _ = _opened(lambda p, data: bind_to(data)(p), params, data)
     else:
-        model, of_model, outputs = _opened(lambda p, data: bound(problem, data).model_fn(p), params, data)
-        loss, of_loss, _ = _opened(lambda x, data: bound(problem, data).loss_fn(x), outputs, data)
+        model, of_model, outputs = _opened(lambda p, data: bind_to(data).model_fn(p), params, data)
+        loss, of_loss, _ = _opened(lambda x, data: bind_to(data).loss_fn(x), outputs, data)
         opened = Composite(lambda p, data, held: model(p, data, held[0]), lambda x, data, held: loss(x, data, held[1]))
         held = [of_model, of_loss]
     if not jax.tree.leaves(held):  # one program then serves all calls
-        return problem, data
-    return problem._replace(value_fn=opened), {"data": data, "held": held}
+        return value_fn, data
+    return opened, {"data": data, "held": held}
 
 
 def _opened(fn: Callable[..., Any], x: Any, data: Any) -> tuple[Callable[..., Any], list[Any], Any]:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.calculus.sharding import contract, gathered, placed
 from hessopt.numerics.norms import unit_scale
+from hessopt.trees.sharding import contract, gathered, placed
 from hessopt.typing import Matrix, Params, Vector
 
 

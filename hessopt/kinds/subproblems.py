@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.calculus.curvature import CurvatureFn, block_hessians, product
-from hessopt.calculus.flat import all_finite, inner, ravel, solve_dtype, unravel
 from hessopt.calculus.krylov import combination, krylov, within
 from hessopt.calculus.least_squares import root
 from hessopt.numerics import secular
 from hessopt.numerics.equilibration import equilibration, unit_power
 from hessopt.numerics.norms import norm, unit_scale
+from hessopt.trees.vectors import all_finite, inner, ravel, solve_dtype, unravel
 from hessopt.typing import Vector
 
 DIMENSION = 50
