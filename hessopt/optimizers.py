@@ -3,13 +3,12 @@
 import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_transformation
 from hessopt.calculus.curvature import CurvatureFn
 from hessopt.numerics.broyden import Formula
+from hessopt.numerics.guards import select
 from hessopt.numerics.positivity import Positivity
 from hessopt.transforms.bfgs import scale_by_bfgs
 from hessopt.transforms.generalized_newton import Mode, scale_by_generalized_newton
@@ -344,7 +343,7 @@ def _rated(
     ) -> tuple[optax.Updates, Any]:
         updates, new = base.update(updates, state[0], params, **keywords)
         sound = all_finite((updates, keywords.get("value")))
-        kept = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, state[0])
+        kept = select(sound, new, state[0])
         updates, rate_state = rate.update(updates, state[1], params, **keywords)
         return updates, (kept, rate_state)
 

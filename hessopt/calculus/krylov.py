@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import matmul, or_one
 from hessopt.numerics.secular import Shifted
 from hessopt.trees.sharding import contract, stack_of, zeros
 from hessopt.trees.vectors import inner
@@ -49,7 +50,7 @@ def krylov(
     per dimension; memory `m n`.
     """
     length = jnp.sqrt(inner(g, g))
-    unit = jax.tree.map(lambda leaf: leaf / jnp.where(length > 0, length, 1.0), g)
+    unit = jax.tree.map(lambda leaf: leaf / or_one(length), g)
     none = jnp.zeros(size, length.dtype)
     rows = zeros(jax.tree.map(lambda leaf: stack_of(leaf, size), unit), unit)
     begin = Krylov(
@@ -72,7 +73,7 @@ def krylov(
             vector = jax.tree.map(jnp.subtract, vector, combination(step, V))
             coefficients += step
         beta = jnp.sqrt(inner(vector, vector))
-        new = jax.tree.map(lambda leaf: leaf / jnp.where(beta > 0, beta, 1.0), vector)
+        new = jax.tree.map(lambda leaf: leaf / or_one(beta), vector)
         V = jax.tree.map(lambda rows, leaf: _put(rows, leaf, k + 1), V, new)
         diagonal, beside = now.diagonal.at[k].set(coefficients[k]), now.beside.at[k].set(beta)
 
@@ -82,7 +83,7 @@ def krylov(
         T = jnp.diag(jnp.where(inside, diagonal, beyond)) + off + off.T
         w, S = jnp.linalg.eigh(T, symmetrize_input=False)
         w, z = jnp.minimum(w, w[k]), jnp.where(inside, length * S[0], 0.0)
-        residual = beta * jnp.abs(jnp.matmul(S[k], minimize(w, z).y, precision="highest"))
+        residual = beta * jnp.abs(matmul(S[k], minimize(w, z).y))
         return Krylov(V, diagonal, beside, k + 1, residual, w, z, S)
 
     def goes_on(now: Krylov) -> jax.Array:

@@ -19,6 +19,7 @@ from jax.extend.core import Literal
 
 from hessopt.calculus.curvature import fill_rows
 from hessopt.calculus.jaxprs import CALLS, called
+from hessopt.numerics.guards import divide, matmul
 from hessopt.objective.binding import Composite
 from hessopt.trees.vectors import ravel, solve_dtype
 from hessopt.typing import Matrix, Vector
@@ -58,13 +59,13 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     slopes = ravel(slopes).astype(dtype)
     roots = jnp.maximum(weights, 0.0) ** 0.5
     curved = weights > jnp.finfo(dtype).eps * jnp.max(weights, initial=0.0)
-    r = jnp.where(curved, slopes / jnp.where(curved, roots, 1.0), 0.0)
+    r = divide(slopes, roots, curved)
 
     transposed = _transposed_jacobian(objective.model_fn, parts, outputs, dtype)  # J', (n, m)
     K = transposed * roots
     R = jnp.linalg.qr(jnp.concatenate([K, r[None]]).T, mode="r")
     n, m = K.shape
-    rest = jnp.matmul(transposed, jnp.where(curved, 0.0, slopes), precision="highest")
+    rest = matmul(transposed, jnp.where(curved, 0.0, slopes))
     return Root(R[: min(m, n), :n], R[: min(m, n), n], rest)
 
 

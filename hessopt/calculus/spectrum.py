@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from hessopt._checks import check_range
 from hessopt.calculus.curvature import product
+from hessopt.numerics.guards import matmul, or_one
 from hessopt.numerics.norms import norm
 from hessopt.trees.vectors import ravel, unravel
 from hessopt.typing import Matrix, Params, ValueFn, Vector
@@ -104,11 +105,11 @@ def _orthonormal(vector: Vector, V: Matrix) -> tuple[Vector, Vector, jax.Array]:
     """Remove from `vector` its part in the rows of V; return the unit rest, the coefficients, the rest's norm."""
     coefficients = jnp.zeros(len(V), V.dtype)
     for _ in range(2):
-        step = jnp.matmul(V, vector, precision="highest")
-        vector = vector - jnp.matmul(step, V, precision="highest")
+        step = matmul(V, vector)
+        vector = vector - matmul(step, V)
         coefficients = coefficients + step
     length = norm(vector)
-    return vector / jnp.where(length > 0, length, 1.0), coefficients, length
+    return vector / or_one(length), coefficients, length
 
 
 def _extend(state: _Krylov, j: jax.Array, multiply: Callable[[Vector], Vector], key: jax.Array) -> _Krylov:

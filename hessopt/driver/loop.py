@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.kinds.line_searches import accepted, counts_evaluations, evaluations, tried
+from hessopt.numerics.guards import or_one, select
 from hessopt.objective.binding import bind, informed_update, precompose
 from hessopt.trees.vectors import applied, strongly_typed
 from hessopt.typing import Params, Termination, ValueFn
@@ -103,7 +104,7 @@ def begin(
 ) -> Run:
     """Evaluate the start and judge it: a run may end before its first step."""
     here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
-    extent = jnp.where(extent > 0, extent, 1.0)
+    extent = or_one(extent)
     run = Run(
         here=here,
         best=here,
@@ -147,9 +148,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         here = evaluate(objective, params)
     else:  # of the point before a step of zero the search need not know more than we do
         value, grad = kept[0], jax.tree.map(jnp.conj, kept[1])
-        value, grad = jax.tree.map(
-            lambda new, kept: jnp.where(move == 0, kept, new), (value, grad), (old.value, old.grad)
-        )
+        value, grad = select(move == 0, (old.value, old.grad), (value, grad))
         here = Point(params, value, grad, _size(grad))
     spent = evaluations(state, run.state) + (kept is None)
 
@@ -165,15 +164,13 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
     change = jnp.abs(here.value - old.value)
     new = Run(
         here=here,
-        best=jax.tree.map(lambda new, kept: jnp.where(better, new, kept), here, run.best),
+        best=select(better, here, run.best),
         state=state,
         start_value=run.start_value,
         start_size=run.start_size,
         extent=run.extent,
         scale=run.scale,
-        quiet=jax.tree.map(
-            lambda new, kept: jnp.where(quiet, kept, new), Point(None, here.value, None, here.size), run.quiet
-        ),
+        quiet=select(quiet, run.quiet, Point(None, here.value, None, here.size)),
         waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
         steps=run.steps + 1,
         evaluations=run.evaluations + spent if not asked or counts_evaluations(state) else jnp.full_like(run.steps, -1),

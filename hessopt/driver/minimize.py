@@ -21,6 +21,7 @@ from hessopt._checks import check_count, check_range, check_transformation
 from hessopt.calculus.curvature import block_hessians
 from hessopt.driver.loop import Limits, Problem, Run, advance, begin, bound, end, evaluate, objective_and_aux
 from hessopt.numerics.equilibration import equilibration
+from hessopt.numerics.guards import select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import Composite, precompose, require_taken
 from hessopt.objective.closure import identified, open_closure
@@ -173,7 +174,7 @@ def _scalar(x: Any, dtype: Any) -> Any:
 
 def _solution(problem: Problem, run: Run, data: Mapping[str, Any]) -> Solution:
     stationary = run.termination == Termination.GRADIENT
-    end = jax.tree.map(lambda here, best: jnp.where(stationary, here, best), run.here, run.best)
+    end = select(stationary, run.here, run.best)
     aux = objective_and_aux(problem, data)[1](end.params)
     return Solution(end.params, end.value, end.grad, aux, run.state, run.steps, run.evaluations, run.termination)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, check_range
+from hessopt.numerics.guards import select
 from hessopt.objective.binding import bind, require_params
 from hessopt.trees.groups import Groups, check_groups, group_labels, take
 from hessopt.trees.sharding import beside
@@ -191,7 +192,7 @@ def scale_by_rates(
         memory, info = renew() if update_every == 1 else jax.lax.cond(due, renew, reuse)
         sound = all_finite((length, value))  # an entry that is not finite shows in the length
         trouble = RateInfo(jnp.int32(StepStatus.NONFINITE), jnp.zeros_like(old.rate), jnp.zeros((), jnp.int32))
-        memory, info = jax.tree.map(lambda new, kept: jnp.where(sound, new, kept), (memory, info), (old, trouble))
+        memory, info = select(sound, (memory, info), (old, trouble))
         info = info._replace(rate=jnp.where(jnp.isfinite(info.rate), info.rate, 0))
         step = jax.tree.map(lambda u: jnp.where(sound, u, 0), scaled(updates, labels, info.rate))
         return step, rule.State(jnp.asarray(optax.safe_increment(state.count)), memory, info)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hessopt.numerics import secular
+from hessopt.numerics.guards import or_one
 from hessopt.typing import Vector
 
 TAKEN = 1e-4
@@ -24,7 +25,7 @@ GOOD = 0.5
 def gain_ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
     """Return `actual / predicted`, drawn to 1 where both fall below `noise`; -inf where it is no number."""
     promised = predicted + noise
-    ratio = (actual + noise) / jnp.where(promised > 0, promised, 1.0)
+    ratio = (actual + noise) / or_one(promised)
     return jnp.where(jnp.isfinite(ratio) & (promised > 0), ratio, -jnp.inf)
 
 
@@ -45,7 +46,7 @@ def _adapt_radius(w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step:
 
 def _sigma(step: secular.Shifted) -> jax.Array:
     """The sigma that gives a step found within a radius."""
-    return step.shift / jnp.where(step.length > 0, step.length, 1.0)
+    return step.shift / or_one(step.length)
 
 
 def _first_sigma(w: Vector, ball: secular.Shifted) -> jax.Array:

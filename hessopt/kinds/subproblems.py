@@ -16,6 +16,7 @@ from hessopt.calculus.krylov import combination, krylov, within
 from hessopt.calculus.least_squares import root
 from hessopt.numerics import secular
 from hessopt.numerics.equilibration import equilibration, unit_power
+from hessopt.numerics.guards import divide, matmul
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.trees.vectors import all_finite, inner, ravel, solve_dtype, unravel
 from hessopt.typing import Vector
@@ -64,7 +65,7 @@ def exact(local: Local) -> Spectral:
         finite = all_finite(K)
         rest = jnp.where(finite, t * found.rest, jnp.nan)
         U, s, Q = jnp.linalg.svd(jnp.where(finite, K, 0.0), full_matrices=False)  # from inf LAPACK does not return
-        z = s * _matmul(found.r, U) + _matmul(Q, rest)
+        z = s * matmul(found.r, U) + matmul(Q, rest)
         w, z, Q = s[::-1] ** 2, z[::-1], Q[::-1].T
         if Q.shape[1] < len(Q):  # fewer outputs than parameters: of the null space only what the gradient has there
             length, q = _outside(Q, rest)
@@ -74,8 +75,8 @@ def exact(local: Local) -> Spectral:
         (H,) = block_hessians(local.objective, local.parts, everything, 1, curvature=local.curvature)
         scales, t = _largest(local.scales, equilibration(H), jnp.any(H != 0, axis=1))
         w, Q = jnp.linalg.eigh(H * t * t[:, None], symmetrize_input=False)
-        z = _matmul(t * ravel(local.gradient), Q)
-    return Spectral(w, z, lambda y: unravel(t * _matmul(Q, y), local.parts), lambda c: _matmul(t * ravel(c), Q), scales)
+        z = matmul(t * ravel(local.gradient), Q)
+    return Spectral(w, z, lambda y: unravel(t * matmul(Q, y), local.parts), lambda c: matmul(t * ravel(c), Q), scales)
 
 
 def conjugate(local: Local) -> Spectral:
@@ -90,7 +91,7 @@ def conjugate(local: Local) -> Spectral:
     size = min(DIMENSION, sum(part.size for part in local.parts))
     tolerance = local.tolerance * jnp.sqrt(inner(g, g))
     V, _, _, used, _, w, z, S = krylov(multiply, g, size, local.minimize, tolerance)
-    lift, project = lambda y: combination(_matmul(S, y), V), lambda c: _matmul(within(V, optax.tree.cast(c, wide)), S)
+    lift, project = lambda y: combination(matmul(S, y), V), lambda c: matmul(within(V, optax.tree.cast(c, wide)), S)
     return Spectral(w, z, lift, project, local.scales, used)
 
 
@@ -101,10 +102,10 @@ def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
     """The length of what c has orthogonal to the columns of Q, and its direction; 0 where that is rounding."""
     q = c
     for _ in range(2):  # twice is enough
-        q = q - _matmul(Q, _matmul(q, Q))
+        q = q - matmul(Q, matmul(q, Q))
     length = norm(q)
     length = jnp.where(length > 10 * jnp.finfo(c.dtype).eps * norm(c), length, 0.0)
-    return length, jnp.where(length > 0, q / jnp.where(length > 0, length, 1.0), 0.0)
+    return length, divide(q, length, length > 0)
 
 
 def _largest(scales: Vector, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
@@ -112,7 +113,3 @@ def _largest(scales: Vector, t: Vector, known: jax.Array) -> tuple[Vector, Vecto
     scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
     largest = unit_scale(scales)
     return scales, 1 / jnp.where(scales > 0, scales, largest)
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import matmul, or_one
 from hessopt.typing import Matrix, Vector
 
 Formula = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -58,8 +59,8 @@ def ssbroyden(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]
     over = jnp.maximum(b, 1.0)
     # min(1, h (1 - c)) of the source for b > 1, freed of cancellation by 1 - c^2 = 1/(1 + a) and 1 + a = b h
     rho = 1.0 / (over * (1.0 + c))
-    low = (rho - 1.0) / jnp.where(a > 0, a, 1.0)
-    plain = (1.0 - b) / jnp.where(b > 0, b, 1.0)
+    low = (rho - 1.0) / or_one(a)
+    plain = (1.0 - b) / or_one(b)
     theta = jnp.where(b > 1.0, jnp.maximum(low, plain), jnp.minimum(plain, 1.0))
     sigma = jnp.where(b > 1.0, jnp.maximum(rho, 1.0 + a * plain), 1.0 + a * theta)
     root = sigma ** (-1.0 / max(n - 1, 1))
@@ -88,10 +89,10 @@ def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
 def product(H: InverseHessian, g: Vector) -> Vector:
     """`H g`, in one reading of the base."""
     a, b = H.weights
-    total = a * g + jnp.where(b == 0, 0.0, b * jnp.matmul(H.base, g, precision="highest"))
+    total = a * g + jnp.where(b == 0, 0.0, b * matmul(H.base, g))
     if not len(H.terms):
         return total
-    return total + jnp.matmul(H.terms * jnp.matmul(H.columns, g, precision="highest"), H.columns, precision="highest")
+    return total + matmul(H.terms * matmul(H.columns, g), H.columns)
 
 
 def term(sy: jax.Array, yu: jax.Array, tau: jax.Array, phi: jax.Array) -> tuple[jax.Array, Vector]:

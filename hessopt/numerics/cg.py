@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import divide, or_one
+
 Tree = Any
 """A pytree of real arrays."""
 
@@ -32,7 +34,7 @@ class Conjugate(NamedTuple):
 
 def forcing(length: jax.Array, first_length: jax.Array) -> jax.Array:
     """Return what part of |g| may remain: `min(1/2, sqrt(|g| / |g_0|))`, so that convergence is superlinear."""
-    return jnp.minimum(0.5, jnp.sqrt(length / jnp.where(first_length > 0, first_length, 1.0)))
+    return jnp.minimum(0.5, jnp.sqrt(length / or_one(first_length)))
 
 
 def conjugate_gradients(
@@ -77,7 +79,7 @@ def conjugate_gradients(
         finite, negative = jnp.isfinite(size), dq <= 4 * jnp.finfo(dq.dtype).eps * size
         below = jnp.where(negative, size, dq)
         unit = 1.0 / jnp.where(dd > 0, jnp.sqrt(dd), 1.0)  # without any curvature, a step of that length
-        alpha = jnp.where(below > 0, now.rz / jnp.where(below > 0, below, 1.0), unit)
+        alpha = divide(now.rz, below, below > 0, unit)
         alpha = jnp.where(finite, alpha, 0.0)
         x = _plus(now.x, alpha, now.d)
         r = jax.tree.map(lambda r, q: jnp.where(finite, r - alpha * q, r), now.r, q)

@@ -24,6 +24,7 @@ from jax.scipy.linalg import solve_triangular
 
 from hessopt._checks import check_range
 from hessopt.numerics.equilibration import equilibration, power, unit_power
+from hessopt.numerics.guards import divide, matmul, or_one
 from hessopt.numerics.secular import decreasing_root
 from hessopt.typing import Matrix, StepStatus, Vector, step_status
 
@@ -93,7 +94,7 @@ def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
     idle = (d == 0) & (g == 0) & ~jnp.any(H != 0, axis=1)  # in no term: eta is 0
     t = jnp.where(jnp.any(H != 0, axis=1), equilibration(H), unit_power(d))
     A, d_t, g_t = H * t * t[:, None] + jnp.diag(idle.astype(dtype)), t * d, t * g
-    delta = _or_one(jnp.max(d_t, initial=0.0))
+    delta = or_one(jnp.max(d_t, initial=0.0))
     weight = jnp.log2(lam / 2) + 3 * jnp.log2(delta)
     cubic = jnp.isfinite(weight) & jnp.any(d > 0)
     most, least = jnp.max(jnp.abs(g_t), initial=0.0), power(jnp.where(cubic, 2 * _log_eps(dtype) - weight, 0.0))
@@ -109,13 +110,13 @@ def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
     # 3. all in units of 2^k
     L, w, j = _factor(A, d_t, jnp.where(cubic, k, -jnp.inf))
     B = triangular_solve(L, jnp.diag(w), left_side=True, lower=True)  # jax.scipy takes 200 times as long, on CPUs
-    theta, Q = jnp.linalg.eigh(_matmul(B, B.T))
-    z = _matmul(Q.T, solve_triangular(L, j * g_t, lower=True))
+    theta, Q = jnp.linalg.eigh(matmul(B, B.T))
+    z = matmul(Q.T, solve_triangular(L, j * g_t, lower=True))
     level = jnp.where(cubic, 1.5 * k - weight, 0.0)
     # a step along negative curvature does not shrink with g: brought to size 1 as well
     unit = power(jnp.where((theta[-1] > 1) & (level > 0), level, 0.0))
     x = _secular(jnp.maximum(theta, 0.0), z / unit, level - jnp.log2(unit))
-    eta = -(gamma * unit) * t * j * solve_triangular(L.T, _matmul(Q, jnp.where(cubic, x, z)), lower=False)
+    eta = -(gamma * unit) * t * j * solve_triangular(L.T, matmul(Q, jnp.where(cubic, x, z)), lower=False)
 
     ok = finite & bounded & jnp.all(jnp.isfinite(eta))
     eta = jnp.where(ok, eta, 0.0)
@@ -125,7 +126,7 @@ def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
         StepStatus.UNBOUNDED_MODEL: finite & ~ok,
     }
     length = jnp.max(jnp.abs(d * eta))
-    return CubicSolution(eta, length * jnp.linalg.norm(d * eta / _or_one(length)), step_status(facts))
+    return CubicSolution(eta, length * jnp.linalg.norm(d * eta / or_one(length)), step_status(facts))
 
 
 def _factor(A: Matrix, d: Vector, k: jax.Array) -> tuple[Matrix, Vector, Vector]:
@@ -139,7 +140,7 @@ def _exponent(A: Matrix, d: Vector, g: Vector, weight: jax.Array) -> tuple[jax.A
     """One more than the exponent of the lowest power of two that is no less than kappa, and whether there is one."""
     eps, used = _log_eps(d.dtype), d > 0
     least = jnp.log2(jnp.min(d, where=used, initial=1.0))
-    ratio = _log_norm(jnp.where(used, g / jnp.where(used, d, 1.0), 0.0))
+    ratio = _log_norm(divide(g, d, used))
     # above the top the term in kappa^2 prevails in every row; below the bottom it is lost in rounding
     bottom = int(2 * eps) - 4
     top = jnp.maximum(-2 * least, (weight + 1 + ratio) / 2) - eps + math.log2(2 * max(d.size, 1)) + 1
@@ -166,7 +167,7 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
     The unknown is u = log t with `t = 1 - (1 - sigma) max(theta)`, in which all terms are positive. Newton's method,
     kept within a bracket.
     """
-    largest, info = _or_one(theta[-1]), jnp.finfo(z.dtype)
+    largest, info = or_one(theta[-1]), jnp.finfo(z.dtype)
     q, tiny = (theta / largest).at[-1].set(1.0), float(info.tiny) ** 0.5  # exactly 1, however XLA divides
     hard = (largest > 1) & (jnp.abs(z[-1]) < tiny)  # singular at a sigma > 0, and nothing there to stop at
     z = z.at[-1].set(jnp.where(hard, jnp.where(z[-1] < 0, -tiny, tiny), z[-1]))
@@ -176,11 +177,11 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
         t = jnp.exp(u)
         below = (1 - q) + t * q
         terms, sigma = jnp.sqrt(theta) * z / below, 1 - (1 - t) / largest
-        squares = (terms / _or_one(jnp.max(jnp.abs(terms)))) ** 2
+        squares = (terms / or_one(jnp.max(jnp.abs(terms)))) ** 2
         positive = sigma > 0
         safe = jnp.where(positive, sigma, 1.0)
         value = (_log_norm(terms) - level) * math.log(2) - jnp.log(safe)
-        slope = -t * jnp.sum(squares * q / below) / _or_one(jnp.sum(squares)) - t / (largest * safe)
+        slope = -t * jnp.sum(squares * q / below) / or_one(jnp.sum(squares)) - t / (largest * safe)
         return jnp.where(positive, value, jnp.inf), slope
 
     zero = jnp.zeros((), z.dtype)
@@ -191,15 +192,7 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
 def _log_norm(v: Vector) -> jax.Array:
     """The logarithm to base 2 of the length of v, also where its square is out of range; -inf for zero."""
     largest = jnp.max(jnp.abs(v))
-    return jnp.log2(largest) + jnp.log2(_or_one(jnp.linalg.norm(v / _or_one(largest))))
-
-
-def _or_one(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, x, 1.0)
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision="highest")
+    return jnp.log2(largest) + jnp.log2(or_one(jnp.linalg.norm(v / or_one(largest))))
 
 
 def _log_eps(dtype: jax.typing.DTypeLike) -> float:

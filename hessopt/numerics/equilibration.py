@@ -6,6 +6,7 @@ Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import or_one
 from hessopt.typing import Matrix, Vector
 
 ROUNDS = 10
@@ -24,7 +25,7 @@ def equilibration(H: Matrix) -> Vector:
 
 def unit_power(sizes: Vector) -> Vector:
     """Return the powers of two that bring each of `sizes` near 1; 1 for zero."""
-    exponent = -jnp.round(jnp.log2(jnp.where(sizes > 0, sizes, 1.0)))
+    exponent = -jnp.round(jnp.log2(or_one(sizes)))
     return jnp.ldexp(jnp.ones_like(sizes), _held(exponent).astype(jnp.int32))  # exp2 rounds, even here
 
 

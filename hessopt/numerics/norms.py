@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import or_one
+
 
 def unit_scale(x: jax.Array) -> jax.Array:
     """Return the largest magnitude in `x`, or 1 where that is zero: what to divide by before squaring."""
     largest = jnp.max(jnp.abs(x), initial=0.0)
-    return jnp.where(largest > 0, largest, 1.0)
+    return or_one(largest)
 
 
 def norm(x: jax.Array) -> jax.Array:

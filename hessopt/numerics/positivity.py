@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hessopt.numerics.cholesky import cholesky_solve, shifted_cholesky
+from hessopt.numerics.guards import matmul
 from hessopt.typing import Matrix, Vector
 
 ABSOLUTE_FLOOR = 1e-8
@@ -49,8 +50,8 @@ def _absolute(matrix: Matrix, shift: jax.Array) -> Factorization:
 
 def _solve_absolute(factor: Any, vector: Vector) -> Vector:
     vectors, magnitudes = factor
-    coefficients = jnp.matmul(vector, vectors, precision="highest") / magnitudes
-    return jnp.matmul(vectors, coefficients, precision="highest")
+    coefficients = matmul(vector, vectors) / magnitudes
+    return matmul(vectors, coefficients)
 
 
 def _none(matrix: Matrix, shift: jax.Array) -> Factorization:

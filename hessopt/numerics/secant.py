@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import or_one
+
 
 def accepts(ss: jax.Array, sy: jax.Array, sg_old: jax.Array, gg: jax.Array, gg_old: jax.Array, eps: float) -> jax.Array:
     """Whether `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, of inner products; not so for s = 0."""
@@ -12,7 +14,7 @@ def accepts(ss: jax.Array, sy: jax.Array, sg_old: jax.Array, gg: jax.Array, gg_o
 
 def to_unit_length(square: jax.Array) -> jax.Array:
     """What makes a vector of this squared length one of length 1; 1 for zero."""
-    return jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))
+    return jax.lax.rsqrt(or_one(square))
 
 
 def first_scale(gamma: jax.Array, square: jax.Array) -> jax.Array:

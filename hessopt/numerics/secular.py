@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import divide
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.typing import Vector
 
@@ -88,7 +89,7 @@ def _solve(w: Vector, z: Vector, length: Callable[[jax.Array], tuple[jax.Array, 
 def divided(w: Vector, z: Vector, kappa: jax.Array) -> Vector:
     """Return `-z / (w + kappa)`, infinite where the shift is too small for z."""
     below = w + kappa
-    return jnp.where(below > 0, -z / jnp.where(below > 0, below, 1.0), jnp.where(z == 0, 0.0, jnp.inf))
+    return divide(-z, below, below > 0, jnp.where(z == 0, 0.0, jnp.inf))
 
 
 def _step(w: Vector, z: Vector, kappa: jax.Array) -> Shifted:

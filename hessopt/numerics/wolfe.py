@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import or_one
 from hessopt.typing import Vector
 
 SEARCHING, ACCEPTED, FAILED = 0, 1, 2
@@ -158,7 +159,7 @@ def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
     by_slopes = (jnp.abs(rise) <= noise) & (e > 0)
     above = jnp.where(by_slopes | (b > 0), -c, root - b)
     below = jnp.where(by_slopes, e - c, jnp.where(b > 0, b + root, 3 * a))
-    chosen = above / jnp.where(below > 0, below, 1.0)
+    chosen = above / or_one(below)
     sound = (below > 0) & (chosen > 0) & jnp.isfinite(chosen)
     return jnp.where(finite, jnp.where(sound, jnp.clip(chosen, 0.05, 0.9), 0.5), 0.1)
 
@@ -166,6 +167,6 @@ def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
 def _extrapolation(low: Trial, here: Trial) -> jax.Array:
     """The root of the line through the slopes of two descending trials, 2 to 10 times as far as the second."""
     bend = here.slope - low.slope
-    ahead = -here.slope * (here.rate - low.rate) / jnp.where(bend > 0, bend, 1.0)
+    ahead = -here.slope * (here.rate - low.rate) / or_one(bend)
     root = here.rate + jnp.where(bend > 0, ahead, jnp.inf)
     return jnp.clip(root, 2 * here.rate, 10 * here.rate)

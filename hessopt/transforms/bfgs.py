@@ -16,6 +16,7 @@ import optax
 from hessopt._checks import check_word, choose
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
+from hessopt.numerics.guards import divide, or_one
 from hessopt.numerics.secant import accepts, first_scale
 from hessopt.objective.binding import require_params
 from hessopt.trees.sharding import zeros
@@ -143,19 +144,19 @@ def scale_by_bfgs(
         known = finite & (state.count > 0)
         stuck = known & (ss == 0)
         good = known & accepts(ss, sy, sg_old, gg, gg_old, eps(grad)) & (yy > 0)
-        gamma = jnp.where(good, sy / jnp.where(yy > 0, yy, 1.0), state.gamma)
+        gamma = jnp.where(good, sy / or_one(yy), state.gamma)
 
         # without pairs, or where rounding has spoilt it, H begins as a multiple of the identity
         sound = jnp.all(jnp.isfinite(inners[:, 4:])) & (~good | (yu > 0))
         spoilt = finite & (info.pairs > 0) & ~sound
         pairs = jnp.where(spoilt, 0, info.pairs)
         fresh = pairs == 0
-        first = jnp.where(good, LONG * ss / jnp.where(good, sy, 1.0), first_scale(gamma, gg_old))
+        first = divide(LONG * ss, sy, good, first_scale(gamma, gg_old))
         u, p = (jnp.where(fresh, first * a, b) for a, b in ((y, u), (g, p)))
         yu, gu = (jnp.where(fresh, first * a, b) for a, b in ((yy, yu), (yg, gu)))
 
         # s'Bs, by B s = -alpha g_old where s = -alpha H g_old
-        sBs = jnp.where(fresh, ss / first, sp_old * sg_old / jnp.where(pp_old > 0, pp_old, 1.0))
+        sBs = jnp.where(fresh, ss / first, sp_old * sg_old / or_one(pp_old))
         per_ss, per_pp = (sp_old / jnp.where(x > 0, x, jnp.inf) for x in (ss, pp_old))  # the product may underflow
         turned = jnp.where(fresh, 0.0, 1 - per_ss * per_pp)
         straight = (turned <= BENT) & (sBs > 0)
@@ -163,7 +164,7 @@ def scale_by_bfgs(
         # Powell's damping: a mixture of y and B s in place of y
         exact = straight & (turned <= 100 * jnp.finfo(g.dtype).eps)
         damped = known & (ss > 0) & ~good & exact & (sy < DAMPED * sBs) & (on_bad_curvature == "powell")
-        theta = jnp.where(damped, (1 - DAMPED) * sBs / jnp.where(damped, sBs - sy, 1.0), 1.0)
+        theta = divide((1 - DAMPED) * sBs, sBs - sy, damped, 1.0)
         yu = theta**2 * yu + 2 * theta * (1 - theta) * sy + (1 - theta) ** 2 * sBs
         u, gu, sy = (theta * a + (1 - theta) * b for a, b in ((u, s), (gu, sg), (sy, sBs)))
 

@@ -20,6 +20,7 @@ from hessopt._checks import check_range
 from hessopt.calculus.taylor import taylor
 from hessopt.kinds.rates import Measured, Memory, RateInfo, Restricted, Rule, Solved, scale_by_rates
 from hessopt.numerics.cubic import solve_cubic
+from hessopt.numerics.guards import matmul, or_one
 from hessopt.trees.groups import Groups
 from hessopt.typing import Matrix, StepStatus, Vector
 
@@ -59,11 +60,11 @@ def _bounded(g: Vector, H: Matrix) -> Vector:
     |H| has the eigenvalues of H by magnitude, in units of the groups in which all rows are alike.
     """
     largest = jnp.max(jnp.abs(H), axis=1, initial=0.0)
-    t = jnp.where(largest > 0, 1 / jnp.sqrt(jnp.where(largest > 0, largest, 1)), 0)
+    t = jnp.where(largest > 0, 1 / jnp.sqrt(or_one(largest)), 0)
     theta, Q = jnp.linalg.eigh(H * t * t[:, None])
     theta = jnp.maximum(jnp.abs(theta), jnp.finfo(H.dtype).eps ** 0.5 * jnp.max(jnp.abs(theta), initial=0.0))
-    step = jnp.matmul(Q.T, t * g, precision="highest") / jnp.where(theta > 0, theta, 1)
-    return t * jnp.matmul(Q, step, precision="highest")
+    step = matmul(Q.T, t * g) / or_one(theta)
+    return t * matmul(Q, step)
 
 
 def scale_by_grouped_newton(

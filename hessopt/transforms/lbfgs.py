@@ -17,6 +17,7 @@ import optax
 
 from hessopt._checks import check_count
 from hessopt.numerics import compact
+from hessopt.numerics.guards import select
 from hessopt.numerics.secant import accepts, first_scale, to_unit_length
 from hessopt.objective.binding import bind, require_params
 from hessopt.trees import vectors
@@ -144,7 +145,7 @@ def scale_by_lbfgs(
         first = state.count == 0
         old_params, old_grad = state.old_params, state.old_grad
         if same_batch_pairs:
-            old_params = _select(first, params, old_params)
+            old_params = select(first, params, old_params)
             objective = bind(value_fn, data, caller=f"{_NAME}(same_batch_pairs=True)")
             old_grad = jax.tree.map(jnp.conj, jax.grad(objective)(old_params))
 
@@ -192,8 +193,8 @@ def scale_by_lbfgs(
             u_products = g_products
         else:
             u_products = jnp.where(new & good, jnp.stack([inner(s, updates), inner(y, updates)]), u_products)
-        small = _select(good, compact.append(state.compact, *y_products.T), state.compact)
-        small = _select(stuck, compact.emptied(small), small)
+        small = select(good, compact.append(state.compact, *y_products.T), state.compact)
+        small = select(stuck, compact.emptied(small), small)
         write = functools.partial(_write, state.compact.slot, good)
         pairs = jax.tree.map(write, state.pairs, s, y)
 
@@ -204,7 +205,7 @@ def scale_by_lbfgs(
         v, w = compact.coefficients(small, S_u, Y_u, gamma)
         slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=small.used)
         lost = finite & (uu > 0) & ~(slope > 0)
-        small = _select(lost, compact.emptied(small), small)
+        small = select(lost, compact.emptied(small), small)
         v, w, gamma = (jnp.where(lost, without, x) for without, x in ((0.0, v), (0.0, w), (unit, gamma)))
         direction = jax.tree.map(
             lambda u, rows: jnp.where(finite, gamma * u + _combination(rows, v, w), 0.0).astype(u.dtype),
@@ -220,11 +221,11 @@ def scale_by_lbfgs(
         }
         return direction, LbfgsState(
             count=state.count + finite.astype(jnp.int32),
-            old_params=_select(finite, params, state.old_params),
-            old_grad=None if same_batch_pairs else _select(finite, grad, old_grad),
+            old_params=select(finite, params, state.old_params),
+            old_grad=None if same_batch_pairs else select(finite, grad, old_grad),
             pairs=pairs,
-            gg=_select(finite, gg, state.gg),
-            products=None if same_batch_pairs else _select(finite, g_products, state.products),
+            gg=select(finite, gg, state.gg),
+            products=None if same_batch_pairs else select(finite, g_products, state.products),
             compact=small,
             info=LbfgsInfo(
                 status=step_status(status),
@@ -236,10 +237,6 @@ def scale_by_lbfgs(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _select(condition: jax.Array, a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
 
 
 def _difference(new: jax.Array, old: jax.Array, rows: jax.Array) -> jax.Array:

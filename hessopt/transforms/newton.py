@@ -19,6 +19,7 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
+from hessopt.numerics.guards import or_one, select
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.numerics.positivity import POSITIVITIES, Positivity
 from hessopt.objective.binding import bind, require_params
@@ -197,7 +198,7 @@ def _factorize_block(
     """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was there before."""
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
-    diagonal = jnp.where(flat, jnp.where(length > 0, length, 1.0), lam)
+    diagonal = jnp.where(flat, or_one(length), lam)
     new = method.factorize(H + diagonal * jnp.eye(len(H), dtype=H.dtype), old_shift)
 
     smallest = jnp.min(new.pivots, initial=jnp.inf)
@@ -217,7 +218,7 @@ def _factorize_block(
         attempts=new.attempts,
     )
     sound = new.ok & jnp.isfinite(length)
-    factor = jax.tree.map(lambda n, o: jnp.where(sound, n, o), new.factor, old_factor)
+    factor = select(sound, new.factor, old_factor)
     return factor, jnp.where(sound, new.shift, old_shift), info
 
 

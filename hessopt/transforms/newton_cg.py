@@ -18,6 +18,7 @@ import optax
 from hessopt._checks import check_count, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn
 from hessopt.numerics.cg import conjugate_gradients, forcing
+from hessopt.numerics.guards import divide, or_one
 from hessopt.objective.binding import bind, precompose, require_params
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import gram, inner, real_leaves, solve_dtype
@@ -175,7 +176,7 @@ def scale_by_newton_cg(
             info=NewtonCgInfo(
                 status=step_status(status),
                 products=found.products + jnp.int32(warm_start),
-                residual=found.residual / jnp.where(length > 0, length, 1.0),
+                residual=found.residual / or_one(length),
             ),
         )
 
@@ -187,6 +188,6 @@ def _warm(p: list[jax.Array], multiply: Any, g: list[jax.Array]) -> tuple[list[j
     q = multiply(p)
     (_, pq, _), (_, _, _), (pg, _, _) = gram(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)
-    rate = jnp.where(usable, pg / jnp.where(usable, pq, 1.0), 0.0)
+    rate = divide(pg, pq, usable)
     x, Hx = ([jnp.where(usable, rate * leaf, 0.0) for leaf in tree] for tree in (p, q))
     return x, Hx

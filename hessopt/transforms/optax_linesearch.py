@@ -11,6 +11,7 @@ import optax
 
 from hessopt._checks import check_transformation
 from hessopt.kinds.line_searches import LinesearchState
+from hessopt.numerics.guards import select
 from hessopt.objective.binding import bind, precompose, require_given, require_params
 from hessopt.trees.sharding import beside, gathered, placed
 from hessopt.trees.vectors import strongly_typed
@@ -71,7 +72,7 @@ def fitted(linesearch: optax.GradientTransformation) -> optax.GradientTransforma
         moved = jnp.any(jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]))
         moved &= jnp.isfinite(value) & ~_risen(value, getattr(new_state, "value", value))
         step = jax.tree.map(lambda leaf: jnp.where(moved, leaf, 0), step)
-        kept: Any = jax.tree.map(lambda new, old: jnp.where(moved, new, old), new_state, state)
+        kept: Any = select(moved, new_state, state)
         return step, kept._replace(info=getattr(new_state, "info", None)) if hasattr(kept, "info") else kept
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, check_transformation, check_word
+from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import of_group, require_params
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
@@ -122,7 +123,7 @@ def subsampled(
                 new, new_state = inner.update(part, kept_state, take(params, labels, group), **own)
                 new = optax.tree.cast_like(new, part)
                 finite = jnp.isfinite(norm(ravel(new)))
-                return new, jax.tree.map(lambda n, kept: jnp.where(finite, n, kept), new_state, kept_state)
+                return new, select(finite, new_state, kept_state)
 
             return jax.lax.cond(drawn[group], inner_step, lambda: (part, kept_state))
 
@@ -131,7 +132,7 @@ def subsampled(
         lengths = jnp.array([norm(ravel(part)) for part, _ in steps], dtype)
         before = jnp.array([norm(ravel(take(updates, labels, group))) for group in range(len(names))], dtype)
         usable = drawn & (before > 0) & (lengths > 0) & jnp.isfinite(before) & jnp.isfinite(lengths)
-        ratios = jnp.where(usable, lengths / jnp.where(usable, before, 1.0), 0.0)
+        ratios = divide(lengths, before, usable)
         ratio = jnp.where(usable.any(), ratios.sum() / jnp.maximum(usable.sum(), 1), state.ratio)
 
         factor = jnp.where(drawn | (rest == "gradient"), 1.0, ratio)

@@ -29,6 +29,7 @@ from hessopt.kinds.step_bounds import MODELS, TAKEN, Model, gain_ratio
 from hessopt.kinds.subproblems import SUBPROBLEMS, Local, Subproblem
 from hessopt.numerics import secular
 from hessopt.numerics.cg import forcing
+from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.objective.binding import bind, precompose, require_params
 from hessopt.trees.sharding import zeros
@@ -202,7 +203,7 @@ def trust_region_newton(
             count=jnp.asarray(optax.safe_increment(state.count)),
             size=jnp.where(finite, last.size, state.size),
             first_length=jnp.where(finite, first_length, state.first_length),
-            scales=jax.tree.map(lambda new, old: jnp.where(finite, new, old), scales, state.scales),
+            scales=select(finite, scales, state.scales),
             info=TrustRegionInfo(
                 step_status(status), last.ratio, last.shift, w[0], last.count, jnp.asarray(products, jnp.int32)
             ),
@@ -236,4 +237,4 @@ def _cauchy(w: Vector, z: Vector) -> jax.Array:
     scale = unit_scale(z)
     z = z / scale
     along, curved = jnp.sum(z**2), jnp.sum(jnp.abs(w) * z**2)
-    return jnp.where(curved > 0, scale * along**1.5 / jnp.where(curved > 0, curved, 1.0), 1.0)
+    return divide(scale * along**1.5, curved, curved > 0, 1.0)
