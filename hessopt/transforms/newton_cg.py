@@ -8,6 +8,7 @@ Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 7.1; Ma
 optimization", 2010, for the warm start.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,17 +18,20 @@ import optax
 
 from hessopt._checks import check_count, choose
 from hessopt.calculus.curvature import CURVATURES, CurvatureFn
+from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.cg import conjugate_gradients, forcing
-from hessopt.numerics.guards import divide, or_one
-from hessopt.objective.binding import bind, precompose, require_params
+from hessopt.numerics.guards import divide, or_one, select
+from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import gram, inner, real_leaves, solve_dtype
-from hessopt.typing import Params, StepStatus, ValueFn, step_status
-
-_NAME = "scale_by_newton_cg"
+from hessopt.typing import Params, StepStatus, step_status
 
 Preconditioner = Callable[[Params, Params], Params]
 """`(residual, params) -> tree like residual`: near `H^-1 residual`, linear, symmetric and positive definite."""
+
+
+Leaves = list[jax.Array]
+"""The real leaves of a tree like params."""
 
 
 class NewtonCgInfo(NamedTuple):
@@ -96,94 +100,121 @@ def scale_by_newton_cg(
     """
     check_count("max_iterations", max_iterations)
     linearize = choose("curvature", curvature, CURVATURES)
-
-    def init(params: Params) -> NewtonCgState:
-        shape: Any = jax.ShapeDtypeStruct
-        scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
-        state = zeros(NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)), params)
-        return state._replace(direction=jax.tree.map(jnp.zeros_like, params) if warm_start else None)
-
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Params | None = None,
-        *,
-        value: Any = None,
-        grad: optax.Updates | None = None,
-        value_fn: ValueFn | None = None,
-        **data: Any,
-    ) -> tuple[optax.Updates, NewtonCgState]:
-        require_params(params, caller=_NAME)
-        objective = bind(value_fn, data, caller=_NAME)
-        dtype = solve_dtype(params)
-        parts, restore = real_leaves(params)
-        like, restore_updates = real_leaves(updates)
-        objective = precompose(objective, restore)
-
-        def wide(tree: Any) -> list[jax.Array]:
-            return [leaf.astype(dtype) for leaf in real_leaves(tree)[0]]
-
-        def product_at(parts: Any) -> Callable[[Any], Any]:
-            return linearize(objective, lambda parts: parts, parts)
-
-        once = None if rematerialize else product_at(parts)
-
-        def multiply(v: list[jax.Array]) -> list[jax.Array]:
-            v = [x.astype(p.dtype) for x, p in zip(v, parts, strict=True)]
-            if once is None:  # at params that seem to depend on v, or the linearisation would be moved out of the loop
-                point, v = jax.lax.optimization_barrier((parts, v))
-                return wide(product_at(point)(v))
-            return wide(once(v))
-
-        def precondition(r: list[jax.Array]) -> list[jax.Array]:
-            return r if preconditioner is None else wide(preconditioner(restore(r), params))
-
-        g = wide(updates)
-        length = jnp.sqrt(inner(g, g))
-        first_length = jnp.where(state.first_length > 0, state.first_length, length)
-        start, known = None, jnp.isfinite(length) & (True if value is None else jnp.isfinite(value))
-        if warm_start:
-            start = _warm(wide(state.direction), multiply, g)
-        g = [jnp.where(known, leaf, 0.0) for leaf in g]
-        found = conjugate_gradients(
-            multiply,
-            g,
-            start,
-            gram=gram,
-            precondition=precondition,
-            tolerance=forcing(length, first_length) * length,
-            max_iterations=max_iterations,
-        )
-        downhill = inner(g, found.x) > 0
-        p = [jnp.where(downhill, x, jnp.where(found.finite, leaf, 0.0)) for x, leaf in zip(found.x, g, strict=True)]
-
-        status = {
-            StepStatus.NONFINITE: ~known | ~found.finite,
-            StepStatus.NEGATIVE_CURVATURE: found.negative,
-            StepStatus.NOT_DESCENT: known & found.finite & (length > 0) & ~downhill,
-        }
-        direction = restore_updates([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
-        sound = known & found.finite
-        kept = None
-        if warm_start:
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(sound, new, old).astype(old.dtype), direction, state.direction
-            )
-        return direction, NewtonCgState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            first_length=jnp.where(sound, first_length, state.first_length),
-            direction=kept,
-            info=NewtonCgInfo(
-                status=step_status(status),
-                products=found.products + jnp.int32(warm_start),
-                residual=found.residual / or_one(length),
-            ),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    options = _Options(linearize, max_iterations, preconditioner, warm_start, rematerialize)
+    init, step = functools.partial(_init, options), functools.partial(_step, options)
+    return transformation("scale_by_newton_cg", init, step, needs=("value_fn",))
 
 
-def _warm(p: list[jax.Array], multiply: Any, g: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+class _Options(NamedTuple):
+    """The arguments of `scale_by_newton_cg`, checked."""
+
+    linearize: CurvatureFn
+    max_iterations: int
+    preconditioner: Preconditioner | None
+    warm_start: bool
+    rematerialize: bool
+
+
+def _init(options: _Options, params: Params) -> NewtonCgState:
+    shape: Any = jax.ShapeDtypeStruct
+    scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
+    state = zeros(NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)), params)
+    direction = jax.tree.map(jnp.zeros_like, params) if options.warm_start else None
+    return state._replace(direction=direction)
+
+
+def _step(options: _Options, call: Call, state: NewtonCgState) -> tuple[optax.Updates, NewtonCgState]:
+    # the system H p = g over real leaves, in at least float32
+    multiply, precondition = _products(options, call)
+    g = _wide(call.updates, call.params)
+    length = jnp.sqrt(inner(g, g))
+    first_length = jnp.where(state.first_length > 0, state.first_length, length)
+
+    # a value or a gradient that is not finite leaves nothing to solve: g = 0 ends the iteration at once
+    known = jnp.isfinite(length) & call.finite
+    start = _warm(_wide(state.direction, call.params), multiply, g) if options.warm_start else None
+    g = [jnp.where(known, leaf, 0.0) for leaf in g]
+
+    # algorithm 7.1: conjugate gradients to the forcing term, or to a direction of negative curvature
+    found = conjugate_gradients(
+        multiply,
+        g,
+        start,
+        gram=gram,
+        precondition=precondition,
+        tolerance=forcing(length, first_length) * length,
+        max_iterations=options.max_iterations,
+    )
+
+    # p is the gradient where rounding has turned it uphill, and stays at the last iterate before trouble
+    sound = known & found.finite
+    downhill = inner(g, found.x) > 0
+    p = [jnp.where(downhill, x, jnp.where(found.finite, leaf, 0.0)) for x, leaf in zip(found.x, g, strict=True)]
+    direction = _restored(p, call.updates)
+    status = {
+        StepStatus.NONFINITE: ~sound,
+        StepStatus.NEGATIVE_CURVATURE: found.negative,
+        StepStatus.NOT_DESCENT: sound & (length > 0) & ~downhill,
+    }
+    return direction, NewtonCgState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        first_length=jnp.where(sound, first_length, state.first_length),
+        direction=_kept(options, sound, direction, state.direction),
+        info=NewtonCgInfo(
+            status=step_status(status),
+            products=found.products + jnp.int32(options.warm_start),
+            residual=found.residual / or_one(length),
+        ),
+    )
+
+
+def _products(options: _Options, call: Call) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
+    """`v -> H v` and `r -> M r` at params, over real leaves in at least float32."""
+    params = call.params
+    parts, restore = real_leaves(params)
+    objective = precompose(call.objective, restore)
+
+    def product_at(point: Leaves) -> Callable[[Leaves], Leaves]:
+        return options.linearize(objective, lambda parts: parts, point)
+
+    once = None if options.rematerialize else product_at(parts)
+
+    def multiply(v: Leaves) -> Leaves:
+        v = [x.astype(p.dtype) for x, p in zip(v, parts, strict=True)]
+        if once is not None:
+            return _wide(once(v), params)
+        # at params that seem to depend on v, or XLA would move the linearisation out of the loop
+        point, v = jax.lax.optimization_barrier((parts, v))
+        return _wide(product_at(point)(v), params)
+
+    def precondition(r: Leaves) -> Leaves:
+        if options.preconditioner is None:
+            return r
+        return _wide(options.preconditioner(restore(r), params), params)
+
+    return multiply, precondition
+
+
+def _wide(tree: Any, params: Params) -> Leaves:
+    """The real leaves of a tree in the dtype of inner products over params."""
+    dtype = solve_dtype(params)
+    return [leaf.astype(dtype) for leaf in real_leaves(tree)[0]]
+
+
+def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
+    """The tree of real leaves p, in the dtypes of the updates."""
+    like, restore = real_leaves(updates)
+    return restore([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
+
+
+def _kept(options: _Options, sound: jax.Array, direction: optax.Updates, old: Any) -> Any:
+    """The direction that a warm start begins with, of the last step that was sound."""
+    if not options.warm_start:
+        return None
+    return optax.tree.cast_like(select(sound, direction, old), old)
+
+
+def _warm(p: Leaves, multiply: Callable[[Leaves], Leaves], g: Leaves) -> tuple[Leaves, Leaves]:
     """The multiple of p that minimises the model, and H times it; zero where p has no positive curvature."""
     q = multiply(p)
     (_, pq, _), (_, _, _), (pg, _, _) = gram(p, q, g)
