@@ -1,4 +1,5 @@
-"""`python -m benchmarks SUITE`: measure, keep record and figure, and write what is read of them."""
+"""`python -m benchmarks SUITE`: measure, keep record and figure, and write what is read
+of them."""
 
 import argparse
 import importlib.util
@@ -12,17 +13,35 @@ from benchmarks.suites import SUITES
 
 def main() -> None:
     """Parse the command line and run the suite, or every suite in a process of its own."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure hessopt beside its peers.")
-    parser.add_argument("suite", choices=[*SUITES, "all", "report"], help="report: measure nothing")
-    parser.add_argument("--quick", action="store_true", help="small and few: a test that it runs, no measurement")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Measure hessopt beside its peers."
+    )
+    parser.add_argument(
+        "suite", choices=[*SUITES, "all", "report"], help="report: measure nothing"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small and few: a test that it runs, no measurement",
+    )
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results"
+    )
     options = parser.parse_args()
     if options.suite == "all":
         for name in SUITES:
             if name == "torch" and not importlib.util.find_spec("torch"):
                 continue
             more = ["--quick"] if options.quick else []
-            command = [sys.executable, "-m", "benchmarks", name, "--out", str(options.out.absolute()), *more]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks",
+                name,
+                "--out",
+                str(options.out.absolute()),
+                *more,
+            ]
             subprocess.run(command, check=True)
         return
     if options.suite == "report":

@@ -1,4 +1,5 @@
-"""The Gauss-Newton suite: Levenberg and Marquardt's method on the 3-D Poisson problem, and what its parts give."""
+"""The Gauss-Newton suite: Levenberg and Marquardt's method on the 3-D Poisson problem,
+and what its parts give."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,21 +68,28 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
 
 
 def _problem(sizes: Sequence[int], where: poisson.Points) -> str:
-    return (
-        f"network {'-'.join(map(str, sizes))}, {len(where.inside)} points inside, {len(where.boundary)} on the boundary"
-    )
+    network = "-".join(map(str, sizes))
+    inside, boundary = len(where.inside), len(where.boundary)
+    return f"network {network}, {inside} points inside, {boundary} on the boundary"
 
 
-def _trained(name: str, sizes: tuple[int, ...], where: poisson.Points, steps: int, every: int) -> Run:
+def _trained(
+    name: str, sizes: tuple[int, ...], where: poisson.Points, steps: int, every: int
+) -> Run:
     def loss_fn(parts: tuple[jax.Array, ...]) -> jax.Array:
         if name == WITHOUT_ROOT:
             parts = tuple(part[::-1] for part in parts)  # no longer seen to be diagonal
         return poisson.half_mean_squares(parts)
 
     jax.clear_caches()
-    value_fn = hessopt.composite(lambda params: poisson.residuals(params, where), loss_fn)
+    value_fn = hessopt.composite(
+        lambda params: poisson.residuals(params, where), loss_fn
+    )
     result = train(value_fn, poisson.init(0, sizes), VARIANTS[name](), steps, every)
-    print(f"{name}, {sizes}: {result.errors[-1]:.2e} in {result.seconds[-1]:.0f} s", flush=True)
+    print(
+        f"{name}, {sizes}: {result.errors[-1]:.2e} in {result.seconds[-1]:.0f} s",
+        flush=True,
+    )
     return result
 
 
@@ -100,24 +108,53 @@ def _row(name: str, result: Run) -> dict[str, Any]:
 def markdown(record: dict[str, Any]) -> list[str]:
     """The tables of a record."""
     whole = record["whole"]
-    reached = [step for step, error in zip(whole["steps"], whole["errors"], strict=True) if error <= AIM]
-    lines = ["The 3-D Poisson problem of `benchmarks/problems/poisson.py`, float64, one seed, by"]
+    reached = [
+        step
+        for step, error in zip(whole["steps"], whole["errors"], strict=True)
+        if error <= AIM
+    ]
+    lines = [
+        "The 3-D Poisson problem of `benchmarks/problems/poisson.py`, float64, one seed, by"
+    ]
     lines += [
         '`trust_region_newton(curvature="gauss_newton", geodesic_acceleration=True)`. Errors are relative, L2.',
         "",
     ]
-    lines += [f"## The whole problem: {record['problem']}", "", "| steps | error | loss | seconds |"]
+    lines += [
+        f"## The whole problem: {record['problem']}",
+        "",
+        "| steps | error | loss | seconds |",
+    ]
     lines += ["|---:" * 4 + "|"]
-    for row in zip(*(whole[key] for key in ("steps", "errors", "losses", "seconds")), strict=True):
+    for row in zip(
+        *(whole[key] for key in ("steps", "errors", "losses", "seconds")), strict=True
+    ):
         lines += ["| {} | {:.2e} | {:.2e} | {:.0f} |".format(*row)]
-    lines += ["", f"{AIM:.1e} is reached by step {reached[0]}." if reached else f"{AIM:.1e} is not reached.", ""]
+    lines += [
+        "",
+        f"{AIM:.1e} is reached by step {reached[0]}."
+        if reached
+        else f"{AIM:.1e} is not reached.",
+        "",
+    ]
     lines += [f"## What each part gives: {record['small problem']}", ""]
-    lines += ["| | error | loss | steps | trials per step | ms per step | ended |", "|---" + "|---:" * 5 + "|---|"]
+    lines += [
+        "| | error | loss | steps | trials per step | ms per step | ended |",
+        "|---" + "|---:" * 5 + "|---|",
+    ]
     for row in record["ablation"]:
         steps = row["steps"][-1]
-        trials = (row["values"] - 1) / steps - 1  # each step also takes the gradient where it ends
-        cells = [f"{row['errors'][-1]:.2e}", f"{row['losses'][-1]:.2e}", f"{steps}", f"{trials:.2f}"]
-        lines += [f"| {row['run']} | {' | '.join(cells)} | {1e3 * row['seconds'][-1] / steps:.0f} | {row['ended']} |"]
+        # each step also takes the gradient where it ends
+        trials = (row["values"] - 1) / steps - 1
+        cells = [
+            f"{row['errors'][-1]:.2e}",
+            f"{row['losses'][-1]:.2e}",
+            f"{steps}",
+            f"{trials:.2f}",
+        ]
+        lines += [
+            f"| {row['run']} | {' | '.join(cells)} | {1e3 * row['seconds'][-1] / steps:.0f} | {row['ended']} |"
+        ]
     return lines
 
 
@@ -127,7 +164,12 @@ def _figure(runs: dict[str, Run]) -> Any:
     for name, result in runs.items():
         axis.plot(result.steps, result.errors, label=name)
     axis.axhline(AIM, color="black", linewidth=0.8, linestyle=":")
-    axis.set(yscale="log", xlabel="steps", ylabel="relative L2 error", title="3-D Poisson by Gauss-Newton")
+    axis.set(
+        yscale="log",
+        xlabel="steps",
+        ylabel="relative L2 error",
+        title="3-D Poisson by Gauss-Newton",
+    )
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return figure

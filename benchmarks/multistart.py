@@ -1,9 +1,10 @@
-"""The multistart suite: one small fit from many starts at once, in lanes of one program.
+"""The multistart suite: one small fit from many starts at once, in lanes of one
+program.
 
     y = a exp(-b t) + c exp(-d t)   to 24 points with noise, in log(a), log(b), log(c), log(d), float64
 
-A lane is solved when its value is the lowest that any lane of any method reached, or above it by at most a millionth of
-it. Seconds are medians of further runs.
+A lane is solved when its value is the lowest that any lane of any method reached, or
+above it by at most a millionth of it. Seconds are medians of further runs.
 """
 
 import time
@@ -44,14 +45,17 @@ value_fn = hessopt.composite(residuals, lambda r: 0.5 * jnp.sum(r**2))
 
 
 class Method(NamedTuple):
-    """How all lanes are solved: starts in, solutions out; `in_lanes` if by one program under vmap."""
+    """How all lanes are solved: starts in, solutions out; `in_lanes` if by one program
+    under vmap."""
 
     solve: Callable[[jax.Array], Any]
     in_lanes: bool
 
 
 def _minimized(tx: optax.GradientTransformation) -> Callable[[jax.Array], jax.Array]:
-    return lambda start: hessopt.minimize(value_fn, start, tx, max_steps=MAX_STEPS, gtol=1e-10).params
+    return lambda start: (
+        hessopt.minimize(value_fn, start, tx, max_steps=MAX_STEPS, gtol=1e-10).params
+    )
 
 
 def in_lanes(one: Callable[[jax.Array], jax.Array]) -> Method:
@@ -68,9 +72,16 @@ def _optimistix(name: str, least_squares: bool) -> Callable[[jax.Array], jax.Arr
     import optimistix
 
     solver = getattr(optimistix, name)(rtol=1e-10, atol=1e-12)
-    find, fun = (optimistix.least_squares, residuals) if least_squares else (optimistix.minimise, value_fn)
-    steps = MAX_STEPS if least_squares else 20 * MAX_STEPS  # of the minimisers a step is an evaluation
-    return lambda start: find(lambda y, _: fun(y), solver, start, max_steps=steps, throw=False).value
+    find, fun = (
+        (optimistix.least_squares, residuals)
+        if least_squares
+        else (optimistix.minimise, value_fn)
+    )
+    # of the minimisers a step is an evaluation
+    steps = MAX_STEPS if least_squares else 20 * MAX_STEPS
+    return lambda start: (
+        find(lambda y, _: fun(y), solver, start, max_steps=steps, throw=False).value
+    )
 
 
 def _jaxopt(name: str) -> Callable[[jax.Array], jax.Array]:
@@ -84,7 +95,10 @@ def _scipy(fun: str, **options: Any) -> Callable[[jax.Array], np.ndarray]:
     import scipy.optimize
 
     optimize: Any = scipy.optimize
-    both, r, J = (jax.jit(f) for f in (jax.value_and_grad(value_fn), residuals, jax.jacfwd(residuals)))
+    both, r, J = (
+        jax.jit(f)
+        for f in (jax.value_and_grad(value_fn), residuals, jax.jacfwd(residuals))
+    )
     if fun == "least_squares":
         return lambda start: (
             optimize.least_squares(
@@ -101,27 +115,38 @@ def _scipy(fun: str, **options: Any) -> Callable[[jax.Array], np.ndarray]:
         value, grad = both(x)
         return float(value), np.asarray(grad)
 
-    return lambda start: optimize.minimize(value_and_grad, np.asarray(start), jac=True, **options).x
+    return lambda start: (
+        optimize.minimize(value_and_grad, np.asarray(start), jac=True, **options).x
+    )
 
 
 def methods() -> dict[str, Method]:
     """Everything that is compared."""
     ours = {
         "trust_region_newton": hessopt.trust_region_newton(),
-        "trust_region_newton, Gauss-Newton": hessopt.trust_region_newton(curvature="gauss_newton"),
+        "trust_region_newton, Gauss-Newton": hessopt.trust_region_newton(
+            curvature="gauss_newton"
+        ),
         "newton": hessopt.newton(),
         "bfgs": hessopt.bfgs(),
         "lbfgs": hessopt.lbfgs(),
     }
-    found = {f"hessopt {name}, in lanes": in_lanes(_minimized(tx)) for name, tx in ours.items()}
+    found = {
+        f"hessopt {name}, in lanes": in_lanes(_minimized(tx))
+        for name, tx in ours.items()
+    }
     name = "trust_region_newton, Gauss-Newton"
     found[f"hessopt {name}, a loop"] = in_turn(jax.jit(_minimized(ours[name])))
-    found["optimistix LevenbergMarquardt, in lanes"] = in_lanes(_optimistix("LevenbergMarquardt", True))
+    found["optimistix LevenbergMarquardt, in lanes"] = in_lanes(
+        _optimistix("LevenbergMarquardt", True)
+    )
     found["optimistix Dogleg, in lanes"] = in_lanes(_optimistix("Dogleg", True))
     found["optimistix BFGS, in lanes"] = in_lanes(_optimistix("BFGS", False))
     found["jaxopt LBFGS, in lanes"] = in_lanes(_jaxopt("LBFGS"))
     found["SciPy least_squares, a loop"] = in_turn(_scipy("least_squares"))
-    found["SciPy BFGS, a loop"] = in_turn(_scipy("minimize", method="BFGS", options={"gtol": 1e-10}))
+    found["SciPy BFGS, a loop"] = in_turn(
+        _scipy("minimize", method="BFGS", options={"gtol": 1e-10})
+    )
     return found
 
 
@@ -148,23 +173,38 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
 
 def markdown(record: dict[str, Any]) -> list[str]:
     """The table of a record."""
-    lines = [f"{record['lanes']} starts of a fit of two exponentials to 24 points (`benchmarks/multistart.py`).", ""]
-    lines += ["| | lanes solved | seconds | milliseconds per solved lane | seconds of the first run |"]
+    lines = [
+        f"{record['lanes']} starts of a fit of two exponentials to 24 points (`benchmarks/multistart.py`).",
+        "",
+    ]
+    lines += [
+        "| | lanes solved | seconds | milliseconds per solved lane | seconds of the first run |"
+    ]
     lines += ["|---" + "|---:" * 4 + "|"]
     for row in record["runs"]:
         each = f"{1e3 * row['s'] / row['solved']:.3g}" if row["solved"] else ""
-        lines += [f"| {row['method']} | {row['solved']} | {row['s']:.2g} | {each} | {row['first s']:.2g} |"]
+        lines += [
+            f"| {row['method']} | {row['solved']} | {row['s']:.2g} | {each} | {row['first s']:.2g} |"
+        ]
     return lines
 
 
 def _figure(rows: list[dict[str, Any]], lanes: int) -> Any:
     """Share of lanes solved, and time per solved lane."""
     names = [row["method"] for row in rows][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 4.5), sharey=True, layout="constrained"
+    )
     colors = ["#4878a8" if name.startswith("hessopt") else "#a0a0a0" for name in names]
     axes[0].barh(names, [row["solved"] / lanes for row in rows][::-1], color=colors)
-    axes[1].barh(names, [1e3 * row["s"] / max(row["solved"], 1) for row in rows][::-1], color=colors)
+    axes[1].barh(
+        names,
+        [1e3 * row["s"] / max(row["solved"], 1) for row in rows][::-1],
+        color=colors,
+    )
     axes[0].set(xlabel="share of lanes solved", xlim=(0, 1))
-    axes[1].set(xlabel="milliseconds per solved lane, compilation not counted", xscale="log")
+    axes[1].set(
+        xlabel="milliseconds per solved lane, compilation not counted", xscale="log"
+    )
     figure.suptitle(f"{lanes} starts of a fit of two exponentials")
     return figure

@@ -1,4 +1,5 @@
-"""The PINN suite: what the BFGS family reaches on the 3-D Poisson problem, what it costs, and when L-BFGS will do."""
+"""The PINN suite: what the BFGS family reaches on the 3-D Poisson problem, what it
+costs, and when L-BFGS will do."""
 
 import itertools
 import time
@@ -38,9 +39,15 @@ CONCLUSIONS = """
 def measure(quick: bool) -> tuple[dict[str, Any], Any]:
     """Run the suite; return the record and the figure."""
     jax.config.update("jax_enable_x64", True)
-    steps, many, short, seeds = (3, 4, 2, SEEDS[:1]) if quick else (2000, 10_000, 500, SEEDS)
+    steps, many, short, seeds = (
+        (3, 4, 2, SEEDS[:1]) if quick else (2000, 10_000, 500, SEEDS)
+    )
     where = poisson.points(50, 20) if quick else poisson.points()
-    runs = {f"{name}, seed {seed}": _trained(name, seed, where, steps) for seed in seeds for name in NAMES}
+    runs = {
+        f"{name}, seed {seed}": _trained(name, seed, where, steps)
+        for seed in seeds
+        for name in NAMES
+    }
     for name in ("ssbfgs", "ssbroyden"):
         runs[f"{name}, {many} steps"] = _trained(name, 0, where, many)
     with jax.enable_x64(False):
@@ -48,7 +55,10 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
         runs["ssbroyden, float32"] = _trained("ssbroyden", 0, single, steps)
     beside = _beside_scipy(where, 3 if quick else 100, 2 if quick else 7)
     sizes = [
-        {"n": n, "optimizer": name} | _row(_trained(name, 0, where, short, (3, width, width, 1)), _state_mb(name, n))
+        {"n": n, "optimizer": name}
+        | _row(
+            _trained(name, 0, where, short, (3, width, width, 1)), _state_mb(name, n)
+        )
         for width in (HIDDEN[:1] if quick else HIDDEN)
         for n in [_count((3, width, width, 1))]
         for name in ("lbfgs", "bfgs", "ssbroyden")
@@ -57,13 +67,24 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
     return {"runs": rows, "seconds per step": beside, "sizes": sizes}, _figure(runs)
 
 
-def _trained(name: str, seed: int, where: Any, steps: int, sizes: tuple[int, ...] = poisson.SIZES) -> Run:
+def _trained(
+    name: str, seed: int, where: Any, steps: int, sizes: tuple[int, ...] = poisson.SIZES
+) -> Run:
     def value_fn(params: Any) -> jax.Array:
         return poisson.loss(params, where)
 
     jax.clear_caches()
-    result = train(value_fn, poisson.init(seed, sizes), OPTIMIZERS[name](steps), steps, max(steps // 50, 1))
-    print(f"{name}, seed {seed}, {sizes}: {result.errors[-1]:.2e} in {result.seconds[-1]:.0f} s", flush=True)
+    result = train(
+        value_fn,
+        poisson.init(seed, sizes),
+        OPTIMIZERS[name](steps),
+        steps,
+        max(steps // 50, 1),
+    )
+    print(
+        f"{name}, seed {seed}, {sizes}: {result.errors[-1]:.2e} in {result.seconds[-1]:.0f} s",
+        flush=True,
+    )
     return result
 
 
@@ -88,7 +109,9 @@ def _state_mb(name: str, n: int) -> float:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1e6
 
 
-def _beside_scipy(where: poisson.Points, steps: int, rounds: int) -> dict[str, list[float]]:
+def _beside_scipy(
+    where: poisson.Points, steps: int, rounds: int
+) -> dict[str, list[float]]:
     """Seconds per step of BFGS, ours and SciPy's over the same compiled loss, in turns."""
     start, restore = ravel_pytree(poisson.init(0))
 
@@ -99,7 +122,9 @@ def _beside_scipy(where: poisson.Points, steps: int, rounds: int) -> dict[str, l
     tx = hessopt.bfgs()
 
     def ours() -> int:
-        return int(hessopt.minimize(value_fn, start, tx, max_steps=steps, gtol=0.0).steps)
+        return int(
+            hessopt.minimize(value_fn, start, tx, max_steps=steps, gtol=0.0).steps
+        )
 
     def scipys() -> int:
         def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -107,14 +132,20 @@ def _beside_scipy(where: poisson.Points, steps: int, rounds: int) -> dict[str, l
             return float(value), np.asarray(grad)
 
         options = {"gtol": 0.0, "maxiter": steps}
-        return scipy.optimize.minimize(fun, np.asarray(start), jac=True, method="BFGS", options=options).nit
+        return scipy.optimize.minimize(
+            fun, np.asarray(start), jac=True, method="BFGS", options=options
+        ).nit
 
     def gradients() -> int:
         for _ in range(steps):
             value_and_grad(start)[0].block_until_ready()
         return steps
 
-    contenders: dict[str, Callable[[], int]] = {"hessopt": ours, "SciPy": scipys, "one value and gradient": gradients}
+    contenders: dict[str, Callable[[], int]] = {
+        "hessopt": ours,
+        "SciPy": scipys,
+        "one value and gradient": gradients,
+    }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         for name, contender in contenders.items():
@@ -127,7 +158,10 @@ def _beside_scipy(where: poisson.Points, steps: int, rounds: int) -> dict[str, l
 
 def of_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The runs that differ in nothing but the seed, by optimizer."""
-    return {name: [row for row in rows if row["run"].startswith(f"{name}, seed ")] for name in NAMES}
+    return {
+        name: [row for row in rows if row["run"].startswith(f"{name}, seed ")]
+        for name in NAMES
+    }
 
 
 def markdown(record: dict[str, Any]) -> list[str]:
@@ -135,24 +169,48 @@ def markdown(record: dict[str, Any]) -> list[str]:
     rows, beside, sizes = (record[key] for key in ("runs", "seconds per step", "sizes"))
     by_seed = of_seeds(rows)
     seeds, steps = len(by_seed[NAMES[0]]), by_seed[NAMES[0]][0]["steps"]
-    lines = ["The 3-D Poisson problem of `benchmarks/problems/poisson.py`; errors are relative, L2.", ""]
-    lines += [f"## Median of {seeds} seeds, {steps} steps", "", "| | error | loss | gradients per step |"]
+    lines = [
+        "The 3-D Poisson problem of `benchmarks/problems/poisson.py`; errors are relative, L2.",
+        "",
+    ]
+    lines += [
+        f"## Median of {seeds} seeds, {steps} steps",
+        "",
+        "| | error | loss | gradients per step |",
+    ]
     lines += ["|---" + "|---:" * 3 + "|"]
     for name, own in by_seed.items():
-        medians = [np.median([row[key] for row in own]) for key in ("error", "loss", "gradients per step")]
-        lines += [f"| {name} | {medians[0]:.2e} | {medians[1]:.2e} | {medians[2]:.3f} |"]
-    lines += ["", "## Seconds per step, beside SciPy's BFGS over the same compiled loss, in turns", ""]
+        medians = [
+            np.median([row[key] for row in own])
+            for key in ("error", "loss", "gradients per step")
+        ]
+        lines += [
+            f"| {name} | {medians[0]:.2e} | {medians[1]:.2e} | {medians[2]:.3f} |"
+        ]
+    lines += [
+        "",
+        "## Seconds per step, beside SciPy's BFGS over the same compiled loss, in turns",
+        "",
+    ]
     lines += ["| | milliseconds per step | ratio to SciPy |", "|---|---:|---:|"]
     for name, seconds in beside.items():
         ratio = np.median(np.array(seconds) / np.array(beside["SciPy"]))
         lines += [f"| {name} | {1e3 * np.median(seconds):.3g} | {ratio:.2f} |"]
     lines += ["", "## BFGS and L-BFGS by the number of parameters", ""]
-    lines += ["One hidden width each, the same points and seed.", "", *_table(sizes), CONCLUSIONS]
+    lines += [
+        "One hidden width each, the same points and seed.",
+        "",
+        *_table(sizes),
+        CONCLUSIONS,
+    ]
     return [*lines, "## Every run", "", *_table(rows)]
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" + "|---:" * (len(rows[0]) - 1) + "|"]
+    lines = [
+        "| " + " | ".join(rows[0]) + " |",
+        "|---" + "|---:" * (len(rows[0]) - 1) + "|",
+    ]
     for row in rows:
         cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()]
         lines += ["| " + " | ".join(cells) + " |"]
@@ -166,9 +224,18 @@ def _figure(runs: dict[str, Run]) -> Any:
     for name, result in runs.items():
         method, what = name.split(", ")
         label = method if what == "seed 0" else what if what == "float32" else None
-        axis.plot(result.steps, result.errors, color="black" if what == "float32" else colors[method], label=label)
+        axis.plot(
+            result.steps,
+            result.errors,
+            color="black" if what == "float32" else colors[method],
+            label=label,
+        )
     axis.set(
-        xscale="log", yscale="log", xlabel="steps", ylabel="relative L2 error", title="3-D Poisson, PINN 3-32-32-1"
+        xscale="log",
+        yscale="log",
+        xlabel="steps",
+        ylabel="relative L2 error",
+        title="3-D Poisson, PINN 3-32-32-1",
     )
     axis.legend()
     axis.grid(alpha=0.3)

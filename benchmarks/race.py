@@ -18,14 +18,16 @@ TIME_LIMIT = 60.0
 
 
 class Worker:
-    """A process that does one thing at a time, in float64, and is replaced when it does not answer."""
+    """A process that does one thing at a time, in float64, and is replaced when it does
+    not answer."""
 
     def __init__(self) -> None:
         """Start nothing yet."""
         self._process: Any = None
 
     def ask(self, fun: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-        """Return `fun(*args)`, or `{"error": what happened}`; fun is a function of a module."""
+        """Return `fun(*args)`, or `{"error": what happened}`; fun is a function of a
+        module."""
         if self._process is None or not self._process.is_alive():
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
@@ -65,15 +67,20 @@ def _serve(pipe: Any) -> None:
 
 
 def solve(family: str, name: str, solver: str) -> dict[str, Any]:
-    """Run a solver on a problem of `benchmarks.problems.FAMILY`; return what it spent and where it ended."""
-    return ran(importlib.import_module(f"benchmarks.problems.{family}").load(name), solver)[0]
+    """Run a solver on a problem of `benchmarks.problems.FAMILY`; return what it spent
+    and where it ended."""
+    return ran(
+        importlib.import_module(f"benchmarks.problems.{family}").load(name), solver
+    )[0]
 
 
 def ran(problem: Problem, solver: str) -> tuple[dict[str, Any], Any]:
     """What a solver spent and where it ended, and the point itself."""
     from benchmarks.solvers import FOR_MODELS, SOLVERS
 
-    outcome = (SOLVERS | FOR_MODELS)[solver](problem.value_fn, problem.start, problem.gradient)
+    outcome = (SOLVERS | FOR_MODELS)[solver](
+        problem.value_fn, problem.start, problem.gradient
+    )
     spent = {name: what for name, what in outcome._asdict().items() if name != "x"}
     return where(problem, outcome.x) | spent, outcome.x
 

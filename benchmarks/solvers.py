@@ -1,4 +1,5 @@
-"""Minimizers side by side: each is given an objective, a start and a bound on the gradient, and tells what it spent."""
+"""Minimizers side by side: each is given an objective, a start and a bound on the
+gradient, and tells what it spent."""
 
 import time
 from collections.abc import Callable
@@ -26,7 +27,8 @@ class Outcome(NamedTuple):
 
 
 Solver = Callable[[Any, Any, float], Outcome]
-"""`(value_fn, start, bound) -> Outcome`; to stop at `max|g| <= bound`, after 2000 iterations, or on giving up."""
+"""`(value_fn, start, bound) -> Outcome`; to stop at `max|g| <= bound`, after 2000
+iterations, or on giving up."""
 
 
 def _timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -47,11 +49,25 @@ def driven(make: Callable[[], optax.GradientTransformation]) -> Solver:
 
         @jax.jit
         def run(x: Any) -> Any:
-            solution = hessopt.minimize(value_fn, x, tx, max_steps=MAX_ITERATIONS, gtol=gtol)
-            return solution.params, solution.steps, solution.evaluations, solution.termination
+            solution = hessopt.minimize(
+                value_fn, x, tx, max_steps=MAX_ITERATIONS, gtol=gtol
+            )
+            return (
+                solution.params,
+                solution.steps,
+                solution.evaluations,
+                solution.termination,
+            )
 
         (x, steps, evaluations, termination), cold, warm = _timed(lambda: run(start))
-        return Outcome(x, int(steps), int(evaluations), cold, warm, hessopt.Termination(int(termination)).name)
+        return Outcome(
+            x,
+            int(steps),
+            int(evaluations),
+            cold,
+            warm,
+            hessopt.Termination(int(termination)).name,
+        )
 
     return solve
 
@@ -68,25 +84,38 @@ def jaxopt_solver(name: str) -> Solver:
         def run(x: Any) -> Any:
             def goes_on(carry: Any) -> Any:
                 state = carry[1]
-                return (jnp.max(jnp.abs(state.grad)) > bound) & (state.iter_num < MAX_ITERATIONS)
+                return (jnp.max(jnp.abs(state.grad)) > bound) & (
+                    state.iter_num < MAX_ITERATIONS
+                )
 
-            return jax.lax.while_loop(goes_on, lambda carry: tuple(solver.update(*carry)), (x, solver.init_state(x)))
+            return jax.lax.while_loop(
+                goes_on,
+                lambda carry: tuple(solver.update(*carry)),
+                (x, solver.init_state(x)),
+            )
 
         (x, state), cold, warm = _timed(lambda: run(start))
-        said = "failed search" if bool(getattr(state, "failed_linesearch", False)) else ""
-        return Outcome(x, int(state.iter_num), int(state.num_fun_eval), cold, warm, said)
+        said = (
+            "failed search" if bool(getattr(state, "failed_linesearch", False)) else ""
+        )
+        return Outcome(
+            x, int(state.iter_num), int(state.num_fun_eval), cold, warm, said
+        )
 
     return solve
 
 
 def optimistix_solver(name: str) -> Solver:
-    """A solver of optimistix, with the bound on the gradient for its criterion. It evaluates once per step."""
+    """A solver of optimistix, with the bound on the gradient for its criterion. It
+    evaluates once per step."""
 
     def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
         import optimistix
 
         class Bounded(getattr(optimistix, name)):
-            def terminate(self, fn: Any, y: Any, args: Any, options: Any, state: Any, tags: Any) -> Any:
+            def terminate(
+                self, fn: Any, y: Any, args: Any, options: Any, state: Any, tags: Any
+            ) -> Any:
                 flat = jnp.max(jnp.abs(state.f_info.grad)) <= bound
                 return flat & ~state.first_step, optimistix.RESULTS.successful
 
@@ -95,7 +124,11 @@ def optimistix_solver(name: str) -> Solver:
         @jax.jit
         def run(x: Any) -> Any:
             solution = optimistix.minimise(
-                lambda y, _: value_fn(y), solver, x, max_steps=20 * MAX_ITERATIONS, throw=False
+                lambda y, _: value_fn(y),
+                solver,
+                x,
+                max_steps=20 * MAX_ITERATIONS,
+                throw=False,
             )
             return solution.value, solution.stats["num_steps"]
 
@@ -112,16 +145,30 @@ def jax_scipy(value_fn: Any, start: Any, bound: float) -> Outcome:
 
     run = jax.jit(
         lambda x: jax.scipy.optimize.minimize(
-            value_fn, x, method="BFGS", options={"gtol": bound, "maxiter": MAX_ITERATIONS}
+            value_fn,
+            x,
+            method="BFGS",
+            options={"gtol": bound, "maxiter": MAX_ITERATIONS},
         )
     )
     result, cold, warm = _timed(lambda: run(start))
-    return Outcome(result.x, int(result.nit), int(result.nfev), cold, warm, f"status {int(result.status)}")
+    return Outcome(
+        result.x,
+        int(result.nit),
+        int(result.nfev),
+        cold,
+        warm,
+        f"status {int(result.status)}",
+    )
 
 
 def scipy_solver(method: str) -> Solver:
-    """A solver of SciPy over one compiled value and gradient, and a compiled Hessian where it takes one."""
-    options = {"L-BFGS-B": {"ftol": 0.0, "maxcor": 10, "maxfun": 100 * MAX_ITERATIONS}, "Newton-CG": {"xtol": 0.0}}
+    """A solver of SciPy over one compiled value and gradient, and a compiled Hessian
+    where it takes one."""
+    options = {
+        "L-BFGS-B": {"ftol": 0.0, "maxcor": 10, "maxfun": 100 * MAX_ITERATIONS},
+        "Newton-CG": {"xtol": 0.0},
+    }
     second_order = method not in ("BFGS", "L-BFGS-B")
 
     def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
@@ -133,7 +180,8 @@ def scipy_solver(method: str) -> Solver:
             value, grad = compiled(x)
             return float(value), np.asarray(grad)
 
-        # a Hessian changes hands as NumPy's array, and Newton-CG knows no bound on the gradient
+        # a Hessian changes hands as NumPy's array, and Newton-CG knows no bound on the
+        # gradient
         hessian = jax.jit(jax.hessian(value_fn))
         stop = {} if method == "Newton-CG" else {"gtol": bound}
 
@@ -159,7 +207,14 @@ def scipy_solver(method: str) -> Solver:
         cold = time.perf_counter() - began
         began = time.perf_counter()
         result = run()
-        return Outcome(result.x, result.nit, result.nfev, cold, time.perf_counter() - began, str(result.message))
+        return Outcome(
+            result.x,
+            result.nit,
+            result.nfev,
+            cold,
+            time.perf_counter() - began,
+            str(result.message),
+        )
 
     return solve
 
@@ -185,8 +240,12 @@ SOLVERS: dict[str, Solver] = {
 }
 
 FOR_MODELS: dict[str, Solver] = {
-    "hessopt newton, Gauss-Newton": driven(lambda: hessopt.newton(curvature="gauss_newton")),
-    "hessopt trust_region_newton, Gauss-Newton": driven(lambda: hessopt.trust_region_newton(curvature="gauss_newton")),
+    "hessopt newton, Gauss-Newton": driven(
+        lambda: hessopt.newton(curvature="gauss_newton")
+    ),
+    "hessopt trust_region_newton, Gauss-Newton": driven(
+        lambda: hessopt.trust_region_newton(curvature="gauss_newton")
+    ),
     "optax adam": driven(lambda: optax.adam(1e-2)),
 }
 """What needs a `hessopt.composite`, or is no choice for a small hard problem."""

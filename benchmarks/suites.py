@@ -3,23 +3,38 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from benchmarks import beside_torch, cutest, features, gauss_newton, harness, kernels, multistart, pinn, training
+from benchmarks import (
+    beside_torch,
+    cutest,
+    features,
+    gauss_newton,
+    harness,
+    kernels,
+    multistart,
+    pinn,
+    training,
+)
 
 
 class Suite(NamedTuple):
     """What `python -m benchmarks NAME` does."""
 
-    measure: Callable[[bool], tuple[dict[str, Any], Any]]  # quick -> record for JSON, figure
+    # quick -> record for JSON, figure
+    measure: Callable[[bool], tuple[dict[str, Any], Any]]
     markdown: Callable[[dict[str, Any]], list[str]]  # record -> Markdown
 
 
 SUITES = {
     "features": Suite(features.measure, features.markdown),
-    "kernels": Suite(lambda quick: harness.record(kernels.tables(quick)), harness.markdown),
+    "kernels": Suite(
+        lambda quick: harness.record(kernels.tables(quick)), harness.markdown
+    ),
     "cutest": Suite(cutest.measure, cutest.markdown),
     "training": Suite(training.measure, training.markdown),
     "multistart": Suite(multistart.measure, multistart.markdown),
     "pinn": Suite(pinn.measure, pinn.markdown),
     "gauss-newton": Suite(gauss_newton.measure, gauss_newton.markdown),
-    "torch": Suite(lambda quick: harness.record(beside_torch.tables(quick)), harness.markdown),
+    "torch": Suite(
+        lambda quick: harness.record(beside_torch.tables(quick)), harness.markdown
+    ),
 }

@@ -1,8 +1,10 @@
-"""The training suite: real data by what a user would pick, full batch to the minimum and in mini-batches.
+"""The training suite: real data by what a user would pick, full batch to the minimum
+and in mini-batches.
 
-Full batch, every solver starts from the same parameters, in float64, and stops by the same bound on the gradient. In
-mini-batches every optimizer sees the same batches; those that need a rate get the best one of a grid, by their own
-final loss, and those of hessopt get none.
+Full batch, every solver starts from the same parameters, in float64, and stops by the
+same bound on the gradient. In mini-batches every optimizer sees the same batches; those
+that need a rate get the best one of a grid, by their own final loss, and those of
+hessopt get none.
 """
 
 import functools
@@ -29,7 +31,8 @@ from benchmarks import race
 from benchmarks.problems import real
 
 LARGE = 1000
-"""Parameters above which solvers that take all eigenvectors, or the Hessian by `jax.hessian`, are left out."""
+"""Parameters above which solvers that take all eigenvectors, or the Hessian by
+`jax.hessian`, are left out."""
 CUBIC = (
     "hessopt trust_region_newton",
     "hessopt trust_region_newton, Gauss-Newton",
@@ -39,8 +42,13 @@ CUBIC = (
 )
 LOGISTIC = ("lbfgs", "newton-cg", "newton-cholesky")
 EPOCHS, BATCH = 15, 200
-DOCUMENTED = {"SGD": (0.956, 0.2438), "momentum": (0.9928, 0.0413), "Nesterov's momentum": (0.9939, 0.0429)}
-"""Train score and loss of scikit-learn's MLPClassifier on digits, in its "Compare stochastic learning strategies"."""
+DOCUMENTED = {
+    "SGD": (0.956, 0.2438),
+    "momentum": (0.9928, 0.0413),
+    "Nesterov's momentum": (0.9939, 0.0429),
+}
+"""Train score and loss of scikit-learn's MLPClassifier on digits, in its "Compare
+stochastic learning strategies"."""
 
 
 # Full batch
@@ -51,22 +59,31 @@ def full_batch(quick: bool) -> list[dict[str, Any]]:
     from benchmarks.solvers import FOR_MODELS, SOLVERS
 
     tasks = ("breast cancer",) if quick else tuple(real.TASKS)
-    solvers = ("hessopt newton", "hessopt lbfgs", "SciPy L-BFGS-B") if quick else (*SOLVERS, *FOR_MODELS)
+    solvers = (
+        ("hessopt newton", "hessopt lbfgs", "SciPy L-BFGS-B")
+        if quick
+        else (*SOLVERS, *FOR_MODELS)
+    )
     worker, rows = race.Worker(), []
     for task in tasks:
         n = len(real.load(task).start)
         own = [
-            {"problem": task, "solver": solver} | worker.ask(race.solve, "real", task, solver)
+            {"problem": task, "solver": solver}
+            | worker.ask(race.solve, "real", task, solver)
             for solver in solvers
             if n <= LARGE or solver not in CUBIC
         ]
         if real.TASKS[task]().kind == "logistic":
             own += [
-                {"problem": task, "solver": f"scikit-learn {solver}"} | worker.ask(scikit_learn, task, solver)
+                {"problem": task, "solver": f"scikit-learn {solver}"}
+                | worker.ask(scikit_learn, task, solver)
                 for solver in LOGISTIC
             ]
         if importlib.util.find_spec("torch"):
-            own.append({"problem": task, "solver": "torch LBFGS"} | worker.ask(torch_lbfgs, task))
+            own.append(
+                {"problem": task, "solver": "torch LBFGS"}
+                | worker.ask(torch_lbfgs, task)
+            )
         race.judge(own)
         rows += own
         print(task, len(own), "runs", flush=True)
@@ -79,15 +96,21 @@ def scikit_learn(name: str, solver: str) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
 
     task, problem = real.TASKS[name](), real.load(name)
-    model = LogisticRegression(C=1 / (task.l2 * len(task.y)), solver=solver, tol=1e-8, max_iter=2000)
+    model = LogisticRegression(
+        C=1 / (task.l2 * len(task.y)), solver=solver, tol=1e-8, max_iter=2000
+    )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # newton-cholesky falls back, and lbfgs may not reach this tolerance
+        # newton-cholesky falls back, and lbfgs may not reach this tolerance
+        warnings.simplefilter("ignore")
         model.fit(task.x, task.y)
         began = time.perf_counter()
         model.fit(task.x, task.y)
         seconds = time.perf_counter() - began
     x = np.concatenate([model.coef_[0], model.intercept_])
-    return race.where(problem, x) | {"warm_s": seconds, "iterations": int(model.n_iter_[0])}
+    return race.where(problem, x) | {
+        "warm_s": seconds,
+        "iterations": int(model.n_iter_[0]),
+    }
 
 
 def torch_lbfgs(name: str) -> dict[str, Any]:
@@ -95,8 +118,14 @@ def torch_lbfgs(name: str) -> dict[str, Any]:
     torch: Any = importlib.import_module("torch")
     task, problem = real.TASKS[name](), real.load(name)
     x = torch.tensor(task.x)
-    y = torch.tensor(task.y, dtype=torch.float64 if task.kind != "softmax" else torch.int64)
-    shapes = [shape for m, n in zip(task.sizes, task.sizes[1:], strict=False) for shape in ((m, n), (n,))]
+    y = torch.tensor(
+        task.y, dtype=torch.float64 if task.kind != "softmax" else torch.int64
+    )
+    shapes = [
+        shape
+        for m, n in zip(task.sizes, task.sizes[1:], strict=False)
+        for shape in ((m, n), (n,))
+    ]
 
     def run() -> tuple[Any, int]:
         flat = torch.tensor(np.asarray(problem.start), requires_grad=True)
@@ -112,7 +141,12 @@ def torch_lbfgs(name: str) -> dict[str, Any]:
 
         def closure() -> Any:
             optimizer.zero_grad()
-            parts = [p.reshape(s) for p, s in zip(flat.split([int(np.prod(s)) for s in shapes]), shapes, strict=True)]
+            parts = [
+                p.reshape(s)
+                for p, s in zip(
+                    flat.split([int(np.prod(s)) for s in shapes]), shapes, strict=True
+                )
+            ]
             h = x
             for i in range(0, len(parts), 2):
                 h = torch.addmm(parts[i + 1], h, parts[i])
@@ -123,7 +157,9 @@ def torch_lbfgs(name: str) -> dict[str, Any]:
                 data = torch.nn.functional.binary_cross_entropy_with_logits(h[:, 0], y)
             else:
                 data = ((h[:, 0] - y) ** 2).mean()
-            loss = data + 0.5 * task.l2 * sum((kernel**2).sum() for kernel in parts[::2])
+            loss = data + 0.5 * task.l2 * sum(
+                (kernel**2).sum() for kernel in parts[::2]
+            )
             loss.backward()
             return loss
 
@@ -133,7 +169,10 @@ def torch_lbfgs(name: str) -> dict[str, Any]:
     run()
     began = time.perf_counter()
     flat, evaluations = run()
-    return race.where(problem, flat) | {"warm_s": time.perf_counter() - began, "evaluations": evaluations}
+    return race.where(problem, flat) | {
+        "warm_s": time.perf_counter() - began,
+        "evaluations": evaluations,
+    }
 
 
 # Mini-batches
@@ -158,7 +197,10 @@ class MLP(nn.Module):
 
         def dense(width: int, before: int) -> nn.Dense:
             bound = (6 / (width + before)) ** 0.5
-            start = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)  # noqa: E731
+
+            def start(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+                return jax.random.uniform(key, shape, dtype, -bound, bound)
+
             return nn.Dense(width, kernel_init=start, bias_init=start)
 
         return dense(10, 100)(nn.relu(dense(100, 64)(x)))
@@ -176,23 +218,35 @@ class CNN(nn.Module):
 
 
 NETWORKS = (
-    Network("MLP 64-100-10 as scikit-learn's, all 1797 images", MLP(), 1e-4 / BATCH, 0, 5),
+    Network(
+        "MLP 64-100-10 as scikit-learn's, all 1797 images", MLP(), 1e-4 / BATCH, 0, 5
+    ),
     Network("CNN, 1500 images and 297 for testing", CNN(), 1e-4, 297, 3),
 )
 
 TUNED: dict[str, tuple[Callable[[Any], optax.GradientTransformation], float]] = {
     "optax sgd": (lambda rate: optax.sgd(rate), 2.0**-1),
     "optax sgd, momentum": (lambda rate: optax.sgd(rate, momentum=0.9), 2.0**-3),
-    "optax sgd, Nesterov": (lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True), 2.0**-3),
+    "optax sgd, Nesterov": (
+        lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
+        2.0**-3,
+    ),
     "optax adam": (lambda rate: optax.adam(rate), 2.0**-7),
 }
 """With the middle of the grid of their rates, by factors of two."""
 GRID = tuple(2.0**k for k in (-3, -2, -1, 0, 1, 2, 3))
 
-BASES = {"sgd": optax.sgd(1.0), "momentum": optax.sgd(1.0, momentum=0.9), "adam": optax.adam(1.0)}
+BASES = {
+    "sgd": optax.sgd(1.0),
+    "momentum": optax.sgd(1.0, momentum=0.9),
+    "adam": optax.adam(1.0),
+}
 UNTUNED = {
     f"hessopt {method}, {name}": functools.partial(wrap, base)
-    for method, wrap in (("generalized_newton", hessopt.generalized_newton), ("grouped_newton", hessopt.grouped_newton))
+    for method, wrap in (
+        ("generalized_newton", hessopt.generalized_newton),
+        ("grouped_newton", hessopt.grouped_newton),
+    )
     for name, base in BASES.items()
 }
 
@@ -207,17 +261,25 @@ def mini_batches(quick: bool, epochs: int) -> list[dict[str, Any]]:
         untuned = dict(list(UNTUNED.items())[:1]) if quick else UNTUNED
         for name, (make, middle) in tuned.items():
             runs = [
-                _trained(network, make(middle * f), epochs) | {"rate": middle * f} for f in GRID[:: 6 if quick else 1]
+                _trained(network, make(middle * f), epochs) | {"rate": middle * f}
+                for f in GRID[:: 6 if quick else 1]
             ]
-            best = min(runs, key=lambda run: np.nan_to_num(np.median(run["loss"]), nan=np.inf))
+            best = min(
+                runs, key=lambda run: np.nan_to_num(np.median(run["loss"]), nan=np.inf)
+            )
             rows.append({"task": network.title, "optimizer": name} | best)
         for name, make in untuned.items():
-            rows.append({"task": network.title, "optimizer": name, "rate": None} | _trained(network, make(), epochs))
+            rows.append(
+                {"task": network.title, "optimizer": name, "rate": None}
+                | _trained(network, make(), epochs)
+            )
         print(network.title, flush=True)
     return rows
 
 
-def _trained(network: Network, tx: optax.GradientTransformation, epochs: int) -> dict[str, Any]:
+def _trained(
+    network: Network, tx: optax.GradientTransformation, epochs: int
+) -> dict[str, Any]:
     """The loss of the last epoch, and the accuracy after it, one entry for each seed."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
@@ -227,15 +289,21 @@ def _trained(network: Network, tx: optax.GradientTransformation, epochs: int) ->
     tx = optax.with_extra_args_support(tx)
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        losses = optax.softmax_cross_entropy_with_integer_labels(network.model.apply(params, x), y)
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            network.model.apply(params, x), y
+        )
         kernels = [leaf for leaf in jax.tree.leaves(params) if leaf.ndim > 1]
-        return losses.mean() + 0.5 * network.l2 * sum(jnp.sum(kernel**2) for kernel in kernels)
+        return losses.mean() + 0.5 * network.l2 * sum(
+            jnp.sum(kernel**2) for kernel in kernels
+        )
 
     def step(carry: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
         data = {"x": x[batch], "y": y[batch]}
         value, grads = jax.value_and_grad(loss_fn)(params, **data)
-        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss_fn, **data)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss_fn, **data
+        )
         return (optax.apply_updates(params, updates), state), value * len(batch)
 
     def epoch(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
@@ -248,7 +316,9 @@ def _trained(network: Network, tx: optax.GradientTransformation, epochs: int) ->
     def run(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         first, *keys = jax.random.split(jax.random.key(seed), epochs + 1)
         params = network.model.init(first, x[:1])
-        (params, _), losses = jax.lax.scan(epoch, (params, tx.init(params)), jnp.stack(keys))
+        (params, _), losses = jax.lax.scan(
+            epoch, (params, tx.init(params)), jnp.stack(keys)
+        )
         right = jnp.argmax(network.model.apply(params, x), 1) == y
         return losses[-1], right[:count].mean(), right[count:].mean()
 
@@ -258,11 +328,15 @@ def _trained(network: Network, tx: optax.GradientTransformation, epochs: int) ->
     loss, train, test = jax.block_until_ready(program(seeds))
     seconds = time.perf_counter() - began
     lists = {"loss": loss.tolist(), "train accuracy": train.tolist()}
-    return lists | {"test accuracy": test.tolist() if network.held else None, "seconds": seconds}
+    return lists | {
+        "test accuracy": test.tolist() if network.held else None,
+        "seconds": seconds,
+    }
 
 
 def strategies() -> list[dict[str, Any]]:
-    """scikit-learn's MLPClassifier by its own strategies, beside what its documentation says."""
+    """scikit-learn's MLPClassifier by its own strategies, beside what its documentation
+    says."""
     from sklearn.neural_network import MLPClassifier
 
     images, labels = load_digits(return_X_y=True)
@@ -274,12 +348,22 @@ def strategies() -> list[dict[str, Any]]:
     }
     rows = []
     for name, more in options.items():
-        model = MLPClassifier(solver="sgd", learning_rate_init=0.2, max_iter=EPOCHS, random_state=0, **more)
+        model = MLPClassifier(
+            solver="sgd",
+            learning_rate_init=0.2,
+            max_iter=EPOCHS,
+            random_state=0,
+            **more,
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # 15 epochs are not convergence
             model.fit(x, labels)
         score, loss = DOCUMENTED[name]
-        row = {"strategy": name, "score": float(model.score(x, labels)), "loss": float(model.loss_)}
+        row = {
+            "strategy": name,
+            "score": float(model.score(x, labels)),
+            "loss": float(model.loss_),
+        }
         rows.append(row | {"documented score": score, "documented loss": loss})
     return rows
 
@@ -288,7 +372,11 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
     """Run the suite; return the record and the figure."""
     rows = full_batch(quick)
     epochs = 1 if quick else EPOCHS
-    record = {"full batch": rows, "epochs": epochs, "mini-batches": mini_batches(quick, epochs)}
+    record = {
+        "full batch": rows,
+        "epochs": epochs,
+        "mini-batches": mini_batches(quick, epochs),
+    }
     record["scikit-learn"] = strategies()
     return record, _figure(record)
 
@@ -304,15 +392,25 @@ def markdown(record: dict[str, Any]) -> list[str]:
         own = [row for row in rows if row["problem"] == task]
         n = next(row["n"] for row in own if "n" in row)
         lines += ["", f"### {task}, {n} parameters", ""]
-        lines += ["| | gradient reached | above the lowest value | evaluations | seconds | compile s |"]
+        lines += [
+            "| | gradient reached | above the lowest value | evaluations | seconds | compile s |"
+        ]
         lines += ["|---|---|---:|---:|---:|---:|"]
         for row in own:
             if "f" not in row:
                 lines += [f"| {row['solver']} | {row.get('error', '')} | | | | |"]
                 continue
             cells = ["yes" if row["a"] else f"no, {row['g'] / row['bound']:.1e} times"]
-            cells += [f"{row['f'] - row['best']:.1e}", str(row.get("evaluations", "")), f"{row['warm_s']:.2g}"]
-            lines += [f"| {row['solver']} | " + " | ".join([*cells, _number(row.get("compile_s"), ".2g")]) + " |"]
+            cells += [
+                f"{row['f'] - row['best']:.1e}",
+                str(row.get("evaluations", "")),
+                f"{row['warm_s']:.2g}",
+            ]
+            lines += [
+                f"| {row['solver']} | "
+                + " | ".join([*cells, _number(row.get("compile_s"), ".2g")])
+                + " |"
+            ]
     for task in dict.fromkeys(row["task"] for row in record["mini-batches"]):
         own = [row for row in record["mini-batches"] if row["task"] == task]
         lines += ["", f"## Mini-batches: {task}", ""]
@@ -320,16 +418,40 @@ def markdown(record: dict[str, Any]) -> list[str]:
             f"{record['epochs']} epochs in batches of {BATCH}; {len(own[0]['loss'])} seeds: median (worst).",
             "",
         ]
-        lines += ["| | rate, the best of a grid | loss in the last epoch | train accuracy | test accuracy | seconds |"]
+        lines += [
+            "| | rate, the best of a grid | loss in the last epoch | train accuracy | test accuracy | seconds |"
+        ]
         lines += ["|---" + "|---:" * 5 + "|"]
         for row in own:
-            cells = [_number(row["rate"], ".3g", "none"), _worst(row["loss"], max, ".4f")]
-            cells += [_worst(row["train accuracy"], min, ".4f"), _worst(row["test accuracy"], min, ".4f")]
-            lines += [f"| {row['optimizer']} | " + " | ".join([*cells, f"{row['seconds']:.1f}"]) + " |"]
-    lines += ["", "## scikit-learn's MLPClassifier by its own strategies, the same network, epochs and batches", ""]
-    lines += ["| | train score | loss | documented score | documented loss |", "|---" + "|---:" * 4 + "|"]
+            cells = [
+                _number(row["rate"], ".3g", "none"),
+                _worst(row["loss"], max, ".4f"),
+            ]
+            cells += [
+                _worst(row["train accuracy"], min, ".4f"),
+                _worst(row["test accuracy"], min, ".4f"),
+            ]
+            lines += [
+                f"| {row['optimizer']} | "
+                + " | ".join([*cells, f"{row['seconds']:.1f}"])
+                + " |"
+            ]
+    lines += [
+        "",
+        "## scikit-learn's MLPClassifier by its own strategies, the same network, epochs and batches",
+        "",
+    ]
+    lines += [
+        "| | train score | loss | documented score | documented loss |",
+        "|---" + "|---:" * 4 + "|",
+    ]
     for row in record["scikit-learn"]:
-        cells = [f"{row['score']:.4f}", f"{row['loss']:.4f}", f"{row['documented score']}", f"{row['documented loss']}"]
+        cells = [
+            f"{row['score']:.4f}",
+            f"{row['loss']:.4f}",
+            f"{row['documented score']}",
+            f"{row['documented loss']}",
+        ]
         lines += [f"| {row['strategy']} | " + " | ".join(cells) + " |"]
     return lines
 
@@ -338,8 +460,12 @@ def _number(x: float | None, form: str, none: str = "") -> str:
     return none if x is None else format(x, form)
 
 
-def _worst(values: Sequence[float] | None, worst: Callable[..., float], form: str) -> str:
-    return "" if values is None else f"{np.median(values):{form}} ({worst(values):{form}})"
+def _worst(
+    values: Sequence[float] | None, worst: Callable[..., float], form: str
+) -> str:
+    return (
+        "" if values is None else f"{np.median(values):{form}} ({worst(values):{form}})"
+    )
 
 
 def _figure(record: dict[str, Any]) -> Any:
@@ -350,18 +476,43 @@ def _figure(record: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(1, 2, figsize=(14, 7), layout="constrained")
     solvers = list(dict.fromkeys(row["solver"] for row in rows))[::-1]
     for i, task in enumerate(tasks):
-        done = [(row["solver"], row["warm_s"]) for row in rows if row["problem"] == task and row["a"]]
-        axes[0].scatter([s for _, s in done], [solvers.index(name) for name, _ in done], marker="osD^"[i], label=task)
+        done = [
+            (row["solver"], row["warm_s"])
+            for row in rows
+            if row["problem"] == task and row["a"]
+        ]
+        axes[0].scatter(
+            [s for _, s in done],
+            [solvers.index(name) for name, _ in done],
+            marker="osD^"[i],
+            label=task,
+        )
     axes[0].set(yticks=range(len(solvers)), yticklabels=solvers, xscale="log")
-    axes[0].set(xlabel="seconds to the bound on the gradient, compilation not counted", title="full batch, float64")
+    axes[0].set(
+        xlabel="seconds to the bound on the gradient, compilation not counted",
+        title="full batch, float64",
+    )
     names = list(dict.fromkeys(row["optimizer"] for row in batches))[::-1]
     for i, task in enumerate(networks):
         own = [row for row in batches if row["task"] == task]
         for j, row in enumerate(own):
-            losses, place = np.array(row["loss"]), names.index(row["optimizer"]) + 0.15 * (2 * i - 1)
-            axes[1].plot(losses, [place] * len(losses), "os"[i], color=f"C{i}", alpha=0.6, label=None if j else task)
+            losses, place = (
+                np.array(row["loss"]),
+                names.index(row["optimizer"]) + 0.15 * (2 * i - 1),
+            )
+            axes[1].plot(
+                losses,
+                [place] * len(losses),
+                "os"[i],
+                color=f"C{i}",
+                alpha=0.6,
+                label=None if j else task,
+            )
     axes[1].set(yticks=range(len(names)), yticklabels=names, xscale="log")
-    axes[1].set(xlabel="loss in the last epoch", title="mini-batches, rates of optax the best of a grid")
+    axes[1].set(
+        xlabel="loss in the last epoch",
+        title="mini-batches, rates of optax the best of a grid",
+    )
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -1,6 +1,8 @@
-"""Pages made of the repository's own files, and docstrings in the dialect of mkdocstrings.
+"""Pages made of the repository's own files, and docstrings in the dialect of
+mkdocstrings.
 
-mkdocs calls the functions `on_...`; griffe, which reads the source of hessopt, calls `Docstrings`.
+mkdocs calls the functions `on_...`; griffe, which reads the source of hessopt, calls
+`Docstrings`.
 """
 
 import ast
@@ -21,7 +23,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
 SUMMARY = ROOT / "benchmarks" / "RESULTS.md"
 RESULTS = [SUMMARY, *sorted(SUMMARY.parent.glob("results/*/*.png"))]
-PUBLIC = re.findall(r" as (\w+)$", (ROOT / "hessopt" / "__init__.py").read_text(), re.MULTILINE)
+PUBLIC = re.findall(
+    r" as (\w+)$", (ROOT / "hessopt" / "__init__.py").read_text(), re.MULTILINE
+)
 LINKED = {*PUBLIC, "linen.TrainState", "nnx.Optimizer"}
 
 log = logging.getLogger("mkdocs.hooks")
@@ -29,7 +33,10 @@ log = logging.getLogger("mkdocs.hooks")
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Extend the navigation by the examples, the results and the changelog."""
-    examples = [{"Gallery": "examples/index.md"}, *({path.stem: f"examples/{path.stem}.md"} for path in EXAMPLES)]
+    examples = [
+        {"Gallery": "examples/index.md"},
+        *({path.stem: f"examples/{path.stem}.md"} for path in EXAMPLES),
+    ]
     results = str(SUMMARY.relative_to(ROOT))
     config.nav = [
         *(config.nav or []),
@@ -42,14 +49,28 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add README, changelog, examples and results, where their relative links lead to each other."""
-    own = {"index.md": "README.md", "study.md": "docs/study.md", "CHANGELOG.md": "CHANGELOG.md"}
+    """Add README, changelog, examples and results, where their relative links lead to
+    each other."""
+    own = {
+        "index.md": "README.md",
+        "study.md": "docs/study.md",
+        "CHANGELOG.md": "CHANGELOG.md",
+    }
     own = {uri: ROOT / name for uri, name in own.items()}
-    for uri, path in (own | {str(path.relative_to(ROOT)): path for path in RESULTS}).items():
-        wide = "---\nhide: [navigation]\n---\n\n" if uri in own else ""  # a page that has no others beside it
-        content = wide + adapted(path.read_text()) if path.suffix == ".md" else path.read_bytes()
+    for uri, path in (
+        own | {str(path.relative_to(ROOT)): path for path in RESULTS}
+    ).items():
+        # a page that has no others beside it
+        wide = "---\nhide: [navigation]\n---\n\n" if uri in own else ""
+        content = (
+            wide + adapted(path.read_text())
+            if path.suffix == ".md"
+            else path.read_bytes()
+        )
         files.append(File.generated(config, uri, content=content))
-    figures = sorted(path.stem for path in pathlib.Path(config.docs_dir, "figures").glob("*.png"))
+    figures = sorted(
+        path.stem for path in pathlib.Path(config.docs_dir, "figures").glob("*.png")
+    )
     files.append(File.generated(config, "examples/index.md", content=gallery(figures)))
     for path in EXAMPLES:
         page = example(path, figures)
@@ -58,13 +79,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     text = "\n".join(file.content_string for file in files.documentation_pages())
     amiss = set(PUBLIC) ^ set(re.findall(r"^::: hessopt\.(\w+)$", text, re.MULTILINE))
     if amiss:
-        log.warning(f"the names that pages show and those that hessopt has differ in {sorted(amiss)}")
+        log.warning(
+            f"the names that pages show and those that hessopt has differ in {sorted(amiss)}"
+        )
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
-    """Adapt the pages of the guide, which link to the repository's files as it has them."""
-    return markdown if page.file.generated_by or ":::" in markdown else adapted(markdown)
+    """Adapt the pages of the guide, which link to the repository's files as it has
+    them."""
+    return (
+        markdown if page.file.generated_by or ":::" in markdown else adapted(markdown)
+    )
 
 
 def gallery(figures: list[str]) -> str:
@@ -72,17 +98,38 @@ def gallery(figures: list[str]) -> str:
     cards = []
     for path in EXAMPLES:
         name, (summary, *_) = path.stem, described(path)
-        picture = [f"[![](../figures/{name}.png)]({name}.md)"] if name in figures else []
-        cards.append("-   " + "\n\n    ".join([*picture, f"[{name}]({name}.md)", summary.replace("\n", " ")]) + "\n")
-    return "\n".join(["# Examples\n", '<div class="grid cards" markdown>\n', *cards, "</div>\n"])
+        picture = (
+            [f"[![](../figures/{name}.png)]({name}.md)"] if name in figures else []
+        )
+        cards.append(
+            "-   "
+            + "\n\n    ".join(
+                [*picture, f"[{name}]({name}.md)", summary.replace("\n", " ")]
+            )
+            + "\n"
+        )
+    return "\n".join(
+        ["# Examples\n", '<div class="grid cards" markdown>\n', *cards, "</div>\n"]
+    )
 
 
 def example(path: pathlib.Path, figures: list[str]) -> str:
     """The page of an example: what it says of itself, its figures, its source."""
-    pictures = [f"![{name}](../figures/{name}.png)" for name in figures if name.startswith(path.stem)]
+    pictures = [
+        f"![{name}](../figures/{name}.png)"
+        for name in figures
+        if name.startswith(path.stem)
+    ]
     source = textwrap.indent(f"````python\n{path.read_text()}````", "    ")
     front = f"---\nhide: [toc]\n---\n\n# {path.stem}"
-    return "\n\n".join([front, *described(path), *pictures, f'??? quote "examples/{path.name}"\n\n{source}'])
+    return "\n\n".join(
+        [
+            front,
+            *described(path),
+            *pictures,
+            f'??? quote "examples/{path.name}"\n\n{source}',
+        ]
+    )
 
 
 def described(path: pathlib.Path) -> list[str]:
@@ -92,7 +139,8 @@ def described(path: pathlib.Path) -> list[str]:
 
 
 def adapted(text: str) -> str:
-    """Markdown of the repository as a page: links that lead to pages, and names that lead to their reference."""
+    """Markdown of the repository as a page: links that lead to pages, and names that
+    lead to their reference."""
     text = (
         re.sub(r"(\]\((?:\.\./)*examples/\w+)\.py\)", r"\1.md)", text)
         .replace("](docs/", "](")
@@ -111,13 +159,20 @@ def linked(text: str, here: str = "") -> str:
 
     def link(match: re.Match[str]) -> str:
         name = match[1]
-        return f"[{match[0]}][hessopt.{name}]" if name in LINKED and name != here else match[0]
+        return (
+            f"[{match[0]}][hessopt.{name}]"
+            if name in LINKED and name != here
+            else match[0]
+        )
 
-    return re.sub(r"(?<![\[`])`(?:hessopt\.)?((?:\w+\.)?\w+)(?:\([^`]*\))?`(?![\]`])", link, text)
+    return re.sub(
+        r"(?<![\[`])`(?:hessopt\.)?((?:\w+\.)?\w+)(?:\([^`]*\))?`(?![\]`])", link, text
+    )
 
 
 class Docstrings(griffe.Extension):
-    """Reads arguments that share a description, headings of their own, and comments behind fields."""
+    """Reads arguments that share a description, headings of their own, and comments
+    behind fields."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Rewrite the docstrings of all that a package defines."""
@@ -125,7 +180,9 @@ class Docstrings(griffe.Extension):
             if isinstance(thing, griffe.Class):
                 document_fields(thing)
             if thing.docstring and not thing.is_module:
-                text = separated(rearranged(inspect.cleandoc(thing.docstring.value), thing))
+                text = separated(
+                    rearranged(inspect.cleandoc(thing.docstring.value), thing)
+                )
                 thing.docstring.value = linked(text, thing.name)
 
 
@@ -138,35 +195,57 @@ def members(thing: griffe.Object) -> Iterator[griffe.Object]:
 
 
 def document_fields(cls: griffe.Class) -> None:
-    """Add a list of the fields, explained by comments or strings in the source, to the docstring of a class."""
+    """Add a list of the fields, explained by comments or strings in the source, to the
+    docstring of a class."""
     if "__init__" in cls.members:  # the class explains it
         cls.members["__init__"].docstring = None
-    if not cls.docstring or not any(str(base).endswith(("NamedTuple", "IntEnum", "IntFlag")) for base in cls.bases):
+    if not cls.docstring or not any(
+        str(base).endswith(("NamedTuple", "IntEnum", "IntFlag")) for base in cls.bases
+    ):
         return
     items = []
     for name, field in cls.attributes.items():
         comment = re.search(r"  # (.*)$", field.source)
-        explained = field.docstring.value if field.docstring else comment[1] if comment else "see above"
+        explained = (
+            field.docstring.value
+            if field.docstring
+            else comment[1]
+            if comment
+            else "see above"
+        )
         items.append(f"  {name}: {' '.join(explained.split())}")
-    cls.docstring.value = "\n".join([inspect.cleandoc(cls.docstring.value), "", "Attributes:", *items])
+    cls.docstring.value = "\n".join(
+        [inspect.cleandoc(cls.docstring.value), "", "Attributes:", *items]
+    )
 
 
 def rearranged(text: str, thing: griffe.Object) -> str:
-    """Sections by the names that Google style knows, other headings in bold, and the source itself."""
+    """Sections by the names that Google style knows, other headings in bold, and the
+    source itself."""
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
-    head = re.search(r"^Source: .*", thing.module.docstring.value if thing.module.docstring else "", re.M | re.S)
+    head = re.search(
+        r"^Source: .*",
+        thing.module.docstring.value if thing.module.docstring else "",
+        re.M | re.S,
+    )
     if head:
         text = text.replace("Source: see the head of this file.", head[0])
-    return re.sub(r"^((?:Cost|Source)\b[^:\n]*:) ", r"**\1** ", text, flags=re.MULTILINE)
+    return re.sub(
+        r"^((?:Cost|Source)\b[^:\n]*:) ", r"**\1** ", text, flags=re.MULTILINE
+    )
 
 
 def separated(text: str) -> str:
     """Give each of several arguments that share a description a copy of it."""
 
     def copies(match: re.Match[str]) -> str:
-        return "\n".join(f"  {name}: {match[2]}" for name in re.split(r",\s*", match[1]))
+        return "\n".join(
+            f"  {name}: {match[2]}" for name in re.split(r",\s*", match[1])
+        )
 
     head, heading, rest = text.partition("Args:\n")
     args, blank, rest = rest.partition("\n\n")
-    args = re.sub(r"^  (\w+(?:,\s*\w+)+): (.*(?:\n    .*)*)", copies, args, flags=re.MULTILINE)
+    args = re.sub(
+        r"^  (\w+(?:,\s*\w+)+): (.*(?:\n    .*)*)", copies, args, flags=re.MULTILINE
+    )
     return head + heading + args + blank + rest

@@ -1,10 +1,11 @@
 """Train a digit classifier with second-order and first-order optimizers, side by side.
 
-An MLP (64-32-10, tanh, softmax cross-entropy with a small L2 penalty) learns scikit-learn's digits from 1500 images,
-full batch, and is tested on the 297 others. Every optimizer starts from the same parameters and gets the same time;
-compilation is not counted. The table shows where each one ends and how soon it reaches the loss at which Adam ends,
-and the line below it names the winner; the figure shows how far each loss is above the lowest one reached, against
-steps and against seconds.
+An MLP (64-32-10, tanh, softmax cross-entropy with a small L2 penalty) learns
+scikit-learn's digits from 1500 images, full batch, and is tested on the 297 others.
+Every optimizer starts from the same parameters and gets the same time; compilation is
+not counted. The table shows where each one ends and how soon it reaches the loss at
+which Adam ends, and the line below it names the winner; the figure shows how far each
+loss is above the lowest one reached, against steps and against seconds.
 
     python examples/digits.py                                  # ten optimizers, under two minutes on two cores
     python examples/digits.py --all                            # all of them, about three minutes
@@ -57,10 +58,13 @@ def model_fn(params: Any, x: jax.Array) -> tuple[Any, Any]:
 
 
 def penalised_cross_entropy(outputs: tuple[jax.Array, Any], y: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy and `L2/2 |params|^2`; convex in logits and parameters."""
+    """Mean softmax cross-entropy and `L2/2 |params|^2`; convex in logits and
+    parameters."""
     logits, params = outputs
     data_term = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-    return data_term + 0.5 * L2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+    return data_term + 0.5 * L2 * sum(
+        jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)
+    )
 
 
 loss_fn = hessopt.composite(model_fn, penalised_cross_entropy)
@@ -84,10 +88,14 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
         hessopt.scale_by_wolfe_linesearch(),
     ),
     "gen-newton-sgd": lambda: hessopt.generalized_newton(optax.sgd(1.0)),
-    "gen-newton-momentum": lambda: hessopt.generalized_newton(optax.sgd(1.0, momentum=0.9)),
+    "gen-newton-momentum": lambda: hessopt.generalized_newton(
+        optax.sgd(1.0, momentum=0.9)
+    ),
     "gen-newton-adam": lambda: hessopt.generalized_newton(optax.adam(1.0)),
     "grouped-newton-sgd": lambda: hessopt.grouped_newton(optax.sgd(1.0)),
-    "grouped-newton-momentum": lambda: hessopt.grouped_newton(optax.sgd(1.0, momentum=0.9)),
+    "grouped-newton-momentum": lambda: hessopt.grouped_newton(
+        optax.sgd(1.0, momentum=0.9)
+    ),
     "grouped-newton-adam": lambda: hessopt.grouped_newton(optax.adam(1.0)),
 }
 
@@ -111,7 +119,11 @@ FAMILIES = {
     "tab:red": ("newton", "newton-layers", "newton-gauss", "newton-subsampled"),
     "tab:green": ("newton-cg", "trust-region-cg", "newton-cg-gauss"),
     "darkorange": ("gen-newton-adam", "gen-newton-sgd", "gen-newton-momentum"),
-    "tab:purple": ("grouped-newton-adam", "grouped-newton-sgd", "grouped-newton-momentum"),
+    "tab:purple": (
+        "grouped-newton-adam",
+        "grouped-newton-sgd",
+        "grouped-newton-momentum",
+    ),
 }
 STYLES = ("-", "--", ":", "-.")
 LOOKS = {
@@ -121,11 +133,13 @@ LOOKS = {
 }
 """Lines of the figure: a colour for each family, a style for each of its members."""
 
-FLOOR = 1e-7  # of the figure: the lowest loss itself is at zero, which a logarithm cannot show
+# of the figure: the lowest loss itself is at zero, which a logarithm cannot show
+FLOOR = 1e-7
 
 
 class Run(NamedTuple):
-    """One training run; `losses` and `seconds` have one entry per step and one for the end."""
+    """One training run; `losses` and `seconds` have one entry per step and one for the
+    end."""
 
     losses: list[float]
     seconds: list[float]
@@ -134,28 +148,45 @@ class Run(NamedTuple):
 
 
 def gradients_of_step(opt_state: Any) -> int:
-    """Gradients that the last step evaluated: one per trial of a line search, of which the last is reused, else one.
+    """Gradients that the last step evaluated: one per trial of a line search, of which
+    the last is reused, else one.
 
     A product with the Hessian counts as two.
     """
     found = hessopt.diagnostics(opt_state)
     products = found.get("newton_cg.products", found.get("trust_region.products", 0))
-    return int(found.get("linesearch.trials", found.get("zoom_linesearch.num_linesearch_steps", 1))) + 2 * int(products)
+    return int(
+        found.get(
+            "linesearch.trials", found.get("zoom_linesearch.num_linesearch_steps", 1)
+        )
+    ) + 2 * int(products)
 
 
-def train(name: str, data: tuple[jax.Array, ...], seed: int, max_steps: int, max_seconds: float, bar: tqdm) -> Run:
+def train(
+    name: str,
+    data: tuple[jax.Array, ...],
+    seed: int,
+    max_steps: int,
+    max_seconds: float,
+    bar: tqdm,
+) -> Run:
     """Train with one optimizer until its time or its steps are used up."""
     x, y, x_test, y_test = data
     state = TrainState.create(
-        apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(seed), x[:1]), tx=OPTIMIZERS[name]()
+        apply_fn=MODEL.apply,
+        params=MODEL.init(jax.random.key(seed), x[:1]),
+        tx=OPTIMIZERS[name](),
     )
     objective = loss_fn.close(x, y)
     value_and_grad = hessopt.value_and_grad_from_state(objective)
 
     @jax.jit
     def step(state: TrainState) -> tuple[TrainState, jax.Array]:
-        value, grads = value_and_grad(state.params, state=state.opt_state)  # full batch: what a search found is valid
-        return state.apply_gradients(grads=grads, value=value, value_fn=objective), value
+        # full batch: what a search found is valid
+        value, grads = value_and_grad(state.params, state=state.opt_state)
+        return state.apply_gradients(
+            grads=grads, value=value, value_fn=objective
+        ), value
 
     evaluate = jax.jit(objective)
     bar.set_postfix_str("compiles")
@@ -164,7 +195,10 @@ def train(name: str, data: tuple[jax.Array, ...], seed: int, max_steps: int, max
 
     losses, seconds, gradients, before = [], [], 1, bar.n
     start = time.perf_counter()
-    while len(losses) < max_steps and (elapsed := time.perf_counter() - start) < max_seconds:
+    while (
+        len(losses) < max_steps
+        and (elapsed := time.perf_counter() - start) < max_seconds
+    ):
         state, loss = step(state)
         losses.append(float(loss))
         seconds.append(elapsed)
@@ -180,11 +214,17 @@ def train(name: str, data: tuple[jax.Array, ...], seed: int, max_steps: int, max
 
 
 def train_all(
-    names: list[str], data: tuple[jax.Array, ...], seed: int, max_steps: int, max_seconds: float
+    names: list[str],
+    data: tuple[jax.Array, ...],
+    seed: int,
+    max_steps: int,
+    max_seconds: float,
 ) -> dict[str, Run]:
-    """Train with one optimizer after the other; a terminal shows a bar, and a line follows each of them anywhere."""
+    """Train with one optimizer after the other; a terminal shows a bar, and a line
+    follows each of them anywhere."""
     runs, shape = {}, "{desc} {percentage:3.0f}%|{bar}|{postfix}"
-    total = len(names) * round(1000 * max_seconds)  # milliseconds: whole numbers add up without rounding
+    # milliseconds: whole numbers add up without rounding
+    total = len(names) * round(1000 * max_seconds)
     with tqdm(total=total, bar_format=shape, disable=None, leave=False) as bar:
         for number, name in enumerate(names, start=1):
             start = time.perf_counter()
@@ -202,21 +242,38 @@ def train_all(
 def print_table(runs: dict[str, Run]) -> None:
     """One line per optimizer."""
     target = runs["adam"].losses[-1] if "adam" in runs else None
-    titles = ("optimizer", "final loss", "test accuracy", "steps", "gradients", "seconds", "s to Adam's loss")
+    titles = (
+        "optimizer",
+        "final loss",
+        "test accuracy",
+        "steps",
+        "gradients",
+        "seconds",
+        "s to Adam's loss",
+    )
     print(("{:>23}" + " {:>13}" * 5 + " {:>17}").format(*titles))
     for name, run in runs.items():
-        reached = [s for s, loss in zip(run.seconds, run.losses, strict=True) if target is not None and loss <= target]
+        reached = [
+            s
+            for s, loss in zip(run.seconds, run.losses, strict=True)
+            if target is not None and loss <= target
+        ]
         print(
             f"{name:>23} {run.losses[-1]:13.6f} {run.accuracy:13.4f} {len(run.losses) - 1:13d} {run.gradients:13d} "
             f"{run.seconds[-1]:13.1f} {f'{reached[0]:.1f}' if reached else '-':>17}"
         )
     print(winner(runs))
-    print("A Newton step also forms the Hessian (about as much work as 2 gradients per parameter, done in chunks).")
-    print("A step that measures a rate also costs about one further gradient (gen-newton) or more (grouped-newton).")
+    print(
+        "A Newton step also forms the Hessian (about as much work as 2 gradients per parameter, done in chunks)."
+    )
+    print(
+        "A step that measures a rate also costs about one further gradient (gen-newton) or more (grouped-newton)."
+    )
 
 
 def winner(runs: dict[str, Run]) -> str:
-    """Who ends at the lowest training loss, and who recognises most of the images held out."""
+    """Who ends at the lowest training loss, and who recognises most of the images held
+    out."""
     first = min(runs, key=lambda name: np.nan_to_num(runs[name].losses[-1], nan=np.inf))
     highest = max(run.accuracy for run in runs.values())
     best = " and ".join(name for name, run in runs.items() if run.accuracy == highest)
@@ -229,12 +286,19 @@ def winner(runs: dict[str, Run]) -> str:
 def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
     """Loss above the lowest one reached by any run, against steps and against seconds."""
     lowest = np.nanmin(np.concatenate([run.losses for run in runs.values()]))
-    figure, axes = plt.subplots(1, 2, figsize=(14, 5.5), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, 2, figsize=(14, 5.5), sharey=True, layout="constrained"
+    )
     for name, run in runs.items():
         excess = np.maximum(np.array(run.losses) - lowest, FLOOR)
         axes[0].plot(np.arange(1, len(excess) + 1), excess, label=name, **LOOKS[name])
         axes[1].plot(run.seconds, excess, label=name, **LOOKS[name])
-    axes[0].set(xscale="log", yscale="log", xlabel="steps", ylabel=f"loss above the lowest one reached, or {FLOOR:g}")
+    axes[0].set(
+        xscale="log",
+        yscale="log",
+        xlabel="steps",
+        ylabel=f"loss above the lowest one reached, or {FLOOR:g}",
+    )
     axes[1].set(xlabel="seconds, compilation not counted")
     for ax in axes:
         ax.grid(alpha=0.3)
@@ -246,15 +310,20 @@ def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
 
 
 def label_ends(ax: Axes) -> None:
-    """Write the name of each line to the right of the axes, as near to the height of its end as the others allow."""
+    """Write the name of each line to the right of the axes, as near to the height of
+    its end as the others allow."""
     ax.autoscale_view()  # what follows is in fractions of the axes
     lines = list(ax.lines)  # before those that lead to the names are added
     points = [np.transpose(line.get_data())[-1] for line in lines]
-    ends = np.nan_to_num(ax.transAxes.inverted().transform(ax.transData.transform(points)), nan=1.0)
+    ends = np.nan_to_num(
+        ax.transAxes.inverted().transform(ax.transData.transform(points)), nan=1.0
+    )
     order = np.argsort(ends[:, 1], kind="stable")
     gaps = np.arange(len(order)) * min(0.05, 1 / len(order))
     # the nearest heights that far apart: less the gaps, they only have to increase
-    heights = gaps + isotonic_regression(ends[order, 1] - gaps, y_min=0.0, y_max=1.0 - gaps[-1])
+    heights = gaps + isotonic_regression(
+        ends[order, 1] - gaps, y_min=0.0, y_max=1.0 - gaps[-1]
+    )
     for index, height in zip(order, heights, strict=True):
         line, (x, y) = lines[index], ends[index]
         look = {"color": line.get_color(), "transform": ax.transAxes, "clip_on": False}
@@ -265,21 +334,38 @@ def label_ends(ax: Axes) -> None:
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=STORY, metavar="NAME")
-    which.add_argument("--all", action="store_true", help=f"all {len(OPTIMIZERS)} optimizers")
-    parser.add_argument("--steps", type=int, default=100_000, help="most steps per optimizer")
+    which.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=STORY, metavar="NAME"
+    )
+    which.add_argument(
+        "--all", action="store_true", help=f"all {len(OPTIMIZERS)} optimizers"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100_000, help="most steps per optimizer"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="time per optimizer")
     parser.add_argument("--seed", type=int, default=0, help="of the initial parameters")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"), help="folder for the figure")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("figures"),
+        help="folder for the figure",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps only, to see that it runs"
+    )
     args = parser.parse_args()
     if args.quick:
         args.steps, args.seconds = min(args.steps, 3), min(args.seconds, 5.0)
 
     x, y = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split((x / 16).astype(np.float32), y, train_size=1500, stratify=y, random_state=0)
+    x, x_test, y, y_test = train_test_split(
+        (x / 16).astype(np.float32), y, train_size=1500, stratify=y, random_state=0
+    )
     data = tuple(map(jnp.asarray, (x, y, x_test, y_test)))
     names = list(OPTIMIZERS) if args.all else list(dict.fromkeys(args.optimizers))
     runs = train_all(names, data, args.seed, args.steps, args.seconds)

@@ -1,9 +1,11 @@
-"""Train a Flax linen network with BatchNorm and Dropout by a learning rate that finds itself.
+"""Train a Flax linen network with BatchNorm and Dropout by a learning rate that finds
+itself.
 
-A CNN learns scikit-learn's digits in mini-batches. `hessopt.linen.TrainState` hands the objective to the optimizer,
-keeps BatchNorm's running statistics, and gives every evaluation the gradient's dropout mask. The lines tell, epoch by
-epoch, the loss, the rates that grouped Newton has found for the first and the last tensor, and the accuracy on 297 test
-images.
+A CNN learns scikit-learn's digits in mini-batches. `hessopt.linen.TrainState` hands the
+objective to the optimizer, keeps BatchNorm's running statistics, and gives every
+evaluation the gradient's dropout mask. The lines tell, epoch by epoch, the loss, the
+rates that grouped Newton has found for the first and the last tensor, and the accuracy
+on 297 test images.
 
     python examples/flax_linen.py
 """
@@ -40,21 +42,35 @@ MODEL = CNN()
 
 def loss_fn(params: Any, x: Any, y: Any, *, collections: Any, rngs: Any) -> Any:
     """Cross-entropy, and the new running statistics."""
-    logits, new = MODEL.apply({"params": params, **collections}, x, train=True, rngs=rngs, mutable=["batch_stats"])
+    logits, new = MODEL.apply(
+        {"params": params, **collections},
+        x,
+        train=True,
+        rngs=rngs,
+        mutable=["batch_stats"],
+    )
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
 
 
 @jax.jit
 def step(state: TrainState, x: Any, y: Any, key: jax.Array) -> Any:
     """One step, with masks of its own."""
-    return state.step_with(loss_fn, x, y, rngs={"dropout": jax.random.fold_in(key, state.step)})
+    return state.step_with(
+        loss_fn, x, y, rngs={"dropout": jax.random.fold_in(key, state.step)}
+    )
 
 
 def main() -> None:
     """Train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--quick", action="store_true", help="one epoch on few images, to see that it runs")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one epoch on few images, to see that it runs",
+    )
     args = parser.parse_args()
     epochs, count = (1, 300) if args.quick else (args.epochs, 1500)
     images, labels = load_digits(return_X_y=True)
@@ -63,7 +79,10 @@ def main() -> None:
     variables = MODEL.init(jax.random.key(0), images[:1], train=False)
     tx = hessopt.grouped_newton(optax.sgd(1.0, momentum=0.9))
     state = TrainState.create(
-        apply_fn=MODEL.apply, params=variables["params"], tx=tx, collections={"batch_stats": variables["batch_stats"]}
+        apply_fn=MODEL.apply,
+        params=variables["params"],
+        tx=tx,
+        collections={"batch_stats": variables["batch_stats"]},
     )
     rng, key = np.random.default_rng(0), jax.random.key(1)
     for epoch in range(epochs):
@@ -71,7 +90,9 @@ def main() -> None:
         for batch in np.split(rng.permutation(count), count // 100):
             state, value, _ = step(state, images[batch], labels[batch], key)
             losses.append(float(value))
-        logits = MODEL.apply({"params": state.params, **state.collections}, images[1500:], train=False)
+        logits = MODEL.apply(
+            {"params": state.params, **state.collections}, images[1500:], train=False
+        )
         accuracy = jnp.mean(jnp.argmax(jnp.asarray(logits), axis=1) == labels[1500:])
         rates = [x for name, x in hessopt.diagnostics(state).items() if "rate" in name]
         print(

@@ -1,9 +1,10 @@
 """Train a Flax NNX network by L-BFGS on the whole data, with its first half frozen.
 
-An MLP with BatchNorm learns scikit-learn's breast cancer data; only its last layers are trained, from features that an
-untrained layer makes. `hessopt.nnx.Optimizer` takes the model as it is: the line search evaluates copies of it, running
-statistics are updated once a step, and the frozen layer does not change by one bit. The lines tell the loss and the
-accuracy on the test data.
+An MLP with BatchNorm learns scikit-learn's breast cancer data; only its last layers are
+trained, from features that an untrained layer makes. `hessopt.nnx.Optimizer` takes the
+model as it is: the line search evaluates copies of it, running statistics are updated
+once a step, and the frozen layer does not change by one bit. The lines tell the loss
+and the accuracy on the test data.
 
     python examples/flax_nnx.py
 """
@@ -38,16 +39,25 @@ class MLP(nnx.Module):
         return self.last(jnp.tanh(self.hidden(x)))
 
 
-TRAINED = nnx.All(nnx.Param, nnx.Any(nnx.PathContains("hidden"), nnx.PathContains("last")))
+TRAINED = nnx.All(
+    nnx.Param, nnx.Any(nnx.PathContains("hidden"), nnx.PathContains("last"))
+)
 
 
 @nnx.jit
-def step(model: MLP, optimizer: hessopt.nnx.Optimizer, x: jax.Array, y: jax.Array) -> jax.Array:
+def step(
+    model: MLP, optimizer: hessopt.nnx.Optimizer, x: jax.Array, y: jax.Array
+) -> jax.Array:
     """One step; the model and the optimizer change in place."""
 
     def loss_fn(model: MLP) -> jax.Array:
-        weights = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(nnx.state(model, TRAINED)))
-        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean() + 1e-3 * weights
+        weights = sum(
+            jnp.sum(leaf**2) for leaf in jax.tree.leaves(nnx.state(model, TRAINED))
+        )
+        return (
+            optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+            + 1e-3 * weights
+        )
 
     value, grads = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, TRAINED))(model)
     optimizer.update(model, grads, value=value, loss_fn=loss_fn)
@@ -56,13 +66,19 @@ def step(model: MLP, optimizer: hessopt.nnx.Optimizer, x: jax.Array, y: jax.Arra
 
 def main() -> None:
     """Train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps, to see that it runs"
+    )
     args = parser.parse_args()
     x, y = load_breast_cancer(return_X_y=True)
     x = ((x - x.mean(0)) / x.std(0)).astype(np.float32)
-    x_train, x_test, y_train, y_test = (jnp.asarray(a) for a in train_test_split(x, y, test_size=0.3, random_state=0))
+    x_train, x_test, y_train, y_test = (
+        jnp.asarray(a) for a in train_test_split(x, y, test_size=0.3, random_state=0)
+    )
 
     model = MLP(nnx.Rngs(0))
     optimizer = hessopt.nnx.Optimizer(model, hessopt.lbfgs(), wrt=TRAINED)
@@ -72,7 +88,9 @@ def main() -> None:
         if count % 10 == 9 or args.quick:
             model.eval()
             accuracy = jnp.mean(jnp.argmax(model(x_test), axis=1) == y_test)
-            print(f"step {count + 1:3d}  loss {float(value):.5f}  test accuracy {float(accuracy):.3f}")
+            print(
+                f"step {count + 1:3d}  loss {float(value):.5f}  test accuracy {float(accuracy):.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""Train on iris with Newton steps for randomly drawn layers, on the full batch and on minibatches.
+"""Train on iris with Newton steps for randomly drawn layers, on the full batch and on
+minibatches.
 
-A network 4-15-10-3 (tanh, softmax cross-entropy with a small L2 penalty). At every step each layer gets the direction
-of damped Newton (with the Gauss-Newton matrix) with probability p, else its gradient; a rate of 0.3 follows, or a Wolfe
-search. The maps show where training ends, over p and the damping lambda; the curves show the best settings beside SGD
-and Adam at the best of five rates. On the full batch lambda wants to be small, and a part of the layers is enough:
-medians of 0.0064 at p = 1/2 with the search and 0.0067 at p = 1 without (some seeds diverge there), where Adam ends at
-0.027 and SGD at 0.043. On minibatches of 15 the same lambda ends at 0.18 at best, and without the search most runs
-diverge; with lambda = 1 Newton ends at 0.052, SGD at 0.056, Adam at 0.047.
+A network 4-15-10-3 (tanh, softmax cross-entropy with a small L2 penalty). At every step
+each layer gets the direction of damped Newton (with the Gauss-Newton matrix) with
+probability p, else its gradient; a rate of 0.3 follows, or a Wolfe search. The maps
+show where training ends, over p and the damping lambda; the curves show the best
+settings beside SGD and Adam at the best of five rates. On the full batch lambda wants
+to be small, and a part of the layers is enough: medians of 0.0064 at p = 1/2 with the
+search and 0.0067 at p = 1 without (some seeds diverge there), where Adam ends at 0.027
+and SGD at 0.043. On minibatches of 15 the same lambda ends at 0.18 at best, and without
+the search most runs diverge; with lambda = 1 Newton ends at 0.052, SGD at 0.056, Adam
+at 0.047.
 
-The last column shows what batches do to the step, at a fixed point early in training. Gradients and matrices of batches
-have no bias, but steps have: the mean of (H_B + lambda I)^-1 g_B over batches B of 15 is off the step of the full batch
-by 53% for lambda = 0.001, 21% for 0.1 and 10% for 1. With the gradient g of all flowers, so that only the inverse is of
-the batch, it is off by 262%, 8% and 0.8%. Twice the batch has about half the bias; damping lowers it, too.
+The last column shows what batches do to the step, at a fixed point early in training.
+Gradients and matrices of batches have no bias, but steps have: the mean of (H_B +
+lambda I)^-1 g_B over batches B of 15 is off the step of the full batch by 53% for
+lambda = 0.001, 21% for 0.1 and 10% for 1. With the gradient g of all flowers, so that
+only the inverse is of the batch, it is off by 262%, 8% and 0.8%. Twice the batch has
+about half the bias; damping lowers it, too.
 
     python -m examples.iris_subsampled_newton                            # about 2 minutes
     python -m examples.iris_subsampled_newton --seeds 9 --samples 900
@@ -82,8 +88,11 @@ Data = dict[str, jax.Array]
 """What the loss takes, by name: x `(batch, 4)`, y `(batch,)`."""
 
 
-def drawn_layers(probability: Any, damping: Any, seed: Any) -> optax.GradientTransformation:
-    """Newton's direction for layers drawn with a probability, the gradient for the others."""
+def drawn_layers(
+    probability: Any, damping: Any, seed: Any
+) -> optax.GradientTransformation:
+    """Newton's direction for layers drawn with a probability, the gradient for the
+    others."""
     newton = hessopt.scale_by_newton(damping, curvature="gauss_newton")
     return hessopt.subsampled(newton, probability=probability, seed=seed)
 
@@ -108,7 +117,8 @@ class Sweep(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """How far mean Newton steps of random batches are from the full batch's, in units of it; each `(sizes, dampings)`.
+    """How far mean Newton steps of random batches are from the full batch's, in units
+    of it; each `(sizes, dampings)`.
 
     Step of a batch B: `(H_B + damping I)^-1 g`, layer by layer.
     """
@@ -118,8 +128,11 @@ class Bias(NamedTuple):
 
 
 def minibatches(key: jax.Array, size: int, epochs: int) -> jax.Array:
-    """Indices `(steps, size)` of the batches of some epochs, each in an order of its own."""
-    orders = jax.vmap(lambda key: jax.random.permutation(key, FLOWERS))(jax.random.split(key, epochs))
+    """Indices `(steps, size)` of the batches of some epochs, each in an order of its
+    own."""
+    orders = jax.vmap(lambda key: jax.random.permutation(key, FLOWERS))(
+        jax.random.split(key, epochs)
+    )
     return orders.reshape(-1, size)
 
 
@@ -128,20 +141,35 @@ def rows(data: Data, batch: jax.Array) -> Data:
     return {name: array[batch] for name, array in data.items()}
 
 
-def train(tx: optax.GradientTransformation, data: Data, seed: jax.Array, size: int, epochs: int) -> jax.Array:
+def train(
+    tx: optax.GradientTransformation,
+    data: Data,
+    seed: jax.Array,
+    size: int,
+    epochs: int,
+) -> jax.Array:
     """Train, and return the loss on all flowers after every step."""
     params_key, batches_key = jax.random.split(jax.random.key(seed))
-    params, tx = MODEL.init(params_key, data["x"][:1]), optax.with_extra_args_support(tx)
+    params, tx = (
+        MODEL.init(params_key, data["x"][:1]),
+        optax.with_extra_args_support(tx),
+    )
 
-    def step(carry: tuple[Any, Any], batch: jax.Array) -> tuple[tuple[Any, Any], jax.Array]:
+    def step(
+        carry: tuple[Any, Any], batch: jax.Array
+    ) -> tuple[tuple[Any, Any], jax.Array]:
         params, state = carry
         of_batch = rows(data, batch)
         value, grad = jax.value_and_grad(loss_fn)(params, **of_batch)
-        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss_fn, **of_batch)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss_fn, **of_batch
+        )
         params = optax.apply_updates(params, updates)
         return (params, state), loss_fn(params, **data)
 
-    return jax.lax.scan(step, (params, tx.init(params)), minibatches(batches_key, size, epochs))[1]
+    return jax.lax.scan(
+        step, (params, tx.init(params)), minibatches(batches_key, size, epochs)
+    )[1]
 
 
 def sweep(
@@ -155,32 +183,47 @@ def sweep(
 ) -> Sweep:
     """Train with `method(*setting, seed)` for every setting of a grid and every seed.
 
-    One after another, in one program: `vmap` would run both branches for every layer, drawn or not.
+    One after another, in one program: `vmap` would run both branches for every layer,
+      drawn or not.
     """
-    settings = [jnp.array(column) for column in zip(*itertools.product(*grid, range(seeds)), strict=True)]
-    run = jax.jit(lambda settings: jax.lax.map(lambda s: train(method(*s), data, s[-1], size, epochs), settings))
+    settings = [
+        jnp.array(column)
+        for column in zip(*itertools.product(*grid, range(seeds)), strict=True)
+    ]
+    run = jax.jit(
+        lambda settings: jax.lax.map(
+            lambda s: train(method(*s), data, s[-1], size, epochs), settings
+        )
+    )
     return Sweep(grid, np.asarray(run(settings)).reshape(*map(len, grid), seeds, -1))
 
 
 def finals(found: Sweep) -> np.ndarray:
-    """Return the loss at the end, of every setting; the median of the seeds, infinite where they diverge."""
+    """Return the loss at the end, of every setting; the median of the seeds, infinite
+    where they diverge."""
     ends = np.nan_to_num(found.losses[..., -LAST:].mean(-1), nan=np.inf)
     return np.median(ends, axis=-1)
 
 
 def best(found: Sweep) -> tuple[int, ...]:
     """Return the indices of the setting that ends lowest."""
-    return tuple(int(i) for i in np.unravel_index(np.argmin(finals(found)), finals(found).shape))
+    return tuple(
+        int(i) for i in np.unravel_index(np.argmin(finals(found)), finals(found).shape)
+    )
 
 
 def measure_bias(data: Data, samples: int) -> Bias:
-    """Average the Newton steps of random batches of each size, at a point early in training.
+    """Average the Newton steps of random batches of each size, at a point early in
+    training.
 
-    The batches are those of whole epochs, so that their gradients average to that of the full batch, and their matrices
-    to its matrix. What remains is due to the inverse, and with a batch's own gradient to the two together.
+    The batches are those of whole epochs, so that their gradients average to that of
+    the full batch, and their matrices to its matrix. What remains is due to the
+    inverse, and with a batch's own gradient to the two together.
     """
     start = MODEL.init(jax.random.key(0), data["x"][:1])
-    params = hessopt.minimize(loss_fn, start, optax.sgd(0.3), data=data, max_steps=30).params
+    params = hessopt.minimize(
+        loss_fn, start, optax.sgd(0.3), data=data, max_steps=30
+    ).params
 
     def gradient(of_batch: Data) -> list[jax.Array]:
         grads = jax.grad(loss_fn)(params, **of_batch)
@@ -189,22 +232,37 @@ def measure_bias(data: Data, samples: int) -> Bias:
     def step(batch: jax.Array) -> jax.Array:
         of_batch = rows(data, batch)
         objective = loss_fn.close(**of_batch)
-        matrices = hessopt.hessian(objective, params, blocks="layer", curvature="gauss_newton")
+        matrices = hessopt.hessian(
+            objective, params, blocks="layer", curvature="gauss_newton"
+        )
         assert isinstance(matrices, dict)
         every = zip(matrices.values(), gradient(of_batch), gradient(data), strict=True)
-        return jnp.concatenate([damped(H, jnp.stack([own, full], axis=1)) for H, own, full in every], axis=1)
+        return jnp.concatenate(
+            [damped(H, jnp.stack([own, full], axis=1)) for H, own, full in every],
+            axis=1,
+        )
 
     def damped(H: jax.Array, g: jax.Array) -> jax.Array:  # (dampings, rows of H, 2)
-        # no vmap: in jaxlib 0.10, on two cores, batched factorisations of several matrices can wait for each other
-        return jax.lax.map(lambda damping: solve(H + damping * jnp.eye(len(H)), g, assume_a="pos"), jnp.array(DAMPINGS))
+        # no vmap: in jaxlib 0.10, on two cores, batched factorisations of several
+        # matrices can wait for each other
+        return jax.lax.map(
+            lambda damping: solve(H + damping * jnp.eye(len(H)), g, assume_a="pos"),
+            jnp.array(DAMPINGS),
+        )
 
     run = jax.jit(lambda batches: jax.lax.map(step, batches))
     bias = []
     for size in tqdm(SIZES, desc="batch sizes"):
         batches = minibatches(jax.random.key(1), size, samples * size // FLOWERS)
-        repeated = jnp.tile(batches, FLOWERS // size)  # the same means, and one program for all sizes
-        full, *others = np.asarray(run(jnp.concatenate([jnp.arange(FLOWERS)[None], repeated])))
-        bias.append(np.linalg.norm(np.mean(others, axis=0) - full, axis=1) / np.linalg.norm(full, axis=1))
+        # the same means, and one program for all sizes
+        repeated = jnp.tile(batches, FLOWERS // size)
+        full, *others = np.asarray(
+            run(jnp.concatenate([jnp.arange(FLOWERS)[None], repeated]))
+        )
+        bias.append(
+            np.linalg.norm(np.mean(others, axis=0) - full, axis=1)
+            / np.linalg.norm(full, axis=1)
+        )
     return Bias(*np.moveaxis(np.array(bias), 2, 0))
 
 
@@ -220,7 +278,9 @@ def print_tables(sweeps: dict[str, dict[str, Sweep]], bias: Bias) -> None:
     """Where the best settings end, and the bias."""
     for regime, of_regime in sweeps.items():
         for name, found in of_regime.items():
-            print(f"{regime:>18}  {label(name, found):<42} final loss {np.min(finals(found)):.4f}")
+            print(
+                f"{regime:>18}  {label(name, found):<42} final loss {np.min(finals(found)):.4f}"
+            )
     for gradient, table in zip(("the batch", "all flowers"), bias, strict=True):
         print(
             f"bias, gradient of {gradient}, by batch size and damping\n"
@@ -234,21 +294,39 @@ def print_tables(sweeps: dict[str, dict[str, Sweep]], bias: Bias) -> None:
 def draw_map(ax: Axes, found: Sweep) -> None:
     """Final losses over probability and damping; the best has a frame."""
     ends = finals(found)
-    ax.imshow(np.minimum(ends, 1.0), norm=NORM, cmap=COLORS, origin="lower", aspect="auto")
+    ax.imshow(
+        np.minimum(ends, 1.0), norm=NORM, cmap=COLORS, origin="lower", aspect="auto"
+    )
     for (row, column), end in np.ndenumerate(ends):
         text = f"{end:.2g}".replace("e+0", "e")
-        ax.text(column, row, text, ha="center", va="center", color="white" if end > 0.12 else "black")
+        ax.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center",
+            color="white" if end > 0.12 else "black",
+        )
     row, column = best(found)
-    ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
+    ax.add_patch(
+        Rectangle(
+            (column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2
+        )
+    )
     ax.set_xticks(range(len(DAMPINGS)), [f"{damping:g}" for damping in DAMPINGS])
-    ax.set_yticks(range(len(PROBABILITIES)), [f"{probability:g}" for probability in PROBABILITIES])
+    ax.set_yticks(
+        range(len(PROBABILITIES)), [f"{probability:g}" for probability in PROBABILITIES]
+    )
     ax.set(xlabel="damping λ", ylabel="probability p of a layer")
 
 
 def draw(sweeps: dict[str, dict[str, Sweep]], bias: Bias, path: pathlib.Path) -> None:
-    """Final losses of every chain and the losses of the best settings, by regime; the bias of the steps."""
+    """Final losses of every chain and the losses of the best settings, by regime; the
+    bias of the steps."""
     chains = [name for name in next(iter(sweeps.values())) if name not in BASELINES]
-    figure, axes = plt.subplots(2, len(chains) + 2, figsize=(5 * len(chains) + 11, 9), layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(chains) + 2, figsize=(5 * len(chains) + 11, 9), layout="constrained"
+    )
     for (regime, of_regime), line in zip(sweeps.items(), axes, strict=True):
         for ax, chain in zip(line, chains, strict=False):
             draw_map(ax, of_regime[chain])
@@ -256,16 +334,39 @@ def draw(sweeps: dict[str, dict[str, Sweep]], bias: Bias, path: pathlib.Path) ->
         curves = line[len(chains)]
         for name, found in of_regime.items():
             losses = np.median(found.losses[best(found)], axis=0)
-            curves.plot(np.arange(1, len(losses) + 1), losses, label=label(name, found), linewidth=1.2)
-        curves.set(yscale="log", xlabel="steps", ylabel="loss on all flowers", title=f"{regime}: the best settings")
+            curves.plot(
+                np.arange(1, len(losses) + 1),
+                losses,
+                label=label(name, found),
+                linewidth=1.2,
+            )
+        curves.set(
+            yscale="log",
+            xlabel="steps",
+            ylabel="loss on all flowers",
+            title=f"{regime}: the best settings",
+        )
     scale = ScalarMappable(NORM, COLORS)
-    figure.colorbar(scale, ax=axes[:, : len(chains)], shrink=0.6, aspect=40, extend="max")
-    names = (r"mean of $(H_B + \lambda I)^{-1} g_B$", r"mean of $(H_B + \lambda I)^{-1} g$")
+    figure.colorbar(
+        scale, ax=axes[:, : len(chains)], shrink=0.6, aspect=40, extend="max"
+    )
+    names = (
+        r"mean of $(H_B + \lambda I)^{-1} g_B$",
+        r"mean of $(H_B + \lambda I)^{-1} g$",
+    )
     for ax, table, name in zip(axes[:, -1], bias, names, strict=True):
         for column, damping in enumerate(DAMPINGS):
             color = plt.colormaps["plasma"](column / len(DAMPINGS))
-            ax.plot(SIZES, table[:, column], ".-", color=color, label=f"λ = {damping:g}")
-        ax.set(xscale="log", yscale="log", xlabel="batch size", ylabel="relative bias", title=f"{name} over batches B")
+            ax.plot(
+                SIZES, table[:, column], ".-", color=color, label=f"λ = {damping:g}"
+            )
+        ax.set(
+            xscale="log",
+            yscale="log",
+            xlabel="batch size",
+            ylabel="relative bias",
+            title=f"{name} over batches B",
+        )
         ax.set_xticks(SIZES, SIZES)
         ax.minorticks_off()
     axes[0, -1].sharey(axes[1, -1])
@@ -273,27 +374,48 @@ def draw(sweeps: dict[str, dict[str, Sweep]], bias: Bias, path: pathlib.Path) ->
         ax.grid(alpha=0.3)
     for ax in (*axes[:, len(chains)], axes[0, -1]):
         ax.legend(fontsize="small")
-    figure.suptitle("Iris, MLP 4-15-10-3: Newton's direction for a layer with probability p, else the gradient")
+    figure.suptitle(
+        "Iris, MLP 4-15-10-3: Newton's direction for a layer with probability p, else the gradient"
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5, help="runs of every setting")
-    parser.add_argument("--samples", type=int, default=300, help="batches of every size, a multiple of 30")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"), help="folder for the figure")
     parser.add_argument(
-        "--quick", action="store_true", help="two methods, one seed and two epochs, to see that it runs"
+        "--samples",
+        type=int,
+        default=300,
+        help="batches of every size, a multiple of 30",
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("figures"),
+        help="folder for the figure",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two methods, one seed and two epochs, to see that it runs",
     )
     args = parser.parse_args()
     seeds, samples = (1, 30) if args.quick else (args.seeds, args.samples)
 
     x, y = load_iris(return_X_y=True)
-    data = {"x": jnp.asarray((x - x.mean(0)) / x.std(0), jnp.float32), "y": jnp.asarray(y)}
+    data = {
+        "x": jnp.asarray((x - x.mean(0)) / x.std(0), jnp.float32),
+        "y": jnp.asarray(y),
+    }
     methods = {name: (method, (RATES[name],)) for name, method in BASELINES.items()}
-    methods |= {name: (chain, (PROBABILITIES, DAMPINGS)) for name, chain in CHAINS.items()}
+    methods |= {
+        name: (chain, (PROBABILITIES, DAMPINGS)) for name, chain in CHAINS.items()
+    }
     if args.quick:
         methods = {name: methods[name] for name in ("sgd", "rate 0.3")}
     sweeps: dict[str, dict[str, Sweep]] = {regime: {} for regime in REGIMES}
@@ -302,7 +424,12 @@ def main() -> None:
             for name, (method, grid) in methods.items():
                 bar.set_description(f"{regime}, {name}")
                 sweeps[regime][name] = sweep(
-                    method, grid, data, seeds=seeds, size=size, epochs=2 if args.quick else epochs
+                    method,
+                    grid,
+                    data,
+                    seeds=seeds,
+                    size=size,
+                    epochs=2 if args.quick else epochs,
                 )
                 bar.update()
     bias = measure_bias(data, samples)

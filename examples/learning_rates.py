@@ -1,10 +1,13 @@
-"""Train with learning rates that find themselves, beside grids of constant rates and cosine schedules.
+"""Train with learning rates that find themselves, beside grids of constant rates and
+cosine schedules.
 
-On minibatches of scikit-learn's digits, cross-entropy. A small CNN: generalized Newton finds one rate for SGD and one
-for AdamW. An MLP (64-32-10, tanh), SGD with momentum: generalized Newton finds one rate, grouped Newton one for each
-tensor. All runs of a network start from the same parameters and see the same batches. The table shows where each one
-ends and what an epoch takes; the figure shows the training losses, the rates that were applied at every step, and how
-the groups of the MLP interact. Note plain SGD: the rate that is best for one step is far below the best constant one.
+On minibatches of scikit-learn's digits, cross-entropy. A small CNN: generalized Newton
+finds one rate for SGD and one for AdamW. An MLP (64-32-10, tanh), SGD with momentum:
+generalized Newton finds one rate, grouped Newton one for each tensor. All runs of a
+network start from the same parameters and see the same batches. The table shows where
+each one ends and what an epoch takes; the figure shows the training losses, the rates
+that were applied at every step, and how the groups of the MLP interact. Note plain SGD:
+the rate that is best for one step is far below the best constant one.
 
     python examples/learning_rates.py                                     # about 2 minutes
     python examples/learning_rates.py --epochs 100 --seed 1
@@ -76,10 +79,17 @@ def optimizers(steps: int) -> dict[str, dict[str, optax.GradientTransformation]]
             "adamw gen-newton": hessopt.generalized_newton(optax.adamw(1.0)),
         },
         "MLP": {
-            **{f"momentum {rate:g}": optax.sgd(rate, momentum=0.9) for rate in (0.1, 0.3, 1.0, 2.0)},
+            **{
+                f"momentum {rate:g}": optax.sgd(rate, momentum=0.9)
+                for rate in (0.1, 0.3, 1.0, 2.0)
+            },
             "momentum cosine 1": optax.sgd(cosine(1.0), momentum=0.9),
-            "momentum gen-newton": hessopt.generalized_newton(optax.sgd(1.0, momentum=0.9)),
-            "momentum grouped-newton": hessopt.grouped_newton(optax.sgd(1.0, momentum=0.9), groups="leaf"),
+            "momentum gen-newton": hessopt.generalized_newton(
+                optax.sgd(1.0, momentum=0.9)
+            ),
+            "momentum grouped-newton": hessopt.grouped_newton(
+                optax.sgd(1.0, momentum=0.9), groups="leaf"
+            ),
         },
     }
 
@@ -88,7 +98,8 @@ class Run(NamedTuple):
     """One training run."""
 
     losses: list[float]  # on all training images: at the start, and after each epoch
-    rates: np.ndarray | None  # (steps, groups), as applied; None where the optimizer finds none
+    # (steps, groups), as applied; None where the optimizer finds none
+    rates: np.ndarray | None
     accuracy: float  # on the test images
     seconds: float  # median of the epochs, compilation not counted
     params: Any
@@ -96,29 +107,47 @@ class Run(NamedTuple):
 
 
 def applied_rate(opt_state: Any) -> jax.Array | None:
-    """Return the rates `(groups,)` of the last step, if the optimizer finds any: its state is `(base, rate)`."""
+    """Return the rates `(groups,)` of the last step, if the optimizer finds any: its
+    state is `(base, rate)`."""
     return opt_state[1].info.rate if hasattr(opt_state[1], "info") else None
 
 
-def train(model: nn.Module, tx: optax.GradientTransformation, data: tuple[Any, ...], epochs: int, seed: int) -> Run:
+def train(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    data: tuple[Any, ...],
+    epochs: int,
+    seed: int,
+) -> Run:
     """Train for some epochs, each one compiled scan over its batches."""
     x, y, x_test, y_test = data
     params_key, *epoch_keys = jax.random.split(jax.random.key(seed), epochs + 1)
-    state = TrainState.create(apply_fn=model.apply, params=model.init(params_key, x[:1])["params"], tx=tx)
+    state = TrainState.create(
+        apply_fn=model.apply, params=model.init(params_key, x[:1])["params"], tx=tx
+    )
 
     def logits(params: Any, x: jax.Array) -> Any:
         return model.apply({"params": params}, x)
 
     def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(logits(params, x), y).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, x), y
+        ).mean()
 
-    def step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array | None]:
-        state, *_ = state.step_with(loss_fn, x[batch], y[batch])  # the optimizer sees the loss on this batch
+    def step(
+        state: TrainState, batch: jax.Array
+    ) -> tuple[TrainState, jax.Array | None]:
+        # the optimizer sees the loss on this batch
+        state, *_ = state.step_with(loss_fn, x[batch], y[batch])
         return state, applied_rate(state.opt_state)
 
     @jax.jit
-    def run_epoch(state: TrainState, key: jax.Array) -> tuple[TrainState, jax.Array | None]:
-        return jax.lax.scan(step, state, jax.random.permutation(key, len(x)).reshape(-1, BATCH))
+    def run_epoch(
+        state: TrainState, key: jax.Array
+    ) -> tuple[TrainState, jax.Array | None]:
+        return jax.lax.scan(
+            step, state, jax.random.permutation(key, len(x)).reshape(-1, BATCH)
+        )
 
     evaluate = jax.jit(lambda state: loss_fn(state.params, x, y))
     jax.block_until_ready(run_epoch(state, epoch_keys[0]))  # to compile
@@ -131,36 +160,75 @@ def train(model: nn.Module, tx: optax.GradientTransformation, data: tuple[Any, .
         losses.append(float(evaluate(state)))
         rates.append(rate)
     found = None if rates[0] is None else np.concatenate(rates)
-    accuracy = float(jnp.mean(jnp.argmax(logits(state.params, x_test), axis=1) == y_test))
-    return Run(losses, found, accuracy, statistics.median(seconds), state.params, state.opt_state)
+    accuracy = float(
+        jnp.mean(jnp.argmax(logits(state.params, x_test), axis=1) == y_test)
+    )
+    return Run(
+        losses,
+        found,
+        accuracy,
+        statistics.median(seconds),
+        state.params,
+        state.opt_state,
+    )
 
 
 def print_table(runs: dict[str, dict[str, Run]]) -> None:
     """One line per run."""
-    titles = ("network", "method", "final training loss", "test accuracy", "seconds per epoch")
+    titles = (
+        "network",
+        "method",
+        "final training loss",
+        "test accuracy",
+        "seconds per epoch",
+    )
     print(("{:>7} {:>23}" + " {:>19}" * 3).format(*titles))
     for network, of_network in runs.items():
         for name, run in of_network.items():
-            print(f"{network:>7} {name:>23} {run.losses[-1]:19.6f} {run.accuracy:19.4f} {run.seconds:19.4f}")
+            print(
+                f"{network:>7} {name:>23} {run.losses[-1]:19.6f} {run.accuracy:19.4f} {run.seconds:19.4f}"
+            )
 
 
 def normalized_hessian(run: Run) -> np.ndarray:
-    """Return `H_st / sqrt(|H_ss H_tt|)` of a run of grouped Newton; its state has H averaged over the last models."""
+    """Return `H_st / sqrt(|H_ss H_tt|)` of a run of grouped Newton; its state has H
+    averaged over the last models."""
     hessian = np.asarray(run.opt_state[1].memory.model.hessian)
     scale = np.sqrt(np.abs(np.diagonal(hessian)))
-    return hessian / np.where(scale > 0, scale, 1) / np.where(scale > 0, scale, 1)[:, None]
+    return (
+        hessian / np.where(scale > 0, scale, 1) / np.where(scale > 0, scale, 1)[:, None]
+    )
 
 
 def draw_losses(ax: Axes, network: str, of_network: dict[str, Run]) -> None:
-    """Training losses; a colour for each base optimizer, from light to dark, and thick lines for rates found."""
-    shades = {"sgd": plt.colormaps["Blues"], "adamw": plt.colormaps["Oranges"], "momentum": plt.colormaps["Greens"]}
+    """Training losses; a colour for each base optimizer, from light to dark, and thick
+    lines for rates found."""
+    shades = {
+        "sgd": plt.colormaps["Blues"],
+        "adamw": plt.colormaps["Oranges"],
+        "momentum": plt.colormaps["Greens"],
+    }
     depth = dict.fromkeys(shades, 0.2)
     for name, run in of_network.items():
         base = name.split()[0]
         depth[base] += 0.11
-        width, line = (1.2 if run.rates is None else 2.5), ("--" if "cosine" in name else "-")
-        ax.plot(run.losses, line, label=name, color=shades[base](depth[base]), linewidth=width)
-    ax.set(yscale="log", xlabel="epochs", ylabel="loss on all training images", title=f"{network}: training loss")
+        width, line = (
+            (1.2 if run.rates is None else 2.5),
+            ("--" if "cosine" in name else "-"),
+        )
+        ax.plot(
+            run.losses,
+            line,
+            label=name,
+            color=shades[base](depth[base]),
+            linewidth=width,
+        )
+    ax.set(
+        yscale="log",
+        xlabel="epochs",
+        ylabel="loss on all training images",
+        title=f"{network}: training loss",
+    )
     ax.set_ylim(top=10.0)  # some diverge
     ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -177,18 +245,31 @@ def draw_matrix(ax: Axes, matrix: np.ndarray, names: tuple[str, ...]) -> None:
 
 
 def draw(runs: dict[str, dict[str, Run]], path: pathlib.Path) -> None:
-    """Losses by network; rates of generalized and of grouped Newton; the interaction of the groups."""
+    """Losses by network; rates of generalized and of grouped Newton; the interaction of
+    the groups."""
     figure, axes = plt.subplot_mosaic("ABE;CDE", figsize=(18, 9), layout="constrained")
     for key, (network, of_network) in zip("AC", runs.items(), strict=True):
         draw_losses(axes[key], network, of_network)
         for name, run in of_network.items():
             if run.rates is not None and "gen-newton" in name:
                 rate, steps = run.rates[:, 0], np.arange(len(run.rates))
-                (line,) = axes["B"].plot(steps, rate, label=f"{network} {name.split()[0]}", linewidth=1)
+                (line,) = axes["B"].plot(
+                    steps, rate, label=f"{network} {name.split()[0]}", linewidth=1
+                )
                 none, bottom = steps[rate == 0], axes["B"].get_xaxis_transform()
-                axes["B"].plot(none, np.full(none.size, 0.02), "|", color=line.get_color(), transform=bottom)
+                axes["B"].plot(
+                    none,
+                    np.full(none.size, 0.02),
+                    "|",
+                    color=line.get_color(),
+                    transform=bottom,
+                )
     axes["B"].set_yscale("log", nonpositive="mask")
-    axes["B"].set(xlabel="steps", ylabel="rate", title="rate of generalized Newton (ticks: no step)")
+    axes["B"].set(
+        xlabel="steps",
+        ylabel="rate",
+        title="rate of generalized Newton (ticks: no step)",
+    )
 
     grouped = runs["MLP"]["momentum grouped-newton"]
     names = hessopt.group_labels(grouped.params, "leaf")[1]
@@ -211,17 +292,30 @@ def draw(runs: dict[str, dict[str, Run]], path: pathlib.Path) -> None:
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=40, help="of every run")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial parameters and the batches")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"), help="folder for the figure")
-    parser.add_argument("--quick", action="store_true", help="two epochs only, to see that it runs")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the initial parameters and the batches"
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("figures"),
+        help="folder for the figure",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="two epochs only, to see that it runs"
+    )
     args = parser.parse_args()
     epochs = min(args.epochs, 2) if args.quick else args.epochs
 
     x, y = load_digits(return_X_y=True)
     images = (x / 16).astype(np.float32).reshape(-1, 8, 8, 1)
-    x, x_test, y, y_test = train_test_split(images, y, train_size=TRAIN, stratify=y, random_state=0)
+    x, x_test, y, y_test = train_test_split(
+        images, y, train_size=TRAIN, stratify=y, random_state=0
+    )
     data = tuple(map(jnp.asarray, (x, y, x_test, y_test)))
 
     plan = optimizers(epochs * TRAIN // BATCH)
@@ -230,7 +324,9 @@ def main() -> None:
         for network, methods in plan.items():
             for name, tx in methods.items():
                 bar.set_description(f"{network} {name}")
-                runs[network][name] = train(MODELS[network], tx, data, epochs, args.seed)
+                runs[network][name] = train(
+                    MODELS[network], tx, data, epochs, args.seed
+                )
                 bar.update()
 
     print_table(runs)

@@ -1,17 +1,21 @@
-"""Look at the loss along a training step, at its models of second and third order, and where methods land on it.
+"""Look at the loss along a training step, at its models of second and third order, and
+where methods land on it.
 
-An MLP (64-32-10, tanh) learns scikit-learn's digits, full batch, at a constant rate. After 2, 20 and 200 steps a panel
-shows phi(t) = f(params + t u) for the update u of SGD, momentum or Adam, with its parabola and its cubic model, and the
-points that the Wolfe search, generalized and grouped Newton reach from there in their first step. Generalized Newton
-lands where the parabola is lowest; grouped Newton with one group where the cubic model is, which takes the third
-derivative by magnitude and so ends earlier. With a rate for each tensor its step leaves the line, and is drawn as far
-out as it is long.
+An MLP (64-32-10, tanh) learns scikit-learn's digits, full batch, at a constant rate.
+After 2, 20 and 200 steps a panel shows phi(t) = f(params + t u) for the update u of
+SGD, momentum or Adam, with its parabola and its cubic model, and the points that the
+Wolfe search, generalized and grouped Newton reach from there in their first step.
+Generalized Newton lands where the parabola is lowest; grouped Newton with one group
+where the cubic model is, which takes the third derivative by magnitude and so ends
+earlier. With a rate for each tensor its step leaves the line, and is drawn as far out
+as it is long.
 
-After two steps what counts is the line itself: rates for each tensor reach 0.91 from SGD's update, where the line is
-nowhere below 1.60. After 20 steps of SGD the minimum lies before its own step, at t = 0.7; those of momentum and Adam
-lie beyond, at t = 2 and more. After 200 steps phi is a valley along which the training creeps: both models see its
-floor 140 to 360 steps ahead, too far out for momentum, and rates for each tensor gain nothing. The search takes the
-first of t = 1, 10, 100 that is flat enough.
+After two steps what counts is the line itself: rates for each tensor reach 0.91 from
+SGD's update, where the line is nowhere below 1.60. After 20 steps of SGD the minimum
+lies before its own step, at t = 0.7; those of momentum and Adam lie beyond, at t = 2
+and more. After 200 steps phi is a valley along which the training creeps: both models
+see its floor 140 to 360 steps ahead, too far out for momentum, and rates for each
+tensor gain nothing. The search takes the first of t = 1, 10, 100 that is flat enough.
 
     python -m examples.loss_along_the_step                       # about 20 seconds
     python -m examples.loss_along_the_step --moments 5 50 1000
@@ -53,7 +57,10 @@ METHODS: dict[str, optax.GradientTransformation] = {
 }
 """Of an update `u` each makes a step: all but the last `t u`."""
 
-LOOKS = {name: (f"C{i}", marker) for i, (name, marker) in enumerate(zip(METHODS, "oPsDv", strict=True))}
+LOOKS = {
+    name: (f"C{i}", marker)
+    for i, (name, marker) in enumerate(zip(METHODS, "oPsDv", strict=True))
+}
 """Colours and markers."""
 
 
@@ -76,13 +83,21 @@ class Moment(NamedTuple):
 
 @jax.jit
 def look(params: Any, updates: Any, x: jax.Array, y: jax.Array) -> Moment:
-    """Measure the loss along an update, and let every method, in its first step, land on it."""
+    """Measure the loss along an update, and let every method, in its first step, land
+    on it."""
     objective = loss_fn.close(x, y)
     value, grad = jax.value_and_grad(objective)(params)
 
     def land(method: optax.GradientTransformation) -> Landing:
         method = optax.with_extra_args_support(method)
-        step, _ = method.update(updates, method.init(params), params, value=value, grad=grad, value_fn=objective)
+        step, _ = method.update(
+            updates,
+            method.init(params),
+            params,
+            value=value,
+            grad=grad,
+            value_fn=objective,
+        )
         length = optax.tree.norm(step) / optax.tree.norm(updates)
         return Landing(step, length, objective(optax.apply_updates(params, step)))
 
@@ -91,13 +106,21 @@ def look(params: Any, updates: Any, x: jax.Array, y: jax.Array) -> Moment:
 
 
 @jax.jit
-def along(params: Any, direction: Any, rates: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+def along(
+    params: Any, direction: Any, rates: jax.Array, x: jax.Array, y: jax.Array
+) -> jax.Array:
     """Return `phi(t) = f(params + t direction)` at rates `(points,)`."""
-    return jax.vmap(hessopt.restriction(loss_fn.close(x, y), params, direction))(rates[:, None])
+    return jax.vmap(hessopt.restriction(loss_fn.close(x, y), params, direction))(
+        rates[:, None]
+    )
 
 
 def observe(
-    base: optax.GradientTransformation, moments: list[int], seed: int, x: jax.Array, y: jax.Array
+    base: optax.GradientTransformation,
+    moments: list[int],
+    seed: int,
+    x: jax.Array,
+    y: jax.Array,
 ) -> list[Moment]:
     """Train at a constant rate, and look along the update after each number of steps."""
 
@@ -117,33 +140,57 @@ def observe(
 
 def print_table(moments: dict[str, list[Moment]], after: list[int]) -> None:
     """Where every method lands."""
-    print(("{:>21} {:>6} {:>9}" + " {:>27}" * len(METHODS)).format("base", "steps", "loss", *METHODS))
+    print(
+        ("{:>21} {:>6} {:>9}" + " {:>27}" * len(METHODS)).format(
+            "base", "steps", "loss", *METHODS
+        )
+    )
     for base, of_base in moments.items():
         for steps, moment in zip(after, of_base, strict=True):
             landings = (moment.landings[name] for name in METHODS)
-            cells = (f"{landing.value:.4f} at {landing.length:8.2f}" for landing in landings)
-            print(f"{base:>21} {steps:>6} {moment.terms.value:9.4f}" + "".join(f" {cell:>27}" for cell in cells))
+            cells = (
+                f"{landing.value:.4f} at {landing.length:8.2f}" for landing in landings
+            )
+            print(
+                f"{base:>21} {steps:>6} {moment.terms.value:9.4f}"
+                + "".join(f" {cell:>27}" for cell in cells)
+            )
 
 
 def draw_panel(ax: Axes, moment: Moment, x: jax.Array, y: jax.Array) -> None:
-    """phi, its models, and the landings; grouped Newton's step with many rates has a curve of its own."""
+    """phi, its models, and the landings; grouped Newton's step with many rates has a
+    curve of its own."""
     value, (slope,), ((bend,),), (third,) = (np.asarray(term) for term in moment.terms)
     lengths = {name: float(landing.length) for name, landing in moment.landings.items()}
     farthest = max(lengths.values())
     t = np.linspace(-0.1, 1.2, 261) * farthest
     parabola = value + slope * t + bend * t**2 / 2
-    ax.plot(t, along(moment.params, moment.updates, jnp.asarray(t), x, y), color="black")
+    ax.plot(
+        t, along(moment.params, moment.updates, jnp.asarray(t), x, y), color="black"
+    )
     ax.plot(t, parabola, "--", color="C2", linewidth=1)
     ax.plot(t, parabola + abs(third * t**3) / 6, "-.", color="C3", linewidth=1)
 
     if lengths[EACH] > 0:
-        direction = jax.tree.map(lambda leaf: leaf / lengths[EACH], moment.landings[EACH].step)
+        direction = jax.tree.map(
+            lambda leaf: leaf / lengths[EACH], moment.landings[EACH].step
+        )
         own = t[(t >= 0) & (t <= 1.2 * lengths[EACH])]
-        ax.plot(own, along(moment.params, direction, jnp.asarray(own), x, y), color=LOOKS[EACH][0], linewidth=1)
+        ax.plot(
+            own,
+            along(moment.params, direction, jnp.asarray(own), x, y),
+            color=LOOKS[EACH][0],
+            linewidth=1,
+        )
     for name, (color, marker) in LOOKS.items():
         landing = moment.landings[name]
         ax.plot(
-            lengths[name], landing.value, marker, color=color, markeredgecolor="black", label=f"{landing.value:.4f}"
+            lengths[name],
+            landing.value,
+            marker,
+            color=color,
+            markeredgecolor="black",
+            label=f"{landing.value:.4f}",
         )
     lowest = min(float(landing.value) for landing in moment.landings.values())
     room = float(value) - lowest
@@ -152,10 +199,21 @@ def draw_panel(ax: Axes, moment: Moment, x: jax.Array, y: jax.Array) -> None:
     ax.legend(fontsize="small", title=f"from {value:.4f} to")
 
 
-def draw(moments: dict[str, list[Moment]], after: list[int], x: jax.Array, y: jax.Array, path: pathlib.Path) -> None:
+def draw(
+    moments: dict[str, list[Moment]],
+    after: list[int],
+    x: jax.Array,
+    y: jax.Array,
+    path: pathlib.Path,
+) -> None:
     """A panel for every base optimizer and moment; what is what stands below."""
     shape = (len(after), len(moments))
-    figure, axes = plt.subplots(*shape, figsize=(5.5 * shape[1], 4 * shape[0]), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        *shape,
+        figsize=(5.5 * shape[1], 4 * shape[0]),
+        squeeze=False,
+        layout="constrained",
+    )
     for column, (base, of_base) in zip(axes.T, moments.items(), strict=True):
         for ax, steps, moment in zip(column, after, of_base, strict=True):
             draw_panel(ax, moment, x, y)
@@ -167,30 +225,71 @@ def draw(moments: dict[str, list[Moment]], after: list[int], x: jax.Array, y: ja
     what = [
         Line2D([], [], color="black", label="loss along the update"),
         Line2D([], [], color="C2", linestyle="--", label="parabola"),
-        Line2D([], [], color="C3", linestyle="-.", label="cubic model, by |third derivative|"),
-        Line2D([], [], color=LOOKS[EACH][0], label="loss along its step with a rate for each"),
+        Line2D(
+            [],
+            [],
+            color="C3",
+            linestyle="-.",
+            label="cubic model, by |third derivative|",
+        ),
+        Line2D(
+            [],
+            [],
+            color=LOOKS[EACH][0],
+            label="loss along its step with a rate for each",
+        ),
     ]
     for name, (color, marker) in LOOKS.items():
-        what.append(Line2D([], [], color=color, marker=marker, linestyle="", markeredgecolor="black", label=name))
+        what.append(
+            Line2D(
+                [],
+                [],
+                color=color,
+                marker=marker,
+                linestyle="",
+                markeredgecolor="black",
+                label=name,
+            )
+        )
     figure.legend(handles=what, loc="outside lower center", ncols=5)
-    figure.suptitle("Digits, MLP 64-32-10, full batch: f(params + t u) for the update u of the training")
+    figure.suptitle(
+        "Digits, MLP 64-32-10, full batch: f(params + t u) for the update u of the training"
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main() -> None:
     """Train, look and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--moments", type=int, nargs="+", default=[2, 20, 200], help="steps before each look")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--moments",
+        type=int,
+        nargs="+",
+        default=[2, 20, 200],
+        help="steps before each look",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the initial parameters")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"), help="folder for the figure")
-    parser.add_argument("--quick", action="store_true", help="a few steps only, to see that it runs")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("figures"),
+        help="folder for the figure",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps only, to see that it runs"
+    )
     args = parser.parse_args()
     after = [1, 3] if args.quick else sorted(set(args.moments))
 
     x, y = load_digits(return_X_y=True)
     x, y = jnp.asarray(x / 16, jnp.float32), jnp.asarray(y)
-    moments = {name: observe(base, after, args.seed, x, y) for name, base in tqdm(BASES.items(), desc="training")}
+    moments = {
+        name: observe(base, after, args.seed, x, y)
+        for name, base in tqdm(BASES.items(), desc="training")
+    }
 
     print_table(moments, after)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,14 @@
-"""Train a physics-informed network on the 3-D Poisson equation, and see what the optimizer is worth.
+"""Train a physics-informed network on the 3-D Poisson equation, and see what the
+optimizer is worth.
 
-The network 3-32-32-1 (1217 parameters, float64) stands for the solution of -div grad u = f in the unit cube; the loss
-is its residual on fixed points (`benchmarks/problems/poisson.py`). Every optimizer starts from the same parameters and
-takes the same number of steps, each at the price of about one gradient; Gauss-Newton, whose steps cost some two
-hundred, takes a fortieth of them. The table shows the relative L2 error against the exact solution: one digit by Adam,
-three by BFGS, four by SSBroyden. The figure shows it against steps and seconds, and on a slice through the middle the
-best network beside its error.
+The network 3-32-32-1 (1217 parameters, float64) stands for the solution of -div grad u
+= f in the unit cube; the loss is its residual on fixed points
+(`benchmarks/problems/poisson.py`). Every optimizer starts from the same parameters and
+takes the same number of steps, each at the price of about one gradient; Gauss-Newton,
+whose steps cost some two hundred, takes a fortieth of them. The table shows the
+relative L2 error against the exact solution: one digit by Adam, three by BFGS, four by
+SSBroyden. The figure shows it against steps and seconds, and on a slice through the
+middle the best network beside its error.
 
     python -m examples.pinn_poisson                                    # all optimizers, about 7 minutes
     python -m examples.pinn_poisson --optimizers ssbroyden --steps 10000
@@ -37,7 +40,9 @@ OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
     "dfp": lambda steps: hessopt.bfgs(formula="dfp"),
     "ssbfgs": lambda steps: hessopt.bfgs(formula="ssbfgs"),
     "ssbroyden": lambda steps: hessopt.bfgs(formula="ssbroyden"),
-    "gauss-newton": lambda steps: hessopt.trust_region_newton(curvature="gauss_newton", geodesic_acceleration=True),
+    "gauss-newton": lambda steps: hessopt.trust_region_newton(
+        curvature="gauss_newton", geodesic_acceleration=True
+    ),
 }
 
 COST = {"gauss-newton": 40}
@@ -55,7 +60,11 @@ class Run(NamedTuple):
 
 
 def train(
-    value_fn: Callable[[Any], jax.Array], params: Any, tx: optax.GradientTransformation, steps: int, every: int
+    value_fn: Callable[[Any], jax.Array],
+    params: Any,
+    tx: optax.GradientTransformation,
+    steps: int,
+    every: int,
 ) -> Run:
     """Minimize with one optimizer, and look at it after every so many steps."""
 
@@ -63,7 +72,12 @@ def train(
         nonlocal looking
         began = time.perf_counter()
         looks.append(
-            (int(solution.steps), began - start - looking, float(solution.value), float(error(solution.params)))
+            (
+                int(solution.steps),
+                began - start - looking,
+                float(solution.value),
+                float(error(solution.params)),
+            )
         )
         looking += time.perf_counter() - began
 
@@ -71,14 +85,30 @@ def train(
     for most in (1, steps):  # the first time to compile
         looks: list[tuple[int, float, float, float]] = []
         looking, start = 0.0, time.perf_counter()
-        solution = hessopt.minimize(value_fn, params, tx, max_steps=most, gtol=0.0, log_every=every, callback=look)
+        solution = hessopt.minimize(
+            value_fn,
+            params,
+            tx,
+            max_steps=most,
+            gtol=0.0,
+            log_every=every,
+            callback=look,
+        )
     at, seconds, losses, errors = (list(column) for column in zip(*looks, strict=True))
     return Run(at, seconds, losses, errors, solution)
 
 
 def print_table(runs: dict[str, Run]) -> None:
     """One line per optimizer."""
-    titles = ("optimizer", "relative error", "loss", "steps", "gradients", "seconds", "ended")
+    titles = (
+        "optimizer",
+        "relative error",
+        "loss",
+        "steps",
+        "gradients",
+        "seconds",
+        "ended",
+    )
     print(("{:>10}" + " {:>14}" * 5 + "  {}").format(*titles))
     for name, run in runs.items():
         ended = run.solution.reason
@@ -89,12 +119,15 @@ def print_table(runs: dict[str, Run]) -> None:
 
 
 def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
-    """Error against steps and seconds; the best network on the slice z = 1/2, and its error there."""
+    """Error against steps and seconds; the best network on the slice z = 1/2, and its
+    error there."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     for name, run in runs.items():
         axes[0, 0].plot(run.steps, run.errors, label=name)
         axes[0, 1].plot(run.seconds, run.errors, label=name)
-    for ax, label in zip(axes[0], ("steps", "seconds, compilation not counted"), strict=True):
+    for ax, label in zip(
+        axes[0], ("steps", "seconds, compilation not counted"), strict=True
+    ):
         ax.set(yscale="log", xlabel=label, ylabel="relative L2 error")
         ax.grid(alpha=0.3)
     axes[0, 0].legend()
@@ -105,8 +138,12 @@ def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
     slice_points = jnp.stack([x.ravel(), y.ravel(), jnp.full(x.size, 0.5)], axis=1)
     u = poisson.apply(runs[best].solution.params, slice_points)
     titles = (f"u by {best}, z = 1/2", "u - u*")
-    for ax, field, title in zip(axes[1], (u, u - poisson.exact(slice_points)), titles, strict=True):
-        image = ax.pcolormesh(line, line, np.reshape(field, x.shape), shading="gouraud", rasterized=True)
+    for ax, field, title in zip(
+        axes[1], (u, u - poisson.exact(slice_points)), titles, strict=True
+    ):
+        image = ax.pcolormesh(
+            line, line, np.reshape(field, x.shape), shading="gouraud", rasterized=True
+        )
         figure.colorbar(image, ax=ax)
         ax.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     figure.suptitle("3-D Poisson, PINN 3-32-32-1")
@@ -116,22 +153,47 @@ def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS), metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--optimizers",
+        nargs="+",
+        choices=OPTIMIZERS,
+        default=list(OPTIMIZERS),
+        metavar="NAME",
+    )
     parser.add_argument("--steps", type=int, default=2000, help="of every optimizer")
     parser.add_argument("--seed", type=int, default=0, help="of the initial parameters")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"), help="folder for the figure")
-    parser.add_argument("--quick", action="store_true", help="a few steps on few points, to see that it runs")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("figures"),
+        help="folder for the figure",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few steps on few points, to see that it runs",
+    )
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     where = poisson.points(50, 20) if args.quick else poisson.points()
     steps = min(args.steps, 4) if args.quick else args.steps
 
-    value_fn = hessopt.composite(lambda params: poisson.residuals(params, where), poisson.half_mean_squares)
+    value_fn = hessopt.composite(
+        lambda params: poisson.residuals(params, where), poisson.half_mean_squares
+    )
     runs = {}
     for name in tqdm(args.optimizers, desc="optimizers"):
         own = max(steps // COST.get(name, 1), 1)
-        runs[name] = train(value_fn, poisson.init(args.seed), OPTIMIZERS[name](own), own, max(own // 50, 1))
+        runs[name] = train(
+            value_fn,
+            poisson.init(args.seed),
+            OPTIMIZERS[name](own),
+            own,
+            max(own // 50, 1),
+        )
     print_table(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     draw(runs, args.out / "pinn_poisson.png")

@@ -1,22 +1,27 @@
-"""Draw error against seconds for every method at four sizes of a network: the picture behind "How to choose".
+"""Draw error against seconds for every method at four sizes of a network: the picture
+behind "How to choose".
 
-What one sees, on two cores and in twelve seconds each: up to a thousand parameters the self-scaled BFGS ends at an
-error of 4e-6, where Adam and L-BFGS end at 1e-3 to 3e-3. At a hundred, the method of Levenberg and Marquardt
-(`trust-region-gauss`) is slower at first and ends lower still. At ten thousand a matrix is too dear: conjugate
-gradients lead, those in a region of trust first (1e-3), ahead of L-BFGS by a factor of three. At a hundred thousand
-gradients count: L-BFGS and three of four by conjugate gradients end at 5e-3, Adam at 1.4e-2. The Hessian itself is
-hardly worth its price on this loss, which is far from convex: Newton's method ends below Adam at a hundred parameters
-and above it at a thousand, and by a factor of six to ten lower with Gauss-Newton curvature.
+What one sees, on two cores and in twelve seconds each: up to a thousand parameters the
+self-scaled BFGS ends at an error of 4e-6, where Adam and L-BFGS end at 1e-3 to 3e-3. At
+a hundred, the method of Levenberg and Marquardt (`trust-region-gauss`) is slower at
+first and ends lower still. At ten thousand a matrix is too dear: conjugate gradients
+lead, those in a region of trust first (1e-3), ahead of L-BFGS by a factor of three. At
+a hundred thousand gradients count: L-BFGS and three of four by conjugate gradients end
+at 5e-3, Adam at 1.4e-2. The Hessian itself is hardly worth its price on this loss,
+which is far from convex: Newton's method ends below Adam at a hundred parameters and
+above it at a thousand, and by a factor of six to ten lower with Gauss-Newton curvature.
 
     python examples/which_method.py                                # about 18 minutes
     python examples/which_method.py --methods adam lbfgs ssbroyden --seconds 5
 
-A tanh network 2-w-w-1 learns `exp(x y) sin(3 x + 2 y)` on a square from 500 points, in float64, full batch; its width
-makes the size n. Every method starts from the same parameters and gets the same time, compilation and looks at the
-error not counted. Adam follows a cosine schedule over the steps that fit, from the best of three rates. A method is
-left out where its matrices take more than 4 GB, or one of its steps more than the whole time at 10^10 operations per
-second, by the costs of the README's table; the table says which. On a machine that does other work, set
-`OPENBLAS_NUM_THREADS=1`: the threads of LAPACK wait for one another.
+A tanh network 2-w-w-1 learns `exp(x y) sin(3 x + 2 y)` on a square from 500 points, in
+float64, full batch; its width makes the size n. Every method starts from the same
+parameters and gets the same time, compilation and looks at the error not counted. Adam
+follows a cosine schedule over the steps that fit, from the best of three rates. A
+method is left out where its matrices take more than 4 GB, or one of its steps more than
+the whole time at 10^10 operations per second, by the costs of the README's table; the
+table says which. On a machine that does other work, set `OPENBLAS_NUM_THREADS=1`: the
+threads of LAPACK wait for one another.
 """
 
 import argparse
@@ -41,7 +46,8 @@ from matplotlib import pyplot as plt  # the backend comes first
 
 WIDTHS = (8, 29, 98, 314)  # 105, 987, 10095 and 100167 parameters
 POINTS, HELD_OUT = 500, 2000
-SPEED, MEMORY = 1e10, 4e9  # operations per second and bytes, by which methods are left out
+# operations per second and bytes, by which methods are left out
+SPEED, MEMORY = 1e10, 4e9
 RATES = (3e-3, 1e-2, 3e-2)  # that Adam starts from
 QUICK = ("adam", "lbfgs", "newton")
 
@@ -163,7 +169,10 @@ def regression(width: int, seed: int) -> Task:
     """Learn the target with a network of this width."""
     model = MLP(width)
     keys = jax.random.split(jax.random.key(0))
-    x, x_held_out = (jax.random.uniform(k, (m, 2), float, -1, 1) for k, m in zip(keys, (POINTS, HELD_OUT), strict=True))
+    x, x_held_out = (
+        jax.random.uniform(k, (m, 2), float, -1, 1)
+        for k, m in zip(keys, (POINTS, HELD_OUT), strict=True)
+    )
     y, y_held_out = target(x), target(x_held_out)
     params = model.init(jax.random.key(seed), x)
 
@@ -171,22 +180,32 @@ def regression(width: int, seed: int) -> Task:
         return model.apply(params, x)
 
     def error(params: Any) -> jax.Array:
-        return jnp.linalg.norm(network(params, x_held_out) - y_held_out) / jnp.linalg.norm(y_held_out)
+        return jnp.linalg.norm(
+            network(params, x_held_out) - y_held_out
+        ) / jnp.linalg.norm(y_held_out)
 
-    value_fn = hessopt.composite(lambda params: network(params, x) - y, lambda r: 0.5 * jnp.mean(r**2))
-    layers = tuple(sum(leaf.size for leaf in jax.tree.leaves(layer)) for layer in params["params"].values())
+    value_fn = hessopt.composite(
+        lambda params: network(params, x) - y, lambda r: 0.5 * jnp.mean(r**2)
+    )
+    layers = tuple(
+        sum(leaf.size for leaf in jax.tree.leaves(layer))
+        for layer in params["params"].values()
+    )
     return Task(value_fn, error, params, layers, sum(layers))
 
 
 def train(tx: optax.GradientTransformation, task: Task, seconds: float) -> Run:
-    """Train until the time is used up, and look at the error whenever a tenth more of it has passed."""
+    """Train until the time is used up, and look at the error whenever a tenth more of
+    it has passed."""
     value_and_grad = hessopt.value_and_grad_from_state(task.value_fn)
     tx = optax.with_extra_args_support(tx)
 
     def step(_: int, at: tuple[Any, Any]) -> tuple[Any, Any]:
         params, state = at
         value, grads = value_and_grad(params, state=state)
-        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=task.value_fn)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=task.value_fn
+        )
         return optax.apply_updates(params, updates), state
 
     @functools.partial(jax.jit, donate_argnums=1)  # a matrix is not copied
@@ -194,7 +213,8 @@ def train(tx: optax.GradientTransformation, task: Task, seconds: float) -> Run:
         return jax.lax.fori_loop(0, steps, step, (params, state))
 
     evaluate = jax.jit(lambda params: (task.value_fn(params), task.error(params)))
-    params, state = task.params, jax.tree.map(jnp.copy, tx.init(task.params))  # optax's share buffers
+    # optax's share buffers
+    params, state = task.params, jax.tree.map(jnp.copy, tx.init(task.params))
     for _ in range(2):  # to compile; some of optax's states change type once
         params, state = advance(params, state, 0)
     jax.block_until_ready((params, evaluate(params)))
@@ -215,12 +235,16 @@ def train(tx: optax.GradientTransformation, task: Task, seconds: float) -> Run:
 
 
 def measure(name: str, task: Task, seconds: float) -> Run:
-    """Train by a method; Adam on a cosine schedule over the steps that fit, from several rates, of which the best."""
+    """Train by a method; Adam on a cosine schedule over the steps that fit, from
+    several rates, of which the best."""
     if name != "adam":
         return train(METHODS[name].make(), task, seconds)
     probe = train(METHODS["adam"].make(), task, seconds / 10)
     steps = int(0.9 * seconds / probe.seconds[-1] * probe.steps[-1]) + 1
-    runs = [train(optax.adam(optax.cosine_decay_schedule(rate, steps)), task, seconds) for rate in RATES]
+    runs = [
+        train(optax.adam(optax.cosine_decay_schedule(rate, steps)), task, seconds)
+        for rate in RATES
+    ]
     return min(runs, key=lambda run: run.losses[-1])
 
 
@@ -229,37 +253,61 @@ def obstacle(method: Method, task: Task, seconds: float) -> str | None:
     operations, numbers = method.cost(task)
     if 8 * numbers > MEMORY:
         return f"{8e-9 * numbers:.0f} GB"
-    return f"{operations / SPEED:.0f} s a step" if operations / SPEED > seconds else None
+    return (
+        f"{operations / SPEED:.0f} s a step" if operations / SPEED > seconds else None
+    )
 
 
 def print_table(runs: dict[int, dict[str, Run | str]]) -> None:
-    """One line per method, one column per size: relative error and steps, or why it is left out."""
-    print(("{:>23}" + " {:>20}" * len(runs)).format("method", *(f"n = {n}" for n in runs)))
+    """One line per method, one column per size: relative error and steps, or why it is
+    left out."""
+    print(
+        ("{:>23}" + " {:>20}" * len(runs)).format("method", *(f"n = {n}" for n in runs))
+    )
     for name in next(iter(runs.values())):
         entries = [of_size[name] for of_size in runs.values()]
-        cells = [f"- ({e})" if isinstance(e, str) else f"{e.errors[-1]:.1e} ({e.steps[-1]})" for e in entries]
+        cells = [
+            f"- ({e})" if isinstance(e, str) else f"{e.errors[-1]:.1e} ({e.steps[-1]})"
+            for e in entries
+        ]
         print(("{:>23}" + " {:>20}" * len(runs)).format(name, *cells))
     print("Relative L2 error on points held out (steps taken), or what does not fit.")
 
 
-def save(runs: dict[int, dict[str, Run | str]], seconds: float, path: pathlib.Path) -> None:
+def save(
+    runs: dict[int, dict[str, Run | str]], seconds: float, path: pathlib.Path
+) -> None:
     """Write what was measured as JSON, times, losses and errors to four digits."""
 
     def record(run: Run | str) -> dict[str, Any]:
         if isinstance(run, str):
             return {"left out": run}
-        columns = {name: [float(f"{x:.4g}") for x in column] for name, column in run._asdict().items()}
+        columns = {
+            name: [float(f"{x:.4g}") for x in column]
+            for name, column in run._asdict().items()
+        }
         return columns | {"steps": run.steps}
 
-    sizes = {n: {name: record(run) for name, run in of_size.items()} for n, of_size in runs.items()}
-    path.write_text(json.dumps({"seconds": seconds, "points": POINTS, "sizes": sizes}) + "\n")
+    sizes = {
+        n: {name: record(run) for name, run in of_size.items()}
+        for n, of_size in runs.items()
+    }
+    path.write_text(
+        json.dumps({"seconds": seconds, "points": POINTS, "sizes": sizes}) + "\n"
+    )
 
 
 def draw(runs: dict[int, dict[str, Run | str]], path: pathlib.Path) -> None:
     """Error against seconds, a panel for each size."""
     rows = (len(runs) + 1) // 2
     figure, axes = plt.subplots(
-        rows, 2, figsize=(14, 4.5 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows,
+        2,
+        figsize=(14, 4.5 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for ax, (n, of_size) in zip(axes.flat, runs.items(), strict=False):
         for name, run in of_size.items():
@@ -272,24 +320,41 @@ def draw(runs: dict[int, dict[str, Run | str]], path: pathlib.Path) -> None:
     figure.supxlabel("seconds, compilation not counted")
     figure.supylabel("relative L2 error on points held out")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right center")
-    figure.suptitle(f"$e^{{xy}} \\sin(3x + 2y)$ by a tanh network 2-w-w-1, {POINTS} points, float64")
+    figure.suptitle(
+        f"$e^{{xy}} \\sin(3x + 2y)$ by a tanh network 2-w-w-1, {POINTS} points, float64"
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def main() -> None:
     """Run the comparison."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME"
+    )
     parser.add_argument("--seconds", type=float, default=12.0, help="of every run")
     parser.add_argument("--seed", type=int, default=0, help="of the initial parameters")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"), help="folder for figure and JSON")
-    parser.add_argument("--quick", action="store_true", help="a few methods, to see that it runs")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("figures"),
+        help="folder for figure and JSON",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few methods, to see that it runs"
+    )
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     widths, methods, seconds = WIDTHS, args.methods, args.seconds
     if args.quick:
-        widths, methods, seconds = (2, 40), [name for name in methods if name in QUICK], min(seconds, 0.2)
+        widths, methods, seconds = (
+            (2, 40),
+            [name for name in methods if name in QUICK],
+            min(seconds, 0.2),
+        )
 
     runs: dict[int, dict[str, Run | str]] = {}
     with tqdm(total=len(widths) * len(methods)) as bar:

@@ -8,7 +8,9 @@ from hessopt.calculus.taylor import taylor as taylor
 from hessopt.driver.diagnostics import diagnostics as diagnostics
 from hessopt.driver.minimize import Solution as Solution
 from hessopt.driver.minimize import minimize as minimize
-from hessopt.kinds.line_searches import value_and_grad_from_state as value_and_grad_from_state
+from hessopt.kinds.line_searches import (
+    value_and_grad_from_state as value_and_grad_from_state,
+)
 from hessopt.numerics.cubic import CubicSolution as CubicSolution
 from hessopt.numerics.cubic import solve_cubic as solve_cubic
 from hessopt.objective.binding import composite as composite
@@ -22,10 +24,16 @@ from hessopt.optimizers import newton as newton
 from hessopt.optimizers import newton_cg as newton_cg
 from hessopt.transforms.bfgs import inverse_hessian as inverse_hessian
 from hessopt.transforms.bfgs import scale_by_bfgs as scale_by_bfgs
-from hessopt.transforms.generalized_newton import scale_by_generalized_newton as scale_by_generalized_newton
-from hessopt.transforms.grouped_newton import scale_by_grouped_newton as scale_by_grouped_newton
+from hessopt.transforms.generalized_newton import (
+    scale_by_generalized_newton as scale_by_generalized_newton,
+)
+from hessopt.transforms.grouped_newton import (
+    scale_by_grouped_newton as scale_by_grouped_newton,
+)
 from hessopt.transforms.lbfgs import scale_by_lbfgs as scale_by_lbfgs
-from hessopt.transforms.linesearch import scale_by_wolfe_linesearch as scale_by_wolfe_linesearch
+from hessopt.transforms.linesearch import (
+    scale_by_wolfe_linesearch as scale_by_wolfe_linesearch,
+)
 from hessopt.transforms.masked import masked as masked
 from hessopt.transforms.newton import scale_by_newton as scale_by_newton
 from hessopt.transforms.newton_cg import scale_by_newton_cg as scale_by_newton_cg

@@ -11,12 +11,16 @@ from jax.core import Tracer
 
 
 def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
-    """Raise `ValueError` unless `low <= value <= high`; schedules pass, and what is traced."""
+    """Raise `ValueError` unless `low <= value <= high`; schedules pass, and what is
+    traced."""
     if callable(value) or any(isinstance(x, Tracer) for x in (value, low, high)):
         return
     try:
-        low, value, high = (np.asarray(x) if isinstance(x, jax.Array) else x for x in (low, value, high))
-        inside = low <= value <= high  # not by JAX, which would trace it within another program
+        low, value, high = (
+            np.asarray(x) if isinstance(x, jax.Array) else x for x in (low, value, high)
+        )
+        # not by JAX, which would trace it within another program
+        inside = low <= value <= high
     except TypeError:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not inside:
@@ -27,7 +31,11 @@ def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
 def check_count(name: str, value: Any) -> None:
     """Raise `ValueError` unless `value` is an int of at least 1; it shapes the program."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        hint = "; under optax.inject_hyperparams, list it in static_args" if isinstance(value, jax.Array) else ""
+        hint = (
+            "; under optax.inject_hyperparams, list it in static_args"
+            if isinstance(value, jax.Array)
+            else ""
+        )
         raise ValueError(f"{name} must be an int, at least 1, got {value!r}{hint}")
 
 
@@ -40,14 +48,23 @@ def check_word(name: str, value: Any, words: Any) -> None:
 def check_transformation(name: str, value: Any) -> None:
     """Raise `TypeError` unless `value` is an optax transformation."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
-        raise TypeError(f"{name} must be an optax transformation, with init and update, got {value!r}")
+        raise TypeError(
+            f"{name} must be an optax transformation, with init and update, got {value!r}"
+        )
 
 
 def choose(name: str, value: Any, table: Mapping[str, Any]) -> Any:
-    """Return the entry of `table` for a word, `value` itself if it is of their kind, else raise `ValueError`."""
+    """Return the entry of `table` for a word, `value` itself if it is of their kind,
+    else raise `ValueError`."""
     if isinstance(value, str) and value in table:
         return table[value]
     if not callable(value) and not isinstance(value, tuple(map(type, table.values()))):
-        kind = "a callable" if any(map(callable, table.values())) else f"a {type(next(iter(table.values()))).__name__}"
-        raise ValueError(f"{name} must be one of {sorted(table)}, or {kind} that does the same, got {value!r}")
+        kind = (
+            "a callable"
+            if any(map(callable, table.values()))
+            else f"a {type(next(iter(table.values()))).__name__}"
+        )
+        raise ValueError(
+            f"{name} must be one of {sorted(table)}, or {kind} that does the same, got {value!r}"
+        )
     return value

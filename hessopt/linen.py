@@ -1,4 +1,5 @@
-"""Flax linen: a train state whose optimizer sees the objective (`pip install hessopt[flax]`)."""
+"""Flax linen: a train state whose optimizer sees the objective (`pip install
+hessopt[flax]`)."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -15,10 +16,11 @@ from hessopt.typing import ValueFn
 class TrainState(train_state.TrainState):
     """Flax's train state, which passes the value and the objective on to its optimizer.
 
-    Any optax transformation serves as `tx`. Create it with `TrainState.create(apply_fn=..., params=..., tx=...)`, and
-    for a model with other variables, such as BatchNorm's running statistics, with `collections={"batch_stats": ...}`:
-    `step_with` hands them to the loss, and keeps what the gradient's evaluation made of them. Evaluations by the
-    optimizer leave them alone.
+    Any optax transformation serves as `tx`. Create it with
+    `TrainState.create(apply_fn=..., params=..., tx=...)`, and for a model with other
+    variables, such as BatchNorm's running statistics, with `collections={"batch_stats":
+    ...}`: `step_with` hands them to the loss, and keeps what the gradient's evaluation
+    made of them. Evaluations by the optimizer leave them alone.
 
     Example:
       >>> import jax, jax.numpy as jnp, hessopt
@@ -40,7 +42,12 @@ class TrainState(train_state.TrainState):
     collections: Any = struct.field(default_factory=dict)
 
     def apply_gradients(
-        self, *, grads: optax.Updates, value: jax.Array | None = None, value_fn: ValueFn | None = None, **replace: Any
+        self,
+        *,
+        grads: optax.Updates,
+        value: jax.Array | None = None,
+        value_fn: ValueFn | None = None,
+        **replace: Any,
     ) -> Self:
         """Update the parameters, the optimizer's state and the step count.
 
@@ -74,23 +81,32 @@ class TrainState(train_state.TrainState):
 
         informed = self.replace(tx=optax.GradientTransformation(self.tx.init, update))
         new = train_state.TrainState.apply_gradients(informed, grads=grads)
-        return self.replace(step=new.step, params=new.params, opt_state=new.opt_state, **replace)
+        return self.replace(
+            step=new.step, params=new.params, opt_state=new.opt_state, **replace
+        )
 
     def step_with(
-        self, loss_fn: Callable[..., Any], *data: Any, rngs: dict[str, jax.Array] | None = None
+        self,
+        loss_fn: Callable[..., Any],
+        *data: Any,
+        rngs: dict[str, jax.Array] | None = None,
     ) -> tuple[Self, jax.Array, Any]:
         """Take one training step: value, gradient and update in one call.
 
         Args:
-          loss_fn: `loss_fn(params, *data)`, with `rngs=rngs` where those are given and `collections=collections` where
-            the state has some; returns the loss, or `(loss, aux)`. With collections it returns `(loss, new)` or
-            `(loss, (new, aux))`, new being the dictionary that `apply_fn(..., mutable=...)` returns beside its outputs.
-            A `hessopt.composite` keeps its parts apart for Gauss-Newton.
+          loss_fn: `loss_fn(params, *data)`, with `rngs=rngs` where those are given and
+            `collections=collections` where the state has some; returns the loss, or
+            `(loss, aux)`. With collections it returns `(loss, new)` or `(loss, (new,
+            aux))`, new being the dictionary that `apply_fn(..., mutable=...)` returns
+            beside its outputs. A `hessopt.composite` keeps its parts apart for
+            Gauss-Newton.
           *data: positional data of loss_fn.
-          rngs: random keys, the same for the gradient and for every evaluation that the optimizer makes.
+          rngs: random keys, the same for the gradient and for every evaluation that the
+            optimizer makes.
 
         Returns:
-          `(state, value, aux)`: the new state; the loss and aux (None without one) at the old parameters.
+          `(state, value, aux)`: the new state; the loss and aux (None without one) at
+          the old parameters.
 
         Raises:
           TypeError: when loss_fn does not return the collections that it was given.
@@ -105,7 +121,11 @@ class TrainState(train_state.TrainState):
             out = loss_fn(params, *data, **named)
             return out if isinstance(out, tuple) else (out, None)
 
-        value_fn = loss_fn.close(*data, **named) if isinstance(loss_fn, Composite) else lambda params: loss(params)[0]
+        value_fn = (
+            loss_fn.close(*data, **named)
+            if isinstance(loss_fn, Composite)
+            else lambda params: loss(params)[0]
+        )
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(self.params)
         replace = {}
         if self.collections:
@@ -117,4 +137,10 @@ class TrainState(train_state.TrainState):
                 )
             replace["collections"] = new
         grads = optax.tree.conj(grads)
-        return self.apply_gradients(grads=grads, value=value, value_fn=value_fn, **replace), value, aux
+        return (
+            self.apply_gradients(
+                grads=grads, value=value, value_fn=value_fn, **replace
+            ),
+            value,
+            aux,
+        )

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from flax.nnx import Pytree as _Base
 else:
     _Base = getattr(nnx, "Pytree", None) or nnx.Object  # Flax 0.12 renamed it
-_VARIABLES: Any = (nnx.Variable, vars(nnx).get("VariableState", nnx.Variable))  # the latter up to Flax 0.11
+# the latter up to Flax 0.11
+_VARIABLES: Any = (nnx.Variable, vars(nnx).get("VariableState", nnx.Variable))
 
 
 class OptState(nnx.Variable[Any]):
@@ -22,12 +23,14 @@ class OptState(nnx.Variable[Any]):
 
 
 class Optimizer(_Base):
-    """Update the parameters of a model by any optax transformation, which may evaluate the objective.
+    """Update the parameters of a model by any optax transformation, which may evaluate
+    the objective.
 
     Args:
       model: an NNX module.
       tx: the transformation.
-      wrt: filter for the variables to update; all others are held. It must be that of the gradients.
+      wrt: filter for the variables to update; all others are held. It must be that of
+        the gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp, hessopt
@@ -46,35 +49,51 @@ class Optimizer(_Base):
       [[4.0]]
     """
 
-    def __init__(self, model: Any, tx: optax.GradientTransformation, wrt: Any = nnx.Param) -> None:
+    def __init__(
+        self, model: Any, tx: optax.GradientTransformation, wrt: Any = nnx.Param
+    ) -> None:
         """Initialise the transformation at the model's parameters."""
-        data = getattr(nnx, "data", lambda tree: tree)  # says that a tree holds variables, since Flax 0.12
+        # says that a tree holds variables, since Flax 0.12
+        data = getattr(nnx, "data", lambda tree: tree)
         self.tx: optax.GradientTransformation = tx
         self.wrt: Any = wrt
         self.step: OptState = OptState(jnp.zeros((), jnp.uint32))
-        self.opt_state: Any = data(jax.tree.map(OptState, tx.init(_arrays(nnx.state(model, wrt)))))
+        self.opt_state: Any = data(
+            jax.tree.map(OptState, tx.init(_arrays(nnx.state(model, wrt))))
+        )
 
     def update(
-        self, model: Any, grads: Any, /, *, value: jax.Array | None = None, loss_fn: Callable[[Any], Any] | None = None
+        self,
+        model: Any,
+        grads: Any,
+        /,
+        *,
+        value: jax.Array | None = None,
+        loss_fn: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Update the parameters of the model, the optimizer's state and the step count, in place.
+        """Update the parameters of the model, the optimizer's state and the step count,
+        in place.
 
         Args:
           model: the module, as `nnx.value_and_grad(loss_fn)(model)` left it.
           grads: what that returned.
           value: the loss that it returned, for optimizers with a line search.
-          loss_fn: the objective, for optimizers that evaluate it: `loss_fn(model)` returns the loss, or `(loss, aux)`.
-            Its evaluations see copies of the model: running statistics are those that the gradient left, and random
-            numbers, such as Dropout's masks, those that the gradient drew. A `hessopt.composite` keeps its parts apart
-            for Gauss-Newton.
+          loss_fn: the objective, for optimizers that evaluate it: `loss_fn(model)`
+            returns the loss, or `(loss, aux)`. Its evaluations see copies of the model:
+            running statistics are those that the gradient left, and random numbers,
+            such as Dropout's masks, those that the gradient drew. A `hessopt.composite`
+            keeps its parts apart for Gauss-Newton.
 
         Raises:
           TypeError: from an optimizer that needs what was not given, naming it.
 
-        Cost: the optimizer's update; one more forward pass for a model that draws random numbers, when not compiled.
+        Cost: the optimizer's update; one more forward pass for a model that draws
+        random numbers, when not compiled.
         """
         state = nnx.state(model, self.wrt)
-        gradients = grads if isinstance(grads, nnx.State) else nnx.state(grads, self.wrt)
+        gradients = (
+            grads if isinstance(grads, nnx.State) else nnx.state(grads, self.wrt)
+        )
         params, updates = _arrays(state), _arrays(gradients)
         given: dict[str, Any] = {"value": value, "grad": updates}
         if loss_fn is not None:
@@ -82,20 +101,27 @@ class Optimizer(_Base):
         extra = {name: thing for name, thing in given.items() if thing is not None}
         update = informed_update(self.tx)
         try:
-            updates, opt_state = update(updates, _arrays(self.opt_state), params, **extra)
+            updates, opt_state = update(
+                updates, _arrays(self.opt_state), params, **extra
+            )
         except TypeError as error:
             if loss_fn is None or value is None:
-                error.add_note("In NNX: optimizer.update(model, grads, value=value, loss_fn=loss_fn)")
+                error.add_note(
+                    "In NNX: optimizer.update(model, grads, value=value, loss_fn=loss_fn)"
+                )
             raise
         new = jax.tree.leaves(optax.apply_updates(params, updates))
         nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), new))
-        for variable, leaf in zip(_variables(self.opt_state), jax.tree.leaves(opt_state), strict=True):
+        for variable, leaf in zip(
+            _variables(self.opt_state), jax.tree.leaves(opt_state), strict=True
+        ):
             _set(variable, leaf)
         _set(self.step, _get(self.step) + 1)
 
 
 def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
-    """The loss as a function of parameters like `_arrays(state)`, with the random numbers that a gradient just drew."""
+    """The loss as a function of parameters like `_arrays(state)`, with the random
+    numbers that a gradient just drew."""
     graph, state, counts, rest = nnx.split(model, wrt, nnx.RngCount, ...)
 
     def at(params: Any, counts: Any) -> Any:
@@ -119,11 +145,19 @@ def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
 
 def _arrays(tree: Any) -> Any:
     """The tree with the arrays of its variables in their place."""
-    return jax.tree.map(lambda leaf: _get(leaf) if _is_variable(leaf) else leaf, tree, is_leaf=_is_variable)
+    return jax.tree.map(
+        lambda leaf: _get(leaf) if _is_variable(leaf) else leaf,
+        tree,
+        is_leaf=_is_variable,
+    )
 
 
 def _variables(tree: Any) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=_is_variable) if _is_variable(leaf)]
+    return [
+        leaf
+        for leaf in jax.tree.leaves(tree, is_leaf=_is_variable)
+        if _is_variable(leaf)
+    ]
 
 
 def _is_variable(leaf: Any) -> bool:

@@ -1,4 +1,5 @@
-"""Ready-made optimizers: a direction, a sign and, if any, a line search; or any optimizer and a rate."""
+"""Ready-made optimizers: a direction, a sign and, if any, a line search; or any
+optimizer and a rate."""
 
 import math
 from typing import Any
@@ -26,12 +27,13 @@ DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
 """For `newton_cg` and `lbfgs`, whose steps mostly have the right length."""
 
 CAPPED_LINESEARCH = scale_by_wolfe_linesearch(max_rate=1.0)
-"""For `newton`, whose full step is the longest that its model speaks for. (Digits, 5 seeds: a test accuracy of 0.97 in
-all; by a search that goes farther, in four.)"""
+"""For `newton`, whose full step is the longest that its model speaks for. (Digits, 5
+seeds: a test accuracy of 0.97 in all; by a search that goes farther, in four.)"""
 
 QUADRATIC_LINESEARCH = scale_by_wolfe_linesearch(initial_guess="quadratic")
-"""For the dense quasi-Newton methods, whose steps are too long at first and after a self-scaling. (A PINN, 2000 steps
-of SSBroyden: 1.02 gradients per step, and 1.57 from a first rate of 1.)"""
+"""For the dense quasi-Newton methods, whose steps are too long at first and after a
+self-scaling. (A PINN, 2000 steps of SSBroyden: 1.02 gradients per step, and 1.57 from a
+first rate of 1.)"""
 
 
 def newton(
@@ -47,18 +49,32 @@ def newton(
     """Damped Newton with a line search.
 
     Args:
-      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
-      damping, positivity, blocks, update_every, curvature: see `scale_by_newton`.
+      learning_rate: factor on the step before the line search, or a schedule of it;
+        None means 1.
+      damping: lambda >= 0, in units of f / params^2, or a schedule of it.
+      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`:
+        add a sufficient multiple of the identity, remembered between updates and halved
+        at each; `"absolute"`: take eigenvalues by magnitude; `"none"`: nothing, which
+        may step towards a saddle or a maximum and says so in the status.
+      blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal
+        blocks only, each computed on its own.
+      update_every: number of updates for which a factorisation serves. Shapes the
+        state, so under `optax.inject_hyperparams` it stands in `static_args`.
+      curvature: `"hessian"`, or `"gauss_newton"` with
+        `value_fn=hessopt.composite(model_fn, loss_fn)`.
       linesearch: a line search that takes the additive update, or None for none.
 
     Returns:
-      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs the objective, and
-      with a line search also the value and the gradient at `params`.
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
+      **data)` needs the objective, and with a line search also the value and the
+      gradient at `params`.
 
     Raises:
-      ValueError, TypeError: see `scale_by_newton`; TypeError also when a line search misses value or grad.
+      ValueError, TypeError: see `scale_by_newton`; TypeError also when a line search
+        misses value or grad.
 
-    Cost per step: that of `scale_by_newton`, and one value and gradient per trial step of the search, mostly one.
+    Cost per step: that of `scale_by_newton`, and one value and gradient per trial step
+    of the search, mostly one.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -76,7 +92,11 @@ def newton(
     Source: see `scale_by_newton`.
     """
     direction = scale_by_newton(
-        damping, positivity=positivity, blocks=blocks, update_every=update_every, curvature=curvature
+        damping,
+        positivity=positivity,
+        blocks=blocks,
+        update_every=update_every,
+        curvature=curvature,
     )
     return _descend(direction, learning_rate, linesearch)
 
@@ -94,18 +114,30 @@ def newton_cg(
     """Newton-CG with a line search: second order without a matrix.
 
     Args:
-      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
-      curvature, max_iterations, preconditioner, warm_start, rematerialize: see `scale_by_newton_cg`.
+      learning_rate: factor on the step before the line search, or a schedule of it;
+        None means 1.
+      curvature: `"hessian"`, or `"gauss_newton"` with
+        `value_fn=hessopt.composite(model_fn, loss_fn)`.
+      max_iterations: products with H at most, per update.
+      preconditioner: `(residual, params) -> tree`, near `H^-1 residual`, linear,
+        symmetric and positive definite.
+      warm_start: whether to begin with the last direction, at the length that suits
+        this gradient; one more product.
+      rematerialize: whether to linearise the gradient anew in every product: less
+        memory, more time.
       linesearch: a line search that takes the additive update, or None for none.
 
     Returns:
-      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs the objective, and
-      with a line search also the value and the gradient at `params`.
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
+      **data)` needs the objective, and with a line search also the value and the
+      gradient at `params`.
 
     Raises:
-      ValueError, TypeError: see `scale_by_newton_cg`; TypeError also when a line search misses value or grad.
+      ValueError, TypeError: see `scale_by_newton_cg`; TypeError also when a line search
+        misses value or grad.
 
-    Cost per step: that of `scale_by_newton_cg`, and one value and gradient per trial step of the search, mostly one.
+    Cost per step: that of `scale_by_newton_cg`, and one value and gradient per trial
+    step of the search, mostly one.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -137,18 +169,25 @@ def bfgs(
     """BFGS, or a relative of the Broyden class, with a line search.
 
     Args:
-      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
-      formula, on_bad_curvature: see `scale_by_bfgs`.
+      learning_rate: factor on the step before the line search, or a schedule of it;
+        None means 1.
+      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or with a scaling of
+        H at every update `"ssbfgs"`, `"ssbroyden"`; or a callable `(b, h, n) -> (tau,
+        phi)`, see `numerics/broyden.py`.
+      on_bad_curvature: what becomes of a pair that fails the curvature test: `"skip"`,
+        or `"powell"`, which mixes y with B s until `s.y = 0.2 s.Bs`.
       linesearch: a line search that takes the additive update, or None for none.
 
     Returns:
-      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs value, gradient and
-      objective for its line search.
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
+      **data)` needs value, gradient and objective for its line search.
 
     Raises:
-      ValueError, TypeError: see `scale_by_bfgs`; TypeError also when a line search misses value, grad or value_fn.
+      ValueError, TypeError: see `scale_by_bfgs`; TypeError also when a line search
+        misses value, grad or value_fn.
 
-    Cost per step: that of `scale_by_bfgs`, and one value and gradient per trial step of the search, mostly one.
+    Cost per step: that of `scale_by_bfgs`, and one value and gradient per trial step of
+    the search, mostly one.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -160,7 +199,11 @@ def bfgs(
 
     Source: see `scale_by_bfgs`.
     """
-    return _descend(scale_by_bfgs(formula, on_bad_curvature=on_bad_curvature), learning_rate, linesearch)
+    return _descend(
+        scale_by_bfgs(formula, on_bad_curvature=on_bad_curvature),
+        learning_rate,
+        linesearch,
+    )
 
 
 def lbfgs(
@@ -174,18 +217,26 @@ def lbfgs(
     """L-BFGS with a line search.
 
     Args:
-      learning_rate: factor on the step before the line search, or a schedule of it; None means 1.
-      memory_size, same_batch_pairs, memory_dtype: see `scale_by_lbfgs`.
+      learning_rate: factor on the step before the line search, or a schedule of it;
+        None means 1.
+      memory_size: m, pairs that are kept.
+      same_batch_pairs: whether y is the change of the gradient on the batch of the
+        current call, for stochastic training; needs `value_fn` and one more gradient
+        per update.
+      memory_dtype: dtype in which pairs are kept, `jnp.bfloat16` for half the memory;
+        by default that of params, at least float32.
       linesearch: a line search that takes the additive update, or None for none.
 
     Returns:
-      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs value, gradient and
-      objective for its line search.
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
+      **data)` needs value, gradient and objective for its line search.
 
     Raises:
-      ValueError, TypeError: see `scale_by_lbfgs`; TypeError also when a line search misses value, grad or value_fn.
+      ValueError, TypeError: see `scale_by_lbfgs`; TypeError also when a line search
+        misses value, grad or value_fn.
 
-    Cost per step: that of `scale_by_lbfgs`, and one value and gradient per trial step of the search, mostly one.
+    Cost per step: that of `scale_by_lbfgs`, and one value and gradient per trial step
+    of the search, mostly one.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -197,7 +248,9 @@ def lbfgs(
 
     Source: see `scale_by_lbfgs`.
     """
-    direction = scale_by_lbfgs(memory_size, same_batch_pairs=same_batch_pairs, memory_dtype=memory_dtype)
+    direction = scale_by_lbfgs(
+        memory_size, same_batch_pairs=same_batch_pairs, memory_dtype=memory_dtype
+    )
     return _descend(direction, learning_rate, linesearch)
 
 
@@ -219,15 +272,37 @@ def generalized_newton(
     """Any optimizer, with a learning rate that finds itself.
 
     Args:
-      base: any optax transformation whose updates are to be added, of constant scale: `optax.sgd(1.0, momentum=0.9)`,
-        `optax.adamw(1.0)`. The scale itself does not matter.
-      mode, groups, learning_rate, update_every, curvature_decay, rate_decay, initial_rate, min_rate, max_rate,
-        max_change, safeguard: see `scale_by_generalized_newton`.
+      base: any optax transformation whose updates are to be added, of constant scale:
+        `optax.sgd(1.0, momentum=0.9)`, `optax.adamw(1.0)`. The scale itself does not
+        matter.
+      mode: how the parabola is measured. `"exact"`: by derivatives. `"forward"`: by one
+        value at the last rate, and the slope `grad . u`. `"central"`: by two values. A
+        callable: see `Mode`.
+      groups: None for one rate, else a rate for each group by its own parabola, as in
+        `group_labels`.
+      learning_rate: factor on the rates, or a schedule of it. The place for schedules:
+        one in the base optimizer would be cancelled.
+      update_every: steps from one measurement to the next. In those between, which cost
+        nothing but under vmap, the rates stay, and no group goes farther than when it
+        was measured. The first two periods are measured throughout, and so is a step
+        that would lead uphill, if `update` is given grad.
+      curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
+        noisy batches; 0 for none.
+      rate_decay: in [0, 1], weight of the past in an average of the rates.
+      initial_rate: until the first parabola is usable; also the first probe, which must
+        be long enough to be seen beside the rounding of the objective.
+      min_rate, max_rate: bounds of the rates that are found; the safeguard and a probe
+        that is not finite go below.
+      max_change: factor, at least 1, by which a rate changes at most, after the first.
+      safeguard: whether the objective is evaluated where a measured rate leads: if it
+        rises there by more than 0.1%, or is not finite, the rates are halved, at most
+        five times; then no step is taken.
 
     Returns:
-      An optimizer whose `update(grads, state, params, *, value, grad, value_fn, **data)` needs the objective on the
-      batch of the gradient. The direction that is applied is the one that was measured: the state of base advances once
-      per step, and not at all for a value or an update that is not finite.
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
+      **data)` needs the objective on the batch of the gradient. The direction that is
+      applied is the one that was measured: the state of base advances once per step,
+      and not at all for a value or an update that is not finite.
 
     Raises:
       ValueError, TypeError: see `scale_by_generalized_newton`.
@@ -278,17 +353,40 @@ def grouped_newton(
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optimizer, with a learning rate for each group of parameters that they find together.
+    """Any optimizer, with a learning rate for each group of parameters that they find
+    together.
 
     Args:
-      base: any optax transformation whose updates are to be added, of constant scale: `optax.sgd(1.0, momentum=0.9)`,
-        `optax.adamw(1.0)`. The scale itself does not matter.
-      groups, cubic_damping, learning_rate, update_every, curvature_decay, rate_decay, nonnegative, cross_groups, ridge,
-        initial_rate, safeguard: see `scale_by_grouped_newton`.
+      base: any optax transformation whose updates are to be added, of constant scale:
+        `optax.sgd(1.0, momentum=0.9)`, `optax.adamw(1.0)`. The scale itself does not
+        matter.
+      groups: groups of leaves, as in `group_labels`.
+      cubic_damping: lambda, not negative, or a schedule of it. Without units: 1 trusts
+        third derivatives as they are. With 0 it is Newton's method in the rates.
+      learning_rate: factor on the rates, or a schedule of it. The place for schedules:
+        one in the base optimizer would be cancelled.
+      update_every: steps from one model to the next. In those between, which cost
+        nothing but under vmap, the rates stay, and no group goes farther than when it
+        was measured. The first two periods are measured throughout, and so is a step
+        that would lead uphill, if `update` is given grad.
+      curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
+        for none.
+      rate_decay: in [0, 1], weight of the past in an average of the rates, which begins
+        with the first solution.
+      nonnegative: whether negative rates are replaced by 0, after the solve and before
+        they are averaged. (What a group gains by going backwards others count on:
+        training is better without.)
+      cross_groups: whether H has entries between groups.
+      ridge: not negative, is added to H as this part of the magnitudes of its diagonal.
+      initial_rate: rate of every group until there is a solution.
+      safeguard: whether the objective is evaluated where new rates lead: if it rises
+        there by more than 0.1%, or is not finite, the rates are halved, at most five
+        times; then no step is taken.
 
     Returns:
-      An optimizer whose `update(grads, state, params, *, value, value_fn, **data)` needs the objective. The state of
-      base advances once per step, and not at all for a value or an update that is not finite.
+      An optimizer whose `update(grads, state, params, *, value, value_fn, **data)`
+      needs the objective. The state of base advances once per step, and not at all for
+      a value or an update that is not finite.
 
     Raises:
       ValueError, TypeError: see `scale_by_grouped_newton`.
@@ -331,7 +429,8 @@ def grouped_newton(
 def _rated(
     base: optax.GradientTransformation, rate: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain an optimizer with a rate, and keep its state where its update, or the value, is not finite."""
+    """Chain an optimizer with a rate, and keep its state where its update, or the
+    value, is not finite."""
     check_transformation("base", base)
     base = optax.with_extra_args_support(base)
 
@@ -339,7 +438,10 @@ def _rated(
         return base.init(params), rate.init(params)
 
     def update(
-        updates: optax.Updates, state: Any, params: Params | None = None, **keywords: Any
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        **keywords: Any,
     ) -> tuple[optax.Updates, Any]:
         updates, new = base.update(updates, state[0], params, **keywords)
         sound = all_finite((updates, keywords.get("value")))
@@ -356,6 +458,10 @@ def _descend(
     linesearch: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain a direction with the sign flip, its rate and a line search."""
-    sign = optax.scale(-1.0) if learning_rate is None else optax.scale_by_learning_rate(learning_rate)
+    sign = (
+        optax.scale(-1.0)
+        if learning_rate is None
+        else optax.scale_by_learning_rate(learning_rate)
+    )
     search = [] if linesearch is None else [fitted(linesearch)]
     return optax.with_extra_args_support(optax.chain(direction, sign, *search))

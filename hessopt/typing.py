@@ -21,7 +21,8 @@ Matrix: TypeAlias = jax.Array
 
 
 class StepStatus(enum.IntFlag):
-    """What happened during one update. The facts can co-occur; states hold them as one int32.
+    """What happened during one update. The facts can co-occur; states hold them as one
+    int32.
 
     Example:
       >>> status = StepStatus.NEGATIVE_CURVATURE | StepStatus.NOT_DESCENT
@@ -42,7 +43,8 @@ class StepStatus(enum.IntFlag):
     MEMORY_RESET = enum.auto()
     """The quasi-Newton memory was emptied."""
     FACTORIZATION_FAILED = enum.auto()
-    """A matrix could not be factorised; its block of the update is an older one's, or zero."""
+    """A matrix could not be factorised; its block of the update is an older one's, or
+    zero."""
     NEGATIVE_CURVATURE = enum.auto()
     """The curvature matrix, damping included, is known not to be positive definite."""
     UNBOUNDED_MODEL = enum.auto()
@@ -56,7 +58,8 @@ class StepStatus(enum.IntFlag):
 
 
 class Termination(enum.IntEnum):
-    """Why `minimize` ended. GRADIENT, VALUE and STEP are convergence by a tolerance, the others are not."""
+    """Why `minimize` ended. GRADIENT, VALUE and STEP are convergence by a tolerance,
+    the others are not."""
 
     RUNNING = 0
     """It has not ended."""
@@ -69,7 +72,8 @@ class Termination(enum.IntEnum):
     MAX_STEPS = enum.auto()
     """All steps were taken."""
     STALLED_AT_NOISE = enum.auto()
-    """For many steps neither value nor gradient changed by more than rounding, or no step was found."""
+    """For many steps neither value nor gradient changed by more than rounding, or no
+    step was found."""
     UNBOUNDED = enum.auto()
     """The objective fell without bound."""
     NONFINITE = enum.auto()

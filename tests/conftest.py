@@ -8,7 +8,8 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
 
 MANY = 200
-"""Tests after which a worker forgets its programs: they pile up until no more memory can be mapped."""
+"""Tests after which a worker forgets its programs: they pile up until no more memory
+can be mapped."""
 
 _tests = itertools.count(1)
 

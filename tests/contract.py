@@ -1,7 +1,9 @@
-"""The laws that every transformation keeps: section by section what the page of guarantees promises of any update.
+"""The laws that every transformation keeps: section by section what the page of
+guarantees promises of any update.
 
-A law is a function of a `Case` that raises where the transformation breaks it. `test_contract.py` sweeps all laws over
-the table, `test_contract_itself.py` shows that each catches what it is there for.
+A law is a function of a `Case` that raises where the transformation breaks it.
+`test_contract.py` sweeps all laws over the table, `test_contract_itself.py` shows that
+each catches what it is there for.
 """
 
 import functools
@@ -47,7 +49,9 @@ def loss_fn(outputs: Any, y: Any, weight: Any = 1.0) -> jax.Array:
     squares = lambda leaf: jnp.sum((leaf * jnp.conj(leaf)).real)
     penalty = sum(squares(leaf) for leaf in jax.tree.leaves(params))
     error = prediction - jnp.asarray(y, prediction.dtype)
-    return jnp.asarray(weight, penalty.dtype) * (squares(error) / len(y) + 0.05 * penalty)
+    return jnp.asarray(weight, penalty.dtype) * (
+        squares(error) / len(y) + 0.05 * penalty
+    )
 
 
 def objective(params: Any, x: Any, y: Any, weight: Any = 1.0) -> jax.Array:
@@ -68,7 +72,8 @@ class Result(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """What is added to the value and to the gradient, what multiplies every probe; and the weight of the objective."""
+    """What is added to the value and to the gradient, what multiplies every probe; and
+    the weight of the objective."""
 
     value: Any = 0.0
     grad: Any = 0.0
@@ -79,14 +84,24 @@ class Trouble(NamedTuple):
 NONE = Trouble()
 
 
-def step_with(case: Case, tx: Any, params: Any, state: Any, trouble: Trouble = NONE, **data: Any) -> Result:
+def step_with(
+    case: Case, tx: Any, params: Any, state: Any, trouble: Trouble = NONE, **data: Any
+) -> Result:
     data = {"x": X, "y": Y} | data
     value, grad = jax.value_and_grad(objective)(params, weight=trouble.weight, **data)
-    grad = jax.tree.map(lambda g: jnp.conj(g) + jnp.asarray(trouble.grad, g.dtype), grad)
+    grad = jax.tree.map(
+        lambda g: jnp.conj(g) + jnp.asarray(trouble.grad, g.dtype), grad
+    )
     value += jnp.asarray(trouble.value, value.dtype)
     given = jax.tree.map(lambda g: -0.1 * g, grad) if case.kind == "rate" else grad
     weight = trouble.weight * trouble.probe
-    keywords = {"value": value, "grad": grad, "value_fn": objective_of(case), "weight": weight, **data}
+    keywords = {
+        "value": value,
+        "grad": grad,
+        "value_fn": objective_of(case),
+        "weight": weight,
+        **data,
+    }
     updates, state = tx.update(given, state, params, **keywords)
     sign = -1 if case.kind == "direction" else 1
     applied = jax.tree.map(lambda u: sign * u, updates)
@@ -114,7 +129,9 @@ def stepper(case: Case, dtype: Any = np.float64) -> Stepper:
             traces.append(None)
             return step_with(case, tx, params, state, trouble)
 
-        _STEPPERS[key] = Stepper(tx, lambda p, s, trouble=NONE: run(p, s, trouble), traces)
+        _STEPPERS[key] = Stepper(
+            tx, lambda p, s, trouble=NONE: run(p, s, trouble), traces
+        )
     return _STEPPERS[key]
 
 
@@ -135,11 +152,19 @@ def walk(case: Case, steps: int, dtype: Any = np.float64) -> tuple[Any, Any]:
 
 
 def inner(a: Any, b: Any) -> float:
-    return float(sum(jnp.sum((jnp.conj(x) * y).real) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)))
+    return float(
+        sum(
+            jnp.sum((jnp.conj(x) * y).real)
+            for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        )
+    )
 
 
 def types(tree: Any) -> Any:
-    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", True)), tree)
+    return jax.tree.map(
+        lambda x: (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", True)),
+        tree,
+    )
 
 
 def close(actual: Any, desired: Any, rtol: float = 1e-9) -> None:
@@ -162,7 +187,9 @@ def reaches_a_lower_value_in_every_dtype(
     for dtype in dtypes:
         params, state = walk(case, 3, jnp.dtype(dtype))
         chex.assert_trees_all_equal_shapes_and_dtypes(params, initial(dtype))
-        chex.assert_tree_all_finite((params, state.info if hasattr(state, "info") else ()))
+        chex.assert_tree_all_finite(
+            (params, state.info if hasattr(state, "info") else ())
+        )
         result = stepper(case, jnp.dtype(dtype)).run(params, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(result.updates, result.grad)
         if case.kind != "direction":  # a direction alone has no length to go by
@@ -181,7 +208,9 @@ def is_the_same_without_jit(case: Case) -> None:
 def has_a_stable_strongly_typed_state(case: Case) -> None:
     for dtype in (np.float64, jnp.dtype("float32")):
         _, fresh = walk(case, 0, dtype)
-        assert not any(getattr(leaf, "weak_type", True) for leaf in jax.tree.leaves(fresh)), "weakly typed when fresh"
+        assert not any(
+            getattr(leaf, "weak_type", True) for leaf in jax.tree.leaves(fresh)
+        ), "weakly typed when fresh"
         for steps in (1, 3):
             _, state = walk(case, steps, dtype)
             assert jax.tree.structure(state) == jax.tree.structure(fresh)
@@ -190,7 +219,10 @@ def has_a_stable_strongly_typed_state(case: Case) -> None:
 
 def holds_numbers_only(case: Case) -> None:
     _, state = walk(case, 0)
-    assert all(jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool for leaf in jax.tree.leaves(state))
+    assert all(
+        jnp.issubdtype(leaf.dtype, np.number) or leaf.dtype == bool
+        for leaf in jax.tree.leaves(state)
+    )
 
 
 def is_traced_and_compiled_once(case: Case) -> None:
@@ -204,7 +236,9 @@ def shares_no_buffer(case: Case) -> None:
     leaves = [leaf for leaf in jax.tree.leaves((params, state)) if leaf.size]
     places = [leaf.unsafe_buffer_pointer() for leaf in leaves]
     assert len(set(places)) == len(places)
-    donated = jax.jit(lambda s, p: step_with(case, stepper(case).tx, p, s)[:3], donate_argnums=0)
+    donated = jax.jit(
+        lambda s, p: step_with(case, stepper(case).tx, p, s)[:3], donate_argnums=0
+    )
     close(donated(state, params), stepper(case).run(*walk(case, 0))[:3])
 
 
@@ -212,7 +246,10 @@ def starts_abstractly(case: Case) -> None:
     tx, params = case.make(), initial(np.float64)
     state = tx.init(params)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.init, params)) == shapes
+    assert (
+        jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(tx.init, params))
+        == shapes
+    )
     mapped = optax.tree.map_params(tx, lambda leaf: leaf, state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), mapped) == shapes
 
@@ -222,17 +259,24 @@ def starts_abstractly(case: Case) -> None:
 
 def batches_like_a_loop(case: Case) -> None:
     tx = stepper(case).tx
-    lanes = [jax.tree.map(lambda p, k=k: p * (1 + 0.1 * k), initial(np.float64)) for k in range(3)]
+    lanes = [
+        jax.tree.map(lambda p, k=k: p * (1 + 0.1 * k), initial(np.float64))
+        for k in range(3)
+    ]
 
     def two_steps(params: Any) -> Any:
         params, state, *_ = step_with(case, tx, params, tx.init(params))
         return step_with(case, tx, params, state)
 
-    batched = jax.jit(jax.vmap(two_steps))(jax.tree.map(lambda *ps: jnp.stack(ps), *lanes))
+    batched = jax.jit(jax.vmap(two_steps))(
+        jax.tree.map(lambda *ps: jnp.stack(ps), *lanes)
+    )
     for k, params in enumerate(lanes):
         first = stepper(case).run(params, tx.init(params))
         lane = jax.tree.map(lambda leaf, k=k: leaf[k], batched)
-        close(lane.params, stepper(case).run(first.params, first.state).params, rtol=1e-7)
+        close(
+            lane.params, stepper(case).run(first.params, first.state).params, rtol=1e-7
+        )
 
 
 def scans_like_a_loop(case: Case) -> None:
@@ -248,7 +292,9 @@ def scans_like_a_loop(case: Case) -> None:
 
 def lowers_for_every_platform(case: Case) -> None:
     params, state = walk(case, 0)
-    step = jax.jit(lambda params, state: step_with(case, stepper(case).tx, params, state))
+    step = jax.jit(
+        lambda params, state: step_with(case, stepper(case).tx, params, state)
+    )
     exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(params, state)
     assert exported.platforms == ("cpu", "cuda", "tpu")
 
@@ -258,24 +304,39 @@ def runs_on_eight_devices_as_on_one(case: Case) -> None:
     mesh = jax.sharding.Mesh(jax.devices(), ("devices",))  # automatic axes
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    step = jax.jit(lambda params, x, y: step_with(case, tx, params, tx.init(params), x=x, y=y).params)
+    step = jax.jit(
+        lambda params, x, y: (
+            step_with(case, tx, params, tx.init(params), x=x, y=y).params
+        )
+    )
     for of_w in (whole, split):
-        params = {name: jax.device_put(p, of_w if name == "w" else whole) for name, p in initial(np.float64).items()}
-        close(step(params, jax.device_put(X, split), jax.device_put(Y, split)), alone.params, rtol=1e-7)
+        params = {
+            name: jax.device_put(p, of_w if name == "w" else whole)
+            for name, p in initial(np.float64).items()
+        }
+        close(
+            step(params, jax.device_put(X, split), jax.device_put(Y, split)),
+            alone.params,
+            rtol=1e-7,
+        )
 
 
 # Company: optax's combinators
 
 
 def first_updates(case: Case, tx: Any) -> Any:
-    return jax.jit(lambda p: step_with(case, tx, p, tx.init(p)).updates)(initial(np.float64))
+    return jax.jit(lambda p: step_with(case, tx, p, tx.init(p)).updates)(
+        initial(np.float64)
+    )
 
 
 def chains_with_clipping_before_and_after(case: Case) -> None:
     plain = stepper(case).run(*walk(case, 0)).updates
     bound = 0.5 * float(optax.tree.norm(plain))
     tx = optax.named_chain(
-        ("before", optax.clip_by_global_norm(1e9)), ("law", case.make()), ("after", optax.clip_by_global_norm(bound))
+        ("before", optax.clip_by_global_norm(1e9)),
+        ("law", case.make()),
+        ("after", optax.clip_by_global_norm(bound)),
     )
     close(first_updates(case, tx), jax.tree.map(lambda u: 0.5 * u, plain), rtol=1e-7)
 
@@ -289,7 +350,11 @@ def is_followed_by_weight_decay(case: Case) -> None:
 
 
 def takes_injected_hyperparameters(case: Case) -> None:
-    static = tuple(name for name in inspect.signature(case.factory).parameters if name not in case.injectable)
+    static = tuple(
+        name
+        for name in inspect.signature(case.factory).parameters
+        if name not in case.injectable
+    )
     tx = optax.inject_hyperparams(case.factory, static_args=static)(**case.arguments)
     close(first_updates(case, tx), stepper(case).run(*walk(case, 0)).updates, rtol=1e-7)
 
@@ -309,7 +374,8 @@ def accumulates_in_multi_steps(case: Case) -> None:
 
     none, updates = two(initial(np.float64))
     assert not any(jnp.any(leaf) for leaf in jax.tree.leaves(none))
-    close(updates, stepper(case).run(*walk(case, 0)).updates, rtol=1e-5)  # optax averages in float32
+    # optax averages in float32
+    close(updates, stepper(case).run(*walk(case, 0)).updates, rtol=1e-5)
 
 
 # Keywords
@@ -318,18 +384,33 @@ def accumulates_in_multi_steps(case: Case) -> None:
 def ignores_unknown_keywords(case: Case) -> None:
     params = initial(np.float64)
     tx = case.make()
-    keywords = {"value": 1.0, "grad": params, "value_fn": objective_of(case), "x": X, "y": Y, "nobody_knows": 1.0}
+    keywords = {
+        "value": 1.0,
+        "grad": params,
+        "value_fn": objective_of(case),
+        "x": X,
+        "y": Y,
+        "nobody_knows": 1.0,
+    }
     jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, **keywords)[0], params)
 
 
 def names_what_is_missing(case: Case) -> None:
     params = initial(np.float64)
     tx = case.make()
-    keywords = {"value": 1.0, "grad": params, "value_fn": objective_of(case), "x": X, "y": Y}
+    keywords = {
+        "value": 1.0,
+        "grad": params,
+        "value_fn": objective_of(case),
+        "x": X,
+        "y": Y,
+    }
     for name in case.needs:
         given = {key: thing for key, thing in keywords.items() if key != name}
         with pytest.raises(TypeError, match=rf"needs .*tx\.update\(.*{name}="):
-            jax.eval_shape(lambda p, given=given: tx.update(p, tx.init(p), p, **given)[0], params)
+            jax.eval_shape(
+                lambda p, given=given: tx.update(p, tx.init(p), p, **given)[0], params
+            )
     if "value_fn" in case.needs:
         lacking = {key: thing for key, thing in keywords.items() if key != "y"}
         with pytest.raises(TypeError, match=r"requires \['y'\]; call `tx.update"):
@@ -346,7 +427,14 @@ def passes_data_on_to_the_objective(case: Case) -> None:
         return objective(params, x, y)
 
     params, tx = initial(np.float64), case.make()
-    keywords = {"value": 1.0, "grad": params, "value_fn": recorded, "x": X, "y": Y, "weight": "the data"}
+    keywords = {
+        "value": 1.0,
+        "grad": params,
+        "value_fn": recorded,
+        "x": X,
+        "y": Y,
+        "weight": "the data",
+    }
     jax.eval_shape(lambda p: tx.update(p, tx.init(p), p, **keywords)[0], params)
     assert set(seen) == {"the data"}
 
@@ -355,10 +443,11 @@ def passes_data_on_to_the_objective(case: Case) -> None:
 
 
 def survives_what_is_not_finite(case: Case) -> None:
-    """In value, gradient or probes: parameters stay finite, the next step is sound, and the memory stays as it was.
+    """In value, gradient or probes: parameters stay finite, the next step is sound, and
+    the memory stays as it was.
 
-    What a direction has taken in before a search behind it met trouble in its probes may also be as after a sound step,
-    and a rate may have been halved a few times.
+    What a direction has taken in before a search behind it met trouble in its probes
+    may also be as after a sound step, and a rate may have been halved a few times.
     """
     run = stepper(case).run
     params, state = walk(case, 1)
@@ -367,8 +456,11 @@ def survives_what_is_not_finite(case: Case) -> None:
         for trouble in (Trouble(value=bad), Trouble(grad=bad), Trouble(probe=bad)):
             result = run(params, state, trouble)
             chex.assert_tree_all_finite(result.params)
-            if "value" in case.needs or trouble.value == 0.0:  # a direction does without the value
-                jax.tree.map(_is_one_of, _memory(result.state), _memory(state), sound_memory)
+            # a direction does without the value
+            if "value" in case.needs or trouble.value == 0.0:
+                jax.tree.map(
+                    _is_one_of, _memory(result.state), _memory(state), sound_memory
+                )
             sound = run(result.params, result.state)
             chex.assert_tree_all_finite(sound.params)
             assert inner(sound.grad, sound.updates) != 0
@@ -379,9 +471,11 @@ def _is_one_of(leaf: jax.Array, before: jax.Array, sound: jax.Array) -> None:
 
 
 def _memory(state: Any) -> Any:
-    """A state without its reports and counters; of rates, which may have been halved, the mantissas."""
+    """A state without its reports and counters; of rates, which may have been halved,
+    the mantissas."""
     if isinstance(state, rates.Memory):
-        state = state._replace(rate=np.frexp(state.rate)[0], length=())  # 0 where no step may follow
+        # 0 where no step may follow
+        state = state._replace(rate=np.frexp(state.rate)[0], length=())
     if hasattr(state, "_fields"):
         return {
             name: _memory(child)
@@ -390,17 +484,31 @@ def _memory(state: Any) -> Any:
         }
     if isinstance(state, dict):
         return {name: _memory(child) for name, child in state.items()}
-    return [_memory(child) for child in state] if isinstance(state, tuple | list) else state
+    return (
+        [_memory(child) for child in state]
+        if isinstance(state, tuple | list)
+        else state
+    )
 
 
 def reports_a_status(case: Case) -> None:
     params, state = walk(case, 1)
     assert all(np.ndim(x) == 0 for x in hessopt.diagnostics(state).values())
-    statuses = [int(x) for name, x in hessopt.diagnostics(state).items() if name.endswith(".status")]
+    statuses = [
+        int(x)
+        for name, x in hessopt.diagnostics(state).items()
+        if name.endswith(".status")
+    ]
     assert statuses
-    assert not any(status & ~(StepStatus.NEGATIVE_CURVATURE | case.reports) for status in statuses)
+    assert not any(
+        status & ~(StepStatus.NEGATIVE_CURVATURE | case.reports) for status in statuses
+    )
     poisoned = stepper(case).run(params, state, Trouble(grad=np.nan)).state
-    flags = [int(x) for name, x in hessopt.diagnostics(poisoned).items() if name.endswith(".status")]
+    flags = [
+        int(x)
+        for name, x in hessopt.diagnostics(poisoned).items()
+        if name.endswith(".status")
+    ]
     assert functools.reduce(lambda a, b: a | b, flags) & StepStatus.NONFINITE
 
 
@@ -409,7 +517,9 @@ def does_not_depend_on_the_unit_of_the_objective(case: Case) -> None:
         params, state = walk(case, 0)
         plain = stepper(case).run(params, state).updates
         for weight in (2.0**-30, 2.0**30):
-            close(stepper(case).run(params, state, Trouble(weight=weight)).updates, plain)
+            close(
+                stepper(case).run(params, state, Trouble(weight=weight)).updates, plain
+            )
 
 
 # Storage
@@ -430,14 +540,17 @@ def continues_from_a_checkpoint_bit_for_bit(case: Case) -> None:
 def _through_orbax(state: Any, template: Any) -> Any:
     if not jax.tree.leaves(template):
         return template
-    full = lambda tree: jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)  # Orbax refuses empty arrays
+    # Orbax refuses empty arrays
+    full = lambda tree: jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = pathlib.Path(folder).resolve() / "state"
         with orbax.checkpoint.StandardCheckpointer() as checkpointer:
             checkpointer.save(path, full(state))
             checkpointer.wait_until_finished()
             restored = checkpointer.restore(path, full(template))
-    return jax.tree.map(lambda old, new: old if new is None else new, template, restored)
+    return jax.tree.map(
+        lambda old, new: old if new is None else new, template, restored
+    )
 
 
 LAWS = (

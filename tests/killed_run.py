@@ -1,6 +1,8 @@
-"""`python -m tests.killed_run FOLDER STEPS [CASE ...]`: train by all transformations of the table, with checkpoints.
+"""`python -m tests.killed_run FOLDER STEPS [CASE ...]`: train by all transformations of
+the table, with checkpoints.
 
-Goes on from the newest checkpoint in the folder, writes one after every step, and at the end all arrays.
+Goes on from the newest checkpoint in the folder, writes one after every step, and at
+the end all arrays.
 """
 
 import pathlib
@@ -38,19 +40,32 @@ def main(folder: pathlib.Path, steps: int, names: list[str]) -> None:
         updates[case.name] = jax.jit(step)
 
     options = orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2)
-    with orbax.checkpoint.CheckpointManager(folder / "checkpoints", options=options) as manager:
+    with orbax.checkpoint.CheckpointManager(
+        folder / "checkpoints", options=options
+    ) as manager:
         begin = manager.latest_step() or 0
         if begin:
-            stored = manager.restore(begin, args=orbax.checkpoint.args.StandardRestore(full(runs)))
-            runs = jax.tree.map(lambda old, new: old if new is None else new, runs, stored)
+            stored = manager.restore(
+                begin, args=orbax.checkpoint.args.StandardRestore(full(runs))
+            )
+            runs = jax.tree.map(
+                lambda old, new: old if new is None else new, runs, stored
+            )
         print(f"from step {begin}", flush=True)
         for step_number in range(begin + 1, steps + 1):
             runs = {name: updates[name](run) for name, run in runs.items()}
-            manager.save(step_number, args=orbax.checkpoint.args.StandardSave(full(runs)))
+            manager.save(
+                step_number, args=orbax.checkpoint.args.StandardSave(full(runs))
+            )
             manager.wait_until_finished()
             print(f"saved {step_number}", flush=True)
-    arrays = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(runs)[0]}
-    np.savez(folder / "end.npz", **{name: np.asarray(leaf) for name, leaf in arrays.items()})
+    arrays = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(runs)[0]
+    }
+    np.savez(
+        folder / "end.npz", **{name: np.asarray(leaf) for name, leaf in arrays.items()}
+    )
 
 
 if __name__ == "__main__":

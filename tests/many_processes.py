@@ -1,4 +1,5 @@
-"""`python -m tests.many_processes ADDRESS ID FILE PROBLEM DTYPE`: be one of two processes of two devices."""
+"""`python -m tests.many_processes ADDRESS ID FILE PROBLEM DTYPE`: be one of two
+processes of two devices."""
 
 import sys
 
@@ -6,7 +7,8 @@ import jax
 
 
 def main(address: str, process: int, file: str, problem: str, dtype: str) -> None:
-    """Train by every leafwise transformation, on a mesh over both processes; the first one writes the parameters."""
+    """Train by every leafwise transformation, on a mesh over both processes; the first
+    one writes the parameters."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", 2)
     jax.distributed.initialize(address, 2, process)
@@ -19,7 +21,9 @@ def main(address: str, process: int, file: str, problem: str, dtype: str) -> Non
     arrays = {}
     for name, make in LEAFWISE.items():
         steps = steps_of(name)
-        params, _ = on_many_devices(PROBLEMS[problem](), make, np.dtype(dtype), steps, explicit=False)
+        params, _ = on_many_devices(
+            PROBLEMS[problem](), make, np.dtype(dtype), steps, explicit=False
+        )
         for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
             whole = multihost_utils.process_allgather(leaf, tiled=True)
             arrays[f"{name}{jax.tree_util.keystr(path)}"] = np.asarray(whole)

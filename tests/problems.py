@@ -20,13 +20,18 @@ class Split(NamedTuple):
 
 
 def digits(dtype: Any = np.float64) -> Split:
-    """scikit-learn's digits: 1500 images for training, 297 for testing, pixels in [0, 1]."""
+    """scikit-learn's digits: 1500 images for training, 297 for testing, pixels in [0,
+    1]."""
     x, y = load_digits(return_X_y=True)
-    x, x_test, y, y_test = train_test_split((x / 16).astype(dtype), y, train_size=1500, stratify=y, random_state=0)
+    x, x_test, y, y_test = train_test_split(
+        (x / 16).astype(dtype), y, train_size=1500, stratify=y, random_state=0
+    )
     return Split(*map(jnp.asarray, (x, y, x_test, y_test)))
 
 
-def init_mlp(seed: int, sizes: tuple[int, ...], dtype: Any = np.float64) -> dict[str, Any]:
+def init_mlp(
+    seed: int, sizes: tuple[int, ...], dtype: Any = np.float64
+) -> dict[str, Any]:
     """LeCun-normal kernels and zero biases, `{"layer0": {"bias", "kernel"}, ...}`."""
     keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
     kernel = jax.nn.initializers.lecun_normal()
@@ -44,7 +49,9 @@ def mlp(params: dict[str, Any], x: jax.Array) -> jax.Array:
     return x @ last["kernel"] + last["bias"]
 
 
-def cross_entropy(params: dict[str, Any], x: jax.Array, y: jax.Array, l2: float = 0.0) -> jax.Array:
+def cross_entropy(
+    params: dict[str, Any], x: jax.Array, y: jax.Array, l2: float = 0.0
+) -> jax.Array:
     """Mean softmax cross-entropy of `mlp`, with `l2/2 |params|^2`."""
     loss = optax.softmax_cross_entropy_with_integer_labels(mlp(params, x), y).mean()
     return loss + 0.5 * l2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))

@@ -1,4 +1,5 @@
-"""The table of transformations that the contract is swept over. A new method gets every law by one row."""
+"""The table of transformations that the contract is swept over. A new method gets every
+law by one row."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,15 +18,21 @@ class Case(NamedTuple):
     name: str
     factory: Callable[..., optax.GradientTransformation]
     arguments: Mapping[str, Any] = MappingProxyType({})
-    kind: str = "optimizer"  # "optimizer": gradient in, update out; "direction": +P g out; "rate": update in and out
+    # "optimizer": gradient in, update out; "direction": +P g out; "rate": update in and
+    # out
+    kind: str = "optimizer"
     rate: float = 1.0  # of a direction, where it trains optax's test problems
     needs: tuple[str, ...] = ()  # keywords of `update` that it cannot do without
-    injectable: tuple[str, ...] = ()  # numbers for `optax.inject_hyperparams`; all other arguments are static
+    # numbers for `optax.inject_hyperparams`; all other arguments are static
+    injectable: tuple[str, ...] = ()
     composite: bool = False  # wants `hessopt.composite` for an objective
-    unitless: bool = False  # its first step is the same in whatever unit the objective is measured
+    # its first step is the same in whatever unit the objective is measured
+    unitless: bool = False
     main: bool = False  # one that runs the costly sweeps in the fast suite too
-    reports: hessopt.StepStatus = hessopt.StepStatus.OK  # facts, besides negative curvature, of its first step here
-    fails: Mapping[str, str] = MappingProxyType({})  # law -> why this foreign transformation is known to break it
+    # facts, besides negative curvature, of its first step here
+    reports: hessopt.StepStatus = hessopt.StepStatus.OK
+    # law -> why this foreign transformation is known to break it
+    fails: Mapping[str, str] = MappingProxyType({})
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         """Build the transformation."""
@@ -54,21 +61,36 @@ RATES = ("learning_rate", "curvature_decay", "rate_decay", "min_rate", "max_chan
 
 
 def masked_newton() -> optax.GradientTransformation:
-    return hessopt.masked(hessopt.newton(), lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) > 0, params))
+    return hessopt.masked(
+        hessopt.newton(),
+        lambda params: jax.tree.map(lambda leaf: jnp.ndim(leaf) > 0, params),
+    )
 
 
 HESSOPT = (
     newton("shift")._replace(main=True),
     newton("absolute", positivity="absolute"),
-    newton("none, backtracking", positivity="none", linesearch=optax.scale_by_backtracking_linesearch(30)),
+    newton(
+        "none, backtracking",
+        positivity="none",
+        linesearch=optax.scale_by_backtracking_linesearch(30),
+    ),
     newton("leaf blocks", blocks="leaf", update_every=2),
     newton("layer blocks", blocks="layer"),
     newton("weights and biases", blocks="weights_biases"),
-    newton("Gauss-Newton", curvature="gauss_newton", damping=1e-3)._replace(composite=True),
+    newton("Gauss-Newton", curvature="gauss_newton", damping=1e-3)._replace(
+        composite=True
+    ),
     newton("no search", damping=1e-3, learning_rate=0.5, linesearch=None)._replace(
         needs=("value_fn",), injectable=("damping", "learning_rate")
     ),
-    Case("scale_by_newton", hessopt.scale_by_newton, kind="direction", needs=("value_fn",), injectable=("damping",)),
+    Case(
+        "scale_by_newton",
+        hessopt.scale_by_newton,
+        kind="direction",
+        needs=("value_fn",),
+        injectable=("damping",),
+    ),
     Case(
         "subsampled",
         subsampled_newton,
@@ -82,7 +104,12 @@ HESSOPT = (
 
 HESSOPT += (
     Case("lbfgs", hessopt.lbfgs, needs=SEARCHED, unitless=True, main=True),
-    Case("lbfgs, same batch", hessopt.lbfgs, {"same_batch_pairs": True, "memory_size": 3}, needs=SEARCHED),
+    Case(
+        "lbfgs, same batch",
+        hessopt.lbfgs,
+        {"same_batch_pairs": True, "memory_size": 3},
+        needs=SEARCHED,
+    ),
     Case(
         "lbfgs, no search",
         hessopt.lbfgs,
@@ -90,7 +117,13 @@ HESSOPT += (
         injectable=("learning_rate",),
         unitless=True,
     ),
-    Case("scale_by_lbfgs", hessopt.scale_by_lbfgs, kind="direction", rate=0.1, unitless=True),
+    Case(
+        "scale_by_lbfgs",
+        hessopt.scale_by_lbfgs,
+        kind="direction",
+        rate=0.1,
+        unitless=True,
+    ),
     Case(
         "scale_by_wolfe_linesearch",
         hessopt.scale_by_wolfe_linesearch,
@@ -103,8 +136,19 @@ HESSOPT += (
 
 HESSOPT += (
     Case("bfgs", hessopt.bfgs, needs=SEARCHED, unitless=True, main=True),
-    Case("bfgs, SSBroyden", hessopt.bfgs, {"formula": "ssbroyden"}, needs=SEARCHED, unitless=True),
-    Case("bfgs, SSBFGS, damped", hessopt.bfgs, {"formula": "ssbfgs", "on_bad_curvature": "powell"}, needs=SEARCHED),
+    Case(
+        "bfgs, SSBroyden",
+        hessopt.bfgs,
+        {"formula": "ssbroyden"},
+        needs=SEARCHED,
+        unitless=True,
+    ),
+    Case(
+        "bfgs, SSBFGS, damped",
+        hessopt.bfgs,
+        {"formula": "ssbfgs", "on_bad_curvature": "powell"},
+        needs=SEARCHED,
+    ),
     Case(
         "bfgs, no search",
         hessopt.bfgs,
@@ -112,7 +156,14 @@ HESSOPT += (
         injectable=("learning_rate",),
         unitless=True,
     ),
-    Case("scale_by_bfgs, DFP", hessopt.scale_by_bfgs, {"formula": "dfp"}, kind="direction", rate=0.1, unitless=True),
+    Case(
+        "scale_by_bfgs, DFP",
+        hessopt.scale_by_bfgs,
+        {"formula": "dfp"},
+        kind="direction",
+        rate=0.1,
+        unitless=True,
+    ),
 )
 
 HESSOPT += (
@@ -140,14 +191,26 @@ HESSOPT += (
         {"base": optax.sgd(1.0)},
         needs=("value_fn",),
         reports=hessopt.StepStatus.SAFEGUARDED,
-        injectable=("cubic_damping", "learning_rate", "curvature_decay", "rate_decay", "ridge"),
+        injectable=(
+            "cubic_damping",
+            "learning_rate",
+            "curvature_decay",
+            "rate_decay",
+            "ridge",
+        ),
         unitless=True,
     ),
     Case("masked", masked_newton, needs=SEARCHED, unitless=True),
 )
 
 HESSOPT += (
-    Case("trust_region_newton", hessopt.trust_region_newton, needs=("value_fn",), unitless=True, main=True),
+    Case(
+        "trust_region_newton",
+        hessopt.trust_region_newton,
+        needs=("value_fn",),
+        unitless=True,
+        main=True,
+    ),
     Case(
         "trust_region_newton, radius, cg",
         hessopt.trust_region_newton,
@@ -178,8 +241,21 @@ NO_STATUS = {"reports_a_status": "optax has no statuses"}
 NAN_THROUGH = {"survives_what_is_not_finite": "optax leaves that to apply_if_finite"}
 
 FOREIGN = (
-    Case("adam", optax.adam, {"learning_rate": 0.1}, injectable=("learning_rate",), fails=NO_STATUS | NAN_THROUGH),
-    Case("scale", optax.scale, {"step_size": 0.5}, "rate", injectable=("step_size",), fails=NO_STATUS | NAN_THROUGH),
+    Case(
+        "adam",
+        optax.adam,
+        {"learning_rate": 0.1},
+        injectable=("learning_rate",),
+        fails=NO_STATUS | NAN_THROUGH,
+    ),
+    Case(
+        "scale",
+        optax.scale,
+        {"step_size": 0.5},
+        "rate",
+        injectable=("step_size",),
+        fails=NO_STATUS | NAN_THROUGH,
+    ),
     Case(
         "lbfgs",
         optax.lbfgs,
@@ -194,6 +270,10 @@ FOREIGN = (
             "names_what_is_missing": "the missing keyword is named, the call to write is not",
             "survives_what_is_not_finite": "the memory takes in the step",
         }
-        | ({"ignores_unknown_keywords": "the search refuses them"} if optax.__version__ != "0.2.5" else {}),
+        | (
+            {"ignores_unknown_keywords": "the search refuses them"}
+            if optax.__version__ != "0.2.5"
+            else {}
+        ),
     ),
 )

@@ -23,7 +23,11 @@ def ended(process):
 
 
 @pytest.mark.parametrize(
-    "names", [pytest.param((), marks=pytest.mark.slow, id="all"), pytest.param(("lbfgs", "bfgs"), id="some")]
+    "names",
+    [
+        pytest.param((), marks=pytest.mark.slow, id="all"),
+        pytest.param(("lbfgs", "bfgs"), id="some"),
+    ],
 )
 def test_a_killed_run_goes_on_from_its_checkpoint_bit_for_bit(names, tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"

@@ -12,13 +12,18 @@ CASES = {case.name: case for case in (*HESSOPT, *FOREIGN)}
 def _pairs():
     for case in CASES.values():
         for law in contract.LAWS:
-            marks = [pytest.mark.slow] if law in contract.COSTLY and not case.main else []
-            yield pytest.param(case.name, law.__name__, marks=marks, id=f"{case.name}: {law.__name__}")
+            marks = (
+                [pytest.mark.slow] if law in contract.COSTLY and not case.main else []
+            )
+            yield pytest.param(
+                case.name, law.__name__, marks=marks, id=f"{case.name}: {law.__name__}"
+            )
 
 
 @pytest.fixture(autouse=True)
 def _quick_compiles():
-    """The laws hold at any level of optimization, and most of their time is compilation."""
+    """The laws hold at any level of optimization, and most of their time is
+    compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -33,7 +38,9 @@ def test_keeps_the_law(name, law):
         if known is None:
             raise
     else:
-        assert known is None, f"{name} is listed as breaking {law} ({known}), and keeps it"
+        assert known is None, (
+            f"{name} is listed as breaking {law} ({known}), and keeps it"
+        )
 
 
 def test_the_table_lists_laws_by_their_names():

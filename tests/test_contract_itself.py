@@ -1,4 +1,5 @@
-"""A test of the tests: what the contract forbids, done on purpose, is caught by the law that forbids it."""
+"""A test of the tests: what the contract forbids, done on purpose, is caught by the law
+that forbids it."""
 
 from typing import Any, NamedTuple
 
@@ -26,14 +27,28 @@ class HalvingState(NamedTuple):
 
 
 def halving(**faults: bool) -> optax.GradientTransformationExtraArgs:
-    """Gradient descent whose rate is halved when the step would not decrease the objective; sound without faults."""
+    """Gradient descent whose rate is halved when the step would not decrease the
+    objective; sound without faults."""
     faulty = faults.get
 
     def init(params: Any) -> HalvingState:
         spare = params if faulty("aliased") else jax.tree.map(jnp.zeros_like, params)
-        return HalvingState(jnp.zeros((), jnp.int32), jnp.full((), 0.1, float), spare, Info(jnp.zeros((), jnp.int32)))
+        return HalvingState(
+            jnp.zeros((), jnp.int32),
+            jnp.full((), 0.1, float),
+            spare,
+            Info(jnp.zeros((), jnp.int32)),
+        )
 
-    def update(updates: Any, state: Any, params: Any = None, *, value: Any, value_fn: Any = None, **data: Any) -> Any:
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        value: Any,
+        value_fn: Any = None,
+        **data: Any,
+    ) -> Any:
         if value_fn is None and faulty("goes_without"):
             return jax.tree.map(lambda u: -0.1 * u, updates), state
         if faulty("swallows"):
@@ -41,7 +56,9 @@ def halving(**faults: bool) -> optax.GradientTransformationExtraArgs:
         if faulty("refuses") and "nobody_knows" in data:
             raise TypeError("nobody_knows")
         objective = bind(value_fn, data, caller="halving")
-        finite = jnp.isfinite(value) & jnp.all(jnp.array([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)]))
+        finite = jnp.isfinite(value) & jnp.all(
+            jnp.array([jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates)])
+        )
         step = jax.tree.map(lambda u: -(state.rate * u).astype(u.dtype), updates)
         probe = objective(optax.apply_updates(params, step))
         ok = finite & jnp.isfinite(probe)
@@ -61,7 +78,9 @@ def halving(**faults: bool) -> optax.GradientTransformationExtraArgs:
 
 
 def case(**faults: bool) -> Case:
-    return Case(f"halving {sorted(faults)}", lambda: halving(**faults), needs=("value_fn",))
+    return Case(
+        f"halving {sorted(faults)}", lambda: halving(**faults), needs=("value_fn",)
+    )
 
 
 FAULTS = {

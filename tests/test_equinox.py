@@ -1,4 +1,5 @@
-"""Equinox needs nothing of ours: `eqx.partition` makes a tree of arrays and an objective of it."""
+"""Equinox needs nothing of ours: `eqx.partition` makes a tree of arrays and an
+objective of it."""
 
 import equinox as eqx
 import jax
@@ -16,6 +17,8 @@ def test_an_equinox_model_trains():
     def loss(params, x, y):
         return jnp.mean((jax.vmap(eqx.combine(params, static))(x) - y) ** 2)
 
-    solution = hessopt.minimize(loss, params, hessopt.lbfgs(), data={"x": x, "y": y}, max_steps=100)
+    solution = hessopt.minimize(
+        loss, params, hessopt.lbfgs(), data={"x": x, "y": y}, max_steps=100
+    )
     trained = eqx.combine(solution.params, static)
     assert jnp.mean((jax.vmap(trained)(x) - y) ** 2) < 0.05

@@ -1,4 +1,5 @@
-"""Imports run one way: typing, numerics, trees, objective, calculus, kinds, transforms, then optimizers and driver."""
+"""Imports run one way: typing, numerics, trees, objective, calculus, kinds, transforms,
+then optimizers and driver."""
 
 import ast
 import pathlib
@@ -15,14 +16,19 @@ ALLOWED = {
     "typing": set(),
     "_checks": set(),
     **BELOW,
-    "transforms": METHODS - {"transforms"},  # one method, one file: they never import each other
+    # one method, one file: they never import each other
+    "transforms": METHODS - {"transforms"},
     "optimizers": METHODS,
     "driver": METHODS - {"transforms"} | {"driver"},
     "linen": BELOW["objective"],
     "nnx": BELOW["objective"],
     "__init__": METHODS | {"optimizers", "driver"},
 }
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent == ROOT or path.name != "__init__.py")
+FILES = sorted(
+    path
+    for path in ROOT.rglob("*.py")
+    if path.parent == ROOT or path.name != "__init__.py"
+)
 
 
 def layer(parts: tuple[str, ...]) -> str:
@@ -42,12 +48,24 @@ def test_a_module_imports_from_the_layers_below_it_only(path: pathlib.Path):
         for name in names:
             if name.split(".")[0] == "hessopt":
                 imported = tuple(name.split(".")[1:])
-                assert layer(imported) in ALLOWED[layer(here.parts)], f"{here} imports {name}"
+                assert layer(imported) in ALLOWED[layer(here.parts)], (
+                    f"{here} imports {name}"
+                )
 
 
 def test_numerics_import_jax_only():
     for path in (ROOT / "numerics").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             modules = [node.module] if isinstance(node, ast.ImportFrom) else []
-            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert {str(m).split(".")[0] for m in modules} <= {"jax", "hessopt", "typing", "collections", "math"}
+            modules += (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else []
+            )
+            assert {str(m).split(".")[0] for m in modules} <= {
+                "jax",
+                "hessopt",
+                "typing",
+                "collections",
+                "math",
+            }

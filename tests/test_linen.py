@@ -22,7 +22,9 @@ Y = (X[:, 0] > 0).astype(jnp.int32)
 
 
 def create(tx):
-    return TrainState.create(apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(0), X), tx=tx)
+    return TrainState.create(
+        apply_fn=MODEL.apply, params=MODEL.init(jax.random.key(0), X), tx=tx
+    )
 
 
 def loss_fn(params, x, y):
@@ -32,7 +34,9 @@ def loss_fn(params, x, y):
 
 
 def loss_with_aux(params, x, y):
-    return loss_fn(params, x, y), {"accuracy": jnp.mean(jnp.argmax(MODEL.apply(params, x), -1) == y)}
+    return loss_fn(params, x, y), {
+        "accuracy": jnp.mean(jnp.argmax(MODEL.apply(params, x), -1) == y)
+    }
 
 
 def assert_trees_close(one, other, **tolerances):
@@ -47,7 +51,9 @@ def test_step_with_is_value_gradient_and_update():
     @jax.jit
     def step_by_hand(s):
         value, grads = jax.value_and_grad(loss_fn)(s.params, X, Y)
-        return value, s.apply_gradients(grads=grads, value=value, value_fn=lambda p: loss_fn(p, X, Y))
+        return value, s.apply_gradients(
+            grads=grads, value=value, value_fn=lambda p: loss_fn(p, X, Y)
+        )
 
     expected, by_hand = step_by_hand(state)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -80,8 +86,12 @@ def test_any_optax_optimizer_takes_the_same_step_as_in_flax():
     grads = jax.grad(loss_fn)(create(optax.adam(1e-2)).params, X, Y)
     ours = create(optax.adam(1e-2)).apply_gradients(grads=grads)
     params = MODEL.init(jax.random.key(0), X)
-    theirs = train_state.TrainState.create(apply_fn=MODEL.apply, params=params, tx=optax.adam(1e-2))
-    assert_trees_close(ours.params, theirs.apply_gradients(grads=grads).params, rtol=1e-6)
+    theirs = train_state.TrainState.create(
+        apply_fn=MODEL.apply, params=params, tx=optax.adam(1e-2)
+    )
+    assert_trees_close(
+        ours.params, theirs.apply_gradients(grads=grads).params, rtol=1e-6
+    )
 
 
 def test_optax_lbfgs_gets_what_it_needs():
@@ -92,16 +102,23 @@ def test_optax_lbfgs_gets_what_it_needs():
 def test_what_an_optimizer_misses_is_named_and_fields_are_replaced():
     state = create(hessopt.newton())
     grads = jax.grad(loss_fn)(state.params, X, Y)
-    with pytest.raises(TypeError, match="scale_by_newton needs the objective") as raised:
+    with pytest.raises(
+        TypeError, match="scale_by_newton needs the objective"
+    ) as raised:
         state.apply_gradients(grads=grads)
     assert "step_with" in raised.value.__notes__[0]
-    assert create(optax.sgd(0.1)).apply_gradients(grads=grads, apply_fn=loss_fn).apply_fn is loss_fn
+    assert (
+        create(optax.sgd(0.1)).apply_gradients(grads=grads, apply_fn=loss_fn).apply_fn
+        is loss_fn
+    )
 
 
 def test_a_composite_keeps_its_parts_for_gauss_newton():
     value_fn = hessopt.composite(
         lambda params, x: MODEL.apply(params, x),
-        lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(),
+        lambda logits, y: optax.softmax_cross_entropy_with_integer_labels(
+            logits, y
+        ).mean(),
     )
     state = create(hessopt.newton(damping=1e-2, curvature="gauss_newton"))
     state, value, _ = jax.jit(lambda s: s.step_with(value_fn, X, Y))(state)
@@ -134,14 +151,26 @@ class Normed(nn.Module):
 
 
 def normed_loss(params, x, y, rngs, collections):
-    logits, new = Normed().apply({"params": params, **collections}, x, rngs=rngs, mutable=list(collections))
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (new, logits)
+    logits, new = Normed().apply(
+        {"params": params, **collections}, x, rngs=rngs, mutable=list(collections)
+    )
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), (
+        new,
+        logits,
+    )
 
 
 def create_normed(tx):
-    variables = Normed().init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
+    variables = Normed().init(
+        {"params": jax.random.key(0), "dropout": jax.random.key(1)}, X
+    )
     collections = {"batch_stats": variables["batch_stats"]}
-    return TrainState.create(apply_fn=Normed().apply, params=variables["params"], tx=tx, collections=collections)
+    return TrainState.create(
+        apply_fn=Normed().apply,
+        params=variables["params"],
+        tx=tx,
+        collections=collections,
+    )
 
 
 WITH_PROBES = {
@@ -157,7 +186,9 @@ def test_running_statistics_are_those_of_one_forward_pass(name):
     state, rngs = create_normed(WITH_PROBES[name]()), {"dropout": jax.random.key(3)}
     step = jax.jit(lambda s, x: s.step_with(normed_loss, x, Y, rngs=rngs))
     for x in (X, 2.0 * X):
-        expected, (statistics, logits) = normed_loss(state.params, x, Y, rngs, state.collections)
+        expected, (statistics, logits) = normed_loss(
+            state.params, x, Y, rngs, state.collections
+        )
         state, value, aux = step(state, x)
         assert_trees_close(state.collections, statistics, rtol=1e-6)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
@@ -170,12 +201,16 @@ def test_a_loss_that_forgets_its_collections_is_told_so():
         return loss, logits
 
     with pytest.raises(TypeError, match="loss_fn must return"):
-        create_normed(optax.sgd(0.1)).step_with(forgets, X, Y, rngs={"dropout": jax.random.key(3)})
+        create_normed(optax.sgd(0.1)).step_with(
+            forgets, X, Y, rngs={"dropout": jax.random.key(3)}
+        )
 
 
 @pytest.mark.parametrize("name", ["generalized_newton", "grouped_newton", "lbfgs"])
 def test_a_frozen_half_does_not_change_by_one_bit(name):
-    mask = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[1].key == "Dense_1", params)
+    mask = lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, _: path[1].key == "Dense_1", params
+    )
     state = create(hessopt.masked(WITH_PROBES[name](), mask))
     first, step = state, jax.jit(lambda s: s.step_with(loss_fn, X, Y))
     values = []
@@ -183,6 +218,8 @@ def test_a_frozen_half_does_not_change_by_one_bit(name):
         state, value, _ = step(state)
         values.append(value)
     assert values[-1] < values[0]
-    frozen, moved = (jax.tree.leaves(s.params["params"]["Dense_0"]) for s in (first, state))
+    frozen, moved = (
+        jax.tree.leaves(s.params["params"]["Dense_0"]) for s in (first, state)
+    )
     for a, b in zip(frozen, moved, strict=True):
         np.testing.assert_array_equal(a, b)

@@ -33,10 +33,14 @@ def test_two_processes_train_as_one(dtype, problem, tmp_path):
     with np.load(file) as arrays:
         for name, make in LEAFWISE.items():
             data = (jnp.asarray(a, dtype) for a in here.data)
-            params, _ = train(here, make(), here.init(np.dtype(dtype)), *data, steps_of(name))
+            params, _ = train(
+                here, make(), here.init(np.dtype(dtype)), *data, steps_of(name)
+            )
             for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
                 there = arrays[f"{name}{jax.tree_util.keystr(path)}"]
-                np.testing.assert_allclose(leaf, there, atol=tolerance_of(name, np.dtype(dtype)), err_msg=name)
+                np.testing.assert_allclose(
+                    leaf, there, atol=tolerance_of(name, np.dtype(dtype)), err_msg=name
+                )
 
 
 @pytest.mark.slow
@@ -53,14 +57,17 @@ def test_a_process_that_dies_ends_the_others_and_the_run_resumes(tmp_path):
         ]
         began = time.monotonic()
         here = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=here, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(
+            command, cwd=ROOT, env=here, capture_output=True, text=True, timeout=400
+        )
         return done, time.monotonic() - began
 
     whole, usual = run("unbroken")
     assert whole.returncode == 0
     broken, seconds = run("killed", "--die-at", "35")
     assert broken.returncode != 0
-    if "heartbeat_timeout_seconds" in jax.distributed.initialize.__annotations__:  # else JAX waits for 100 seconds
+    # else JAX waits for 100 seconds
+    if "heartbeat_timeout_seconds" in jax.distributed.initialize.__annotations__:
         assert seconds < usual + 60
     again, _ = run("killed")
     assert again.returncode == 0

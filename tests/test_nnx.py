@@ -1,4 +1,5 @@
-"""Oracles: the same training by optax's own loop on the pure parameters; a forward pass by hand."""
+"""Oracles: the same training by optax's own loop on the pure parameters; a forward pass
+by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -56,12 +57,20 @@ def test_a_model_trains_as_its_pure_parameters_do(name):
     params, treedef = jax.tree.flatten(state)
 
     def loss(params):
-        return cross_entropy(nnx.merge(graph, jax.tree.unflatten(treedef, params), jax.tree.map(jnp.asarray, rest)))
+        return cross_entropy(
+            nnx.merge(
+                graph,
+                jax.tree.unflatten(treedef, params),
+                jax.tree.map(jnp.asarray, rest),
+            )
+        )
 
     @jax.jit
     def pure(params, state):
         value, grads = jax.value_and_grad(loss)(params)
-        given = {} if name == "adam" else {"value": value, "grad": grads, "value_fn": loss}
+        given = (
+            {} if name == "adam" else {"value": value, "grad": grads, "value_fn": loss}
+        )
         updates, state = tx.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
@@ -82,7 +91,9 @@ def test_running_statistics_are_those_of_one_forward_pass(name):
         twin = nnx.clone(model)
         twin(X)
         step(model, optimizer)
-        for got, expected in zip(leaves(model, nnx.BatchStat), leaves(twin, nnx.BatchStat), strict=True):
+        for got, expected in zip(
+            leaves(model, nnx.BatchStat), leaves(twin, nnx.BatchStat), strict=True
+        ):
             np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
@@ -93,7 +104,9 @@ def test_evaluations_draw_the_random_numbers_of_the_gradient(jit):
     def update(updates, state, params=None, *, value, value_fn, **data):
         return updates, (value, value_fn(params))
 
-    spy = optax.GradientTransformationExtraArgs(lambda params: (jnp.zeros(()), jnp.zeros(())), update)
+    spy = optax.GradientTransformationExtraArgs(
+        lambda params: (jnp.zeros(()), jnp.zeros(())), update
+    )
     model = Net(nnx.Rngs(0), rate=0.5)
     optimizer = Optimizer(model, spy)
     run = step if jit else step.__wrapped__
@@ -116,7 +129,9 @@ def test_what_is_not_asked_for_does_not_change_by_one_bit(name):
 
     @nnx.jit
     def step_half(model, optimizer):
-        value, grads = nnx.value_and_grad(cross_entropy, argnums=nnx.DiffState(0, is_half))(model)
+        value, grads = nnx.value_and_grad(
+            cross_entropy, argnums=nnx.DiffState(0, is_half)
+        )(model)
         optimizer.update(model, grads, value=value, loss_fn=cross_entropy)
         return value
 
@@ -133,7 +148,9 @@ def test_what_an_optimizer_misses_is_named():
     model = Net(nnx.Rngs(0))
     optimizer = Optimizer(model, hessopt.newton())
     grads = nnx.grad(cross_entropy)(model)
-    with pytest.raises(TypeError, match="scale_by_newton needs the objective") as raised:
+    with pytest.raises(
+        TypeError, match="scale_by_newton needs the objective"
+    ) as raised:
         optimizer.update(model, grads)
     assert "loss_fn=" in raised.value.__notes__[0]
 
@@ -141,7 +158,8 @@ def test_what_an_optimizer_misses_is_named():
 def test_a_composite_keeps_its_parts_for_gauss_newton_and_aux_is_left_out():
     model = Net(nnx.Rngs(0))
     parts = hessopt.composite(
-        lambda model: model(X), lambda out: optax.softmax_cross_entropy_with_integer_labels(out, Y).mean()
+        lambda model: model(X),
+        lambda out: optax.softmax_cross_entropy_with_integer_labels(out, Y).mean(),
     )
     optimizer = Optimizer(model, hessopt.newton(damping=1e-2, curvature="gauss_newton"))
     value, grads = nnx.value_and_grad(cross_entropy)(model)

@@ -1,7 +1,8 @@
 """optax's own optimizer tests, read from the installed wheel and run on our table.
 
-They differentiate an objective and call `update` without it; here the last function differentiated is handed on as
-`value_fn`, with value and grad and a keyword that nobody knows, to every update.
+They differentiate an objective and call `update` without it; here the last function
+differentiated is handed on as `value_fn`, with value and grad and a keyword that nobody
+knows, to every update.
 """
 
 import ast
@@ -27,11 +28,14 @@ DIFFERENTIATED: list[Any] = []
 
 
 def _objective(updates: Any, params: Any) -> Any:
-    """The objective last differentiated; for constant gradients a quadratic that has them."""
+    """The objective last differentiated; for constant gradients a quadratic that has
+    them."""
     if DIFFERENTIATED:
         return DIFFERENTIATED[-1]
     squares = lambda leaf: jnp.sum((leaf * jnp.conj(leaf)).real)
-    linear = lambda g, p, p0: jnp.sum((jnp.conj(g) * (p - p0)).real) + 0.5 * squares(p - p0)
+    linear = lambda g, p, p0: (
+        jnp.sum((jnp.conj(g) * (p - p0)).real) + 0.5 * squares(p - p0)
+    )
     return lambda p: sum(jax.tree.leaves(jax.tree.map(linear, updates, p, params)))
 
 
@@ -46,7 +50,12 @@ def _informed(case: Case, **arguments: Any) -> optax.GradientTransformationExtra
         value_fn = _objective(updates, params)
         if case.composite:
             value_fn = hessopt.composite(lambda p: p, value_fn)
-        given = {"value": value_fn(params), "grad": updates, "value_fn": value_fn, "nobody_knows": 1.0}
+        given = {
+            "value": value_fn(params),
+            "grad": updates,
+            "value_fn": value_fn,
+            "nobody_knows": 1.0,
+        }
         return tx.update(updates, state, params, **given | extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
@@ -54,14 +63,18 @@ def _informed(case: Case, **arguments: Any) -> optax.GradientTransformationExtra
 
 def _factory(case: Case) -> Any:
     """A factory of which optax may inject every argument that is left open."""
-    static = {name: x for name, x in case.arguments.items() if name not in case.injectable}
+    static = {
+        name: x for name, x in case.arguments.items() if name not in case.injectable
+    }
 
     def make(**numbers: Any) -> optax.GradientTransformationExtraArgs:
         DIFFERENTIATED.clear()
         return _informed(case, **static, **numbers)
 
     names = [name for name in case.arguments if name in case.injectable]
-    make.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names])
+    make.__signature__ = inspect.Signature(
+        [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names]
+    )
     return make
 
 
@@ -88,9 +101,16 @@ def _optax_tests() -> Any:
     tree = ast.parse(pathlib.Path(spec.origin).read_text())
     kept = []
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_OPTIMIZERS_UNDER_TEST":
-            numbers = lambda case: {n: x for n, x in case.arguments.items() if n in case.injectable}
-            table = [{"opt_name": case.name, "opt_kwargs": numbers(case)} for case in HESSOPT]
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "_OPTIMIZERS_UNDER_TEST"
+        ):
+            numbers = lambda case: {
+                n: x for n, x in case.arguments.items() if n in case.injectable
+            }
+            table = [
+                {"opt_name": case.name, "opt_kwargs": numbers(case)} for case in HESSOPT
+            ]
             node.value = ast.parse(repr(tuple(table)), mode="eval").body
         if not isinstance(node, ast.ClassDef) or node.name == "AliasTest":
             kept.append(node)
@@ -98,18 +118,33 @@ def _optax_tests() -> Any:
     sys.modules[module.__name__] = module
     exec(compile(ast.Module(kept, []), spec.origin, "exec"), module.__dict__)
     module.__dict__["jax"] = _Jax("jax")
-    module.__dict__["alias"] = types.SimpleNamespace(**{case.name: _factory(case) for case in HESSOPT})
+    module.__dict__["alias"] = types.SimpleNamespace(
+        **{case.name: _factory(case) for case in HESSOPT}
+    )
     return module.__dict__["AliasTest"]
 
 
 def _runs():
-    """One run per generated method: those of the main cases, and in the slow sweep all others."""
-    for test in (name for name in dir(_optax_tests()) if name.startswith("test_") and "explicit_dtype" not in name):
-        # where optax uses variants of chex, the method's name has the arguments; else an attribute has
-        label = test.rstrip("0123456789") + getattr(_optax_tests(), test).__x_params_repr__
-        case = next(case for name, case in CASES.items() if f"opt_name='{name}'" in label)
-        label = re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", label)  # no addresses in the names
-        yield pytest.param(test, id=label, marks=[] if case.main else [pytest.mark.slow])
+    """One run per generated method: those of the main cases, and in the slow sweep all
+    others."""
+    for test in (
+        name
+        for name in dir(_optax_tests())
+        if name.startswith("test_") and "explicit_dtype" not in name
+    ):
+        # where optax uses variants of chex, the method's name has the arguments; else
+        # an attribute has
+        label = (
+            test.rstrip("0123456789") + getattr(_optax_tests(), test).__x_params_repr__
+        )
+        case = next(
+            case for name, case in CASES.items() if f"opt_name='{name}'" in label
+        )
+        # no addresses in the names
+        label = re.sub(r"<(?:function|class) '?([\w.]+)[^>]*>", r"\1", label)
+        yield pytest.param(
+            test, id=label, marks=[] if case.main else [pytest.mark.slow]
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,14 @@ def minimize(tx, x, target, steps):
     def step(x, state):
         value, grad = jax.value_and_grad(f)(x, target)
         updates, state = tx.update(
-            grad, state, x, value=value, grad=grad, value_fn=f, target=target, unknown_to_everyone=1.0
+            grad,
+            state,
+            x,
+            value=value,
+            grad=grad,
+            value_fn=f,
+            target=target,
+            unknown_to_everyone=1.0,
         )
         return optax.apply_updates(x, updates), state
 
@@ -33,11 +40,17 @@ def minimize(tx, x, target, steps):
 
 
 @pytest.mark.parametrize(
-    "linesearch", [hessopt.optimizers.CAPPED_LINESEARCH, BACKTRACKING, ZOOM, None], ids=["ours", "optax", "zoom", "no"]
+    "linesearch",
+    [hessopt.optimizers.CAPPED_LINESEARCH, BACKTRACKING, ZOOM, None],
+    ids=["ours", "optax", "zoom", "no"],
 )
-def test_newton_minimizes_with_every_search_and_without_and_ignores_unknown_keywords(linesearch):
+def test_newton_minimizes_with_every_search_and_without_and_ignores_unknown_keywords(
+    linesearch,
+):
     target = jnp.array([1.0, -2.0])
-    x, _ = minimize(hessopt.newton(linesearch=linesearch), jnp.array([5.0, 3.0]), target, 15)
+    x, _ = minimize(
+        hessopt.newton(linesearch=linesearch), jnp.array([5.0, 3.0]), target, 15
+    )
     np.testing.assert_allclose(x, target, atol=1e-10)
 
 
@@ -45,7 +58,9 @@ def test_the_learning_rate_scales_the_step_and_may_be_a_schedule():
     x, target = jnp.array([3.0]), jnp.array([0.0])
     full, _ = minimize(hessopt.newton(linesearch=None), x, target, 1)
     half, _ = minimize(hessopt.newton(0.5, linesearch=None), x, target, 1)
-    scheduled, _ = minimize(hessopt.newton(optax.constant_schedule(0.5), linesearch=None), x, target, 1)
+    scheduled, _ = minimize(
+        hessopt.newton(optax.constant_schedule(0.5), linesearch=None), x, target, 1
+    )
     np.testing.assert_allclose(half, (x + full) / 2)
     np.testing.assert_allclose(scheduled, half)
 
@@ -62,7 +77,11 @@ def test_the_search_needs_value_and_grad_and_says_so():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("linesearch", [hessopt.optimizers.CAPPED_LINESEARCH, BACKTRACKING], ids=["ours", "optax"])
+@pytest.mark.parametrize(
+    "linesearch",
+    [hessopt.optimizers.CAPPED_LINESEARCH, BACKTRACKING],
+    ids=["ours", "optax"],
+)
 def test_one_compilation_serves_in_either_precision(dtype, linesearch):
     tx, x = hessopt.newton(linesearch=linesearch), jnp.array([4.0, -3.0], dtype)
     state = tx.init(x)
@@ -70,7 +89,9 @@ def test_one_compilation_serves_in_either_precision(dtype, linesearch):
     @jax.jit
     def step(x, state):
         value, grad = jax.value_and_grad(f)(x, 1.0)
-        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=f, target=1.0)
+        updates, state = tx.update(
+            grad, state, x, value=value, grad=grad, value_fn=f, target=1.0
+        )
         return optax.apply_updates(x, updates), state
 
     for _ in range(12):
@@ -88,18 +109,27 @@ def test_the_step_never_increases_the_objective_from_where_newton_diverges():
         value, grad = jax.value_and_grad(loss)(x)
         assert value <= values[-1]
         values.append(float(value))
-        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        updates, state = tx.update(
+            grad, state, x, value=value, grad=grad, value_fn=loss
+        )
         x = optax.apply_updates(x, updates)
     np.testing.assert_allclose(x, 0.0, atol=1e-6)
 
 
-@pytest.mark.parametrize("linesearch", ["default", optax.scale_by_backtracking_linesearch(max_backtracking_steps=3)])
+@pytest.mark.parametrize(
+    "linesearch",
+    ["default", optax.scale_by_backtracking_linesearch(max_backtracking_steps=3)],
+)
 def test_a_search_that_runs_out_of_trials_takes_no_step_uphill(linesearch):
     def loss(x):
         return jnp.sum(jnp.logaddexp(x, -x))
 
     x = jnp.array([80.0])  # where curvature is 1e-69
-    tx = hessopt.newton() if linesearch == "default" else hessopt.newton(linesearch=linesearch)
+    tx = (
+        hessopt.newton()
+        if linesearch == "default"
+        else hessopt.newton(linesearch=linesearch)
+    )
     value, grad = jax.value_and_grad(loss)(x)
     updates, _ = tx.update(grad, tx.init(x), x, value=value, grad=grad, value_fn=loss)
     assert loss(x + updates) <= value
@@ -107,7 +137,9 @@ def test_a_search_that_runs_out_of_trials_takes_no_step_uphill(linesearch):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize(
-    "linesearch", [hessopt.optimizers.CAPPED_LINESEARCH, BACKTRACKING, ZOOM], ids=["ours", "optax", "zoom"]
+    "linesearch",
+    [hessopt.optimizers.CAPPED_LINESEARCH, BACKTRACKING, ZOOM],
+    ids=["ours", "optax", "zoom"],
 )
 def test_a_nonfinite_objective_costs_one_step_and_no_more(bad, linesearch):
     def loss(x, weight):
@@ -117,7 +149,9 @@ def test_a_nonfinite_objective_costs_one_step_and_no_more(bad, linesearch):
     state, path = tx.init(x), []
     for weight in (1.0, bad, 1.0, 1.0):
         value, grad = jax.value_and_grad(loss)(x, weight)
-        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss, weight=weight)
+        updates, state = tx.update(
+            grad, state, x, value=value, grad=grad, value_fn=loss, weight=weight
+        )
         x = optax.apply_updates(x, updates)
         path.append(float(x[0]))
     assert path[1] == path[0]
@@ -142,8 +176,15 @@ def test_placeholders_empty_trees_and_python_scalars():
     tx = hessopt.newton()
     params = {"a": jnp.ones(2)}
     optax.tree.map_params(tx, lambda p: p, tx.init(params))
-    assert tx.update({}, tx.init({}), {}, value=0.0, grad={}, value_fn=lambda _: jnp.asarray(0.0))[0] == {}
+    assert (
+        tx.update(
+            {}, tx.init({}), {}, value=0.0, grad={}, value_fn=lambda _: jnp.asarray(0.0)
+        )[0]
+        == {}
+    )
     loss = lambda x: (x - 3.0) ** 2
     value, grad = jax.value_and_grad(loss)(5.0)
-    updates, _ = tx.update(grad, tx.init(5.0), 5.0, value=value, grad=grad, value_fn=loss)
+    updates, _ = tx.update(
+        grad, tx.init(5.0), 5.0, value=value, grad=grad, value_fn=loss
+    )
     np.testing.assert_allclose(updates, -2.0)

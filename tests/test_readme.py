@@ -11,9 +11,12 @@ PAGES = ("README.md", *(f"docs/pages/{name}.md" for name in GUIDE))
 
 
 def source(text):
-    """The `python` blocks, on the lines that they have in the page; `py` marks code of other libraries."""
+    """The `python` blocks, on the lines that they have in the page; `py` marks code of
+    other libraries."""
     lines = [""] * text.count("\n")
-    for match in re.finditer(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+    for match in re.finditer(
+        r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL
+    ):
         start = text.count("\n", 0, match.start(1))
         code = match[1].splitlines()
         lines[start : start + len(code)] = code
@@ -29,4 +32,13 @@ def test_code_of_the_page_runs(page):
 
 def test_blocks_keep_their_lines():
     text = "# Title\n\n```py\nother()\n```\n\n```python\nfirst()\n```\ntext\n```python\n\nraise KeyError\n```\n"
-    assert source(text).split("\n")[5:13] == ["", "", "first()", "", "", "", "", "raise KeyError"]
+    assert source(text).split("\n")[5:13] == [
+        "",
+        "",
+        "first()",
+        "",
+        "",
+        "",
+        "",
+        "raise KeyError",
+    ]

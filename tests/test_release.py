@@ -1,4 +1,5 @@
-"""Oracles: the tracked files; twine; a fresh environment with nothing but the wheel and what it asks for."""
+"""Oracles: the tracked files; twine; a fresh environment with nothing but the wheel and
+what it asks for."""
 
 import os
 import pathlib
@@ -27,15 +28,22 @@ pytestmark = pytest.mark.slow
 
 
 def run(where, *command):
-    """Run without a way to the checkout, but with pip's settings; return what it printed."""
+    """Run without a way to the checkout, but with pip's settings; return what it
+    printed."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=where, env=env, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def files(source):
-    return {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(source).as_posix()
+        for path in source.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,12 @@ def built(tmp_path_factory):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
     else:  # a copy of them already
-        shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "__pycache__"), dirs_exist_ok=True)
+        shutil.copytree(
+            ROOT,
+            source,
+            ignore=shutil.ignore_patterns(".*", "__pycache__"),
+            dirs_exist_ok=True,
+        )
     run(dist, sys.executable, "-m", "build", "--outdir", str(dist), str(source))
     return source, *dist.glob("*.tar.gz"), *dist.glob("*.whl")
 
@@ -57,17 +70,31 @@ def test_wheel_holds_the_package_and_nothing_else(built, tmp_path):
     shutil.unpack_archive(wheel, tmp_path, "zip")
     about = f"hessopt-{hessopt.__version__}.dist-info"
     expected = {f"hessopt/{name}" for name in files(source / "hessopt")}
-    expected |= {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
+    expected |= {
+        f"{about}/{name}"
+        for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")
+    }
     assert files(tmp_path) == expected >= {"hessopt/py.typed"}
 
 
 def test_release_is_described(built):
     source, sdist, wheel = built
-    run(sdist.parent, sys.executable, "-m", "twine", "check", "--strict", str(sdist), str(wheel))
+    run(
+        sdist.parent,
+        sys.executable,
+        "-m",
+        "twine",
+        "check",
+        "--strict",
+        str(sdist),
+        str(wheel),
+    )
     name = f"hessopt-{hessopt.__version__}"
     assert (sdist.name, wheel.name) == (f"{name}.tar.gz", f"{name}-py3-none-any.whl")
     changelog = (source / "CHANGELOG.md").read_text()
-    assert f"\n## [{hessopt.__version__}]" in changelog or "\n## [Unreleased]" in changelog
+    assert (
+        f"\n## [{hessopt.__version__}]" in changelog or "\n## [Unreleased]" in changelog
+    )
 
 
 def test_installed_wheel_trains(built, tmp_path):

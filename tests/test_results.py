@@ -1,4 +1,5 @@
-"""The pages that cite measurements are made of the committed records, and of nothing else."""
+"""The pages that cite measurements are made of the committed records, and of nothing
+else."""
 
 import pathlib
 

@@ -1,4 +1,5 @@
-"""Rates that find themselves, against the best constant ones, on data and seeds that chose no default."""
+"""Rates that find themselves, against the best constant ones, on data and seeds that
+chose no default."""
 
 import functools
 from typing import NamedTuple
@@ -27,9 +28,13 @@ class Task(NamedTuple):
 
 
 def task(name):
-    x, y = load_digits(return_X_y=True) if name == "digits" else load_wine(return_X_y=True)
+    x, y = (
+        load_digits(return_X_y=True) if name == "digits" else load_wine(return_X_y=True)
+    )
     x = x / 16 if name == "digits" else (x - x.mean(0)) / x.std(0)
-    sizes, batch, epochs = ((64, 32, 10), 128, 30) if name == "digits" else ((13, 16, 3), 32, 60)
+    sizes, batch, epochs = (
+        ((64, 32, 10), 128, 30) if name == "digits" else ((13, 16, 3), 32, 60)
+    )
     return Task(jnp.asarray(x, jnp.float32), jnp.asarray(y), sizes, batch, epochs)
 
 
@@ -48,28 +53,45 @@ def final_losses(name, tx, factor=1.0):
 
     def run(seed, factor):
         keys = jax.random.split(jax.random.key(seed + 1), epochs)
-        shuffled = jax.vmap(lambda key: jax.random.permutation(key, len(y))[: turns * size])(keys)
+        shuffled = jax.vmap(
+            lambda key: jax.random.permutation(key, len(y))[: turns * size]
+        )(keys)
 
         def step(carry, batch):
             params, state = carry
             loss = lambda p: cross_entropy(p, x[batch], y[batch])
             value, grad = jax.value_and_grad(loss)(params)
-            updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss)
-            return (jax.tree.map(lambda p, u: p + factor * u, params, updates), state), None
+            updates, state = tx.update(
+                grad, state, params, value=value, grad=grad, value_fn=loss
+            )
+            return (
+                jax.tree.map(lambda p, u: p + factor * u, params, updates),
+                state,
+            ), None
 
         params = init_mlp(seed, sizes, np.float32)
-        (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), shuffled.reshape(-1, size))
+        (params, _), _ = jax.lax.scan(
+            step, (params, tx.init(params)), shuffled.reshape(-1, size)
+        )
         return cross_entropy(params, x, y)
 
     runs = jax.jit(jax.vmap(run, in_axes=(0, None)))
-    return [np.asarray(runs(SEEDS, f)) for f in np.atleast_1d(np.asarray(factor, np.float32))]
+    return [
+        np.asarray(runs(SEEDS, f))
+        for f in np.atleast_1d(np.asarray(factor, np.float32))
+    ]
 
 
 @functools.cache
 def best_constant(name, base):
     """The lowest median over a grid of rates, which must lie inside of it."""
-    low = {"sgd": 2.0**-3, "momentum": 2.0**-6, "adam": 2.0**-9}[base] * (8.0 if name == "wine" else 1.0)
-    medians = [float(np.median(losses)) for losses in final_losses(name, BASES[base], low * 2.0 ** np.arange(8))]
+    low = {"sgd": 2.0**-3, "momentum": 2.0**-6, "adam": 2.0**-9}[base] * (
+        8.0 if name == "wine" else 1.0
+    )
+    medians = [
+        float(np.median(losses))
+        for losses in final_losses(name, BASES[base], low * 2.0 ** np.arange(8))
+    ]
     place = int(np.nanargmin(medians))
     assert 0 < place < 7, medians
     return medians[place]
@@ -77,16 +99,24 @@ def best_constant(name, base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "wine"])
-@pytest.mark.parametrize(("base", "factor"), [("sgd", 1.3), ("momentum", 2.0), ("adam", 2.0)])
-def test_generalized_newton_ends_near_the_best_constant_rate_from_any_first_rate(name, base, factor):
+@pytest.mark.parametrize(
+    ("base", "factor"), [("sgd", 1.3), ("momentum", 2.0), ("adam", 2.0)]
+)
+def test_generalized_newton_ends_near_the_best_constant_rate_from_any_first_rate(
+    name, base, factor
+):
     for first in (1e-4, 1e-2, 1.0):
-        (losses,) = final_losses(name, generalized_newton(BASES[base], initial_rate=first))
+        (losses,) = final_losses(
+            name, generalized_newton(BASES[base], initial_rate=first)
+        )
         assert np.median(losses) < factor * best_constant(name, base)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "wine"])
-def test_grouped_newton_over_momentum_ends_near_the_best_constant_rate_and_never_diverges(name):
+def test_grouped_newton_over_momentum_ends_near_the_best_constant_rate_and_never_diverges(
+    name,
+):
     (losses,) = final_losses(name, grouped_newton(BASES["momentum"]))
     assert np.median(losses) < 2.0 * best_constant(name, "momentum")
     assert np.max(losses) < 0.1

@@ -1,9 +1,10 @@
-"""Unconstrained CUTEst problems, as `sif2jax` defines them, in float64, each from its own start.
+"""Unconstrained CUTEst problems, as `sif2jax` defines them, in float64, each from its
+own start.
 
-`cutest.json` holds, per problem, the lowest value `f_ref` and the smallest gradient `g_floor` (largest entry) that
-tight reference runs reached. A run has solved a problem by criterion (a) if
-`max|g| <= max(1e-6 max(1, |f_ref|), 10 g_floor)`, and by (b) if `f - f_best <= 1e-6 max(1, |f_best|)`, with f_best the
-lowest of f_ref and all runs.
+`cutest.json` holds, per problem, the lowest value `f_ref` and the smallest gradient
+`g_floor` (largest entry) that tight reference runs reached. A run has solved a problem
+by criterion (a) if `max|g| <= max(1e-6 max(1, |f_ref|), 10 g_floor)`, and by (b) if `f
+- f_best <= 1e-6 max(1, |f_best|)`, with f_best the lowest of f_ref and all runs.
 """
 
 import functools
@@ -37,30 +38,42 @@ def load(name: str) -> Problem:
     args = problem.args
     bound = max(1e-6 * max(1.0, abs(reference["f_ref"])), 10 * reference["g_floor"])
     return Problem(
-        name, lambda x: problem.objective(restore(x), args), jnp.asarray(start, float), bound, reference["f_ref"]
+        name,
+        lambda x: problem.objective(restore(x), args),
+        jnp.asarray(start, float),
+        bound,
+        reference["f_ref"],
     )
 
 
 @functools.cache
 def _references() -> dict[str, dict[str, float]]:
-    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())["problems"]
+    return json.loads(pathlib.Path(__file__).with_suffix(".json").read_text())[
+        "problems"
+    ]
 
 
 def _class(name: str) -> Any:
-    """The class of a problem, from its own module: to import all of sif2jax takes a minute."""
+    """The class of a problem, from its own module: to import all of sif2jax takes a
+    minute."""
     folder = _packages()
     for file in sorted(folder.glob("*.py")):
-        if not file.name.startswith("_") and re.search(rf"^class {name}\b", file.read_text(), re.MULTILINE):
+        if not file.name.startswith("_") and re.search(
+            rf"^class {name}\b", file.read_text(), re.MULTILINE
+        ):
             return getattr(importlib.import_module(f"{PACKAGE}.{file.stem}"), name)
     raise LookupError(f"sif2jax has no unconstrained problem {name}")
 
 
 @functools.cache
 def _packages() -> pathlib.Path:
-    """Stand in for the packages above the problems' modules, without what they import; return the modules' folder."""
+    """Stand in for the packages above the problems' modules, without what they import;
+    return the modules' folder."""
     spec = importlib.util.find_spec("sif2jax")
     if spec is None or spec.origin is None:
-        raise ImportError("the CUTEst problems come from sif2jax: pip install hessopt[bench]")
+        raise ImportError(
+            "the CUTEst problems come from sif2jax: pip install hessopt[bench]"
+        )
     folder, path = pathlib.Path(spec.origin).parent, ""
     for part in PACKAGE.split("."):
         path = f"{path}.{part}".lstrip(".")

@@ -41,7 +41,11 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
 def digits(sizes: tuple[int, ...], batch: int) -> Problem:
     """Mean softmax cross-entropy on scikit-learn's digits."""
     images, labels = load_digits(return_X_y=True)
-    return _classification(sizes, jnp.asarray(images[:batch] / 16, jnp.float32), jnp.asarray(labels[:batch]))
+    return _classification(
+        sizes,
+        jnp.asarray(images[:batch] / 16, jnp.float32),
+        jnp.asarray(labels[:batch]),
+    )
 
 
 def noise(sizes: tuple[int, ...], batch: int) -> Problem:
@@ -50,7 +54,9 @@ def noise(sizes: tuple[int, ...], batch: int) -> Problem:
     return _classification(sizes, jnp.asarray(inputs, jnp.float32), jnp.asarray(labels))
 
 
-def noise_data(features: int, classes: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+def noise_data(
+    features: int, classes: int, batch: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The inputs and labels of `noise`."""
     rng = np.random.default_rng(0)
     return rng.normal(size=(batch, features)), rng.integers(classes, size=batch)
@@ -60,18 +66,28 @@ def _classification(sizes: tuple[int, ...], x: jax.Array, y: jax.Array) -> Probl
     def loss_fn(logits: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    return Problem(_name(sizes, len(x)), init(0, sizes), hessopt.composite(lambda params: apply(params, x), loss_fn))
+    return Problem(
+        _name(sizes, len(x)),
+        init(0, sizes),
+        hessopt.composite(lambda params: apply(params, x), loss_fn),
+    )
 
 
 def regression(sizes: tuple[int, ...], batch: int) -> Problem:
     """Half the mean squared error on a smooth function of uniform inputs."""
-    x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (batch, sizes[0])), jnp.float32)
+    x = jnp.asarray(
+        np.random.default_rng(0).uniform(-1, 1, (batch, sizes[0])), jnp.float32
+    )
     y = jnp.sin(3 * x.sum(1, keepdims=True))
 
     def loss_fn(outputs: jax.Array) -> jax.Array:
         return 0.5 * jnp.mean((outputs - y) ** 2)
 
-    return Problem(_name(sizes, batch), init(0, sizes), hessopt.composite(lambda params: apply(params, x), loss_fn))
+    return Problem(
+        _name(sizes, batch),
+        init(0, sizes),
+        hessopt.composite(lambda params: apply(params, x), loss_fn),
+    )
 
 
 def _name(sizes: tuple[int, ...], batch: int) -> str:

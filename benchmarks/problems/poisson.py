@@ -1,9 +1,11 @@
-"""The 3-D Poisson equation by a physics-informed network: a smooth loss of 1217 parameters that is hard to minimize.
+"""The 3-D Poisson equation by a physics-informed network: a smooth loss of 1217
+parameters that is hard to minimize.
 
     -div grad u = f on (0, 1)^3,    u* = sin(pi x) sin(pi y) sin(pi z),    f = 3 pi^2 u*
 
-The network 3-32-32-1 with tanh stands for u; its loss is half the mean squared residual on 5000 points inside, and half
-the mean squared error on 800 points of the boundary. Source: arXiv 2603.10599.
+The network 3-32-32-1 with tanh stands for u; its loss is half the mean squared residual
+on 5000 points inside, and half the mean squared error on 800 points of the boundary.
+Source: arXiv 2603.10599.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +38,9 @@ def init(seed: int, sizes: tuple[int, ...] = SIZES) -> list[dict[str, jax.Array]
     def layer(key: jax.Array, fan_in: int, fan_out: int) -> dict[str, jax.Array]:
         keys, bound = jax.random.split(key), fan_in**-0.5
         return {
-            "kernel": jax.random.uniform(keys[0], (fan_in, fan_out), float, -bound, bound),
+            "kernel": jax.random.uniform(
+                keys[0], (fan_in, fan_out), float, -bound, bound
+            ),
             "bias": jax.random.uniform(keys[1], (fan_out,), float, -bound, bound),
         }
 
@@ -53,15 +57,23 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
 
 
 def laplacian(params: Any, x: jax.Array) -> jax.Array:
-    """The sum of the second derivatives of u, `(m,)`, with value and slopes carried forward in one pass."""
+    """The sum of the second derivatives of u, `(m,)`, with value and slopes carried
+    forward in one pass."""
     *hidden, last = params
-    slopes = jnp.broadcast_to(jnp.eye(x.shape[1], dtype=x.dtype)[:, None], (x.shape[1], *x.shape))  # (axis, m, width)
+    # (axis, m, width)
+    slopes = jnp.broadcast_to(
+        jnp.eye(x.shape[1], dtype=x.dtype)[:, None], (x.shape[1], *x.shape)
+    )
     second = jnp.zeros_like(x)
     for layer in hidden:
         a = jnp.tanh(x @ layer["kernel"] + layer["bias"])
         slopes, second = slopes @ layer["kernel"], second @ layer["kernel"]
         d = 1.0 - a**2  # tanh' = d, tanh'' = -2 a d
-        x, slopes, second = a, d * slopes, d * second - 2.0 * a * d * jnp.sum(slopes**2, 0)
+        x, slopes, second = (
+            a,
+            d * slopes,
+            d * second - 2.0 * a * d * jnp.sum(slopes**2, 0),
+        )
     return (second @ last["kernel"])[:, 0]
 
 
@@ -71,7 +83,8 @@ def exact(x: jax.Array) -> jax.Array:
 
 
 def residuals(params: Any, where: Points) -> tuple[jax.Array, jax.Array]:
-    """What is left of the equation inside, `(m,)`, and the error on the boundary, `(k,)`."""
+    """What is left of the equation inside, `(m,)`, and the error on the boundary,
+    `(k,)`."""
     inside = laplacian(params, where.inside) + 3 * jnp.pi**2 * exact(where.inside)
     return inside, apply(params, where.boundary) - exact(where.boundary)
 
@@ -82,7 +95,8 @@ def half_mean_squares(parts: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def loss(params: Any, where: Points) -> jax.Array:
-    """Half the mean squared residual inside, plus half the mean squared error on the boundary."""
+    """Half the mean squared residual inside, plus half the mean squared error on the
+    boundary."""
     return half_mean_squares(residuals(params, where))
 
 

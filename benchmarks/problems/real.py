@@ -1,8 +1,10 @@
-"""Real data, full batch, in float64: a linear model or a tanh network, and L2 on its kernels.
+"""Real data, full batch, in float64: a linear model or a tanh network, and L2 on its
+kernels.
 
     f = mean loss of mlp(params, x) against y  +  l2/2 sum |kernel|^2
 
-A run has solved a problem when the largest entry of the gradient is 1e-6 of what it is at the start.
+A run has solved a problem when the largest entry of the gradient is 1e-6 of what it is
+at the start.
 """
 
 from typing import Any, NamedTuple
@@ -55,7 +57,12 @@ def digits() -> Task:
     return Task(x / 16, y, (64, 32, 10), "softmax", 1e-3)
 
 
-TASKS = {"breast cancer": breast_cancer, "iris": iris, "diabetes": diabetes, "digits": digits}
+TASKS = {
+    "breast cancer": breast_cancer,
+    "iris": iris,
+    "diabetes": diabetes,
+    "digits": digits,
+}
 
 
 def load(name: str) -> Problem:
@@ -70,7 +77,9 @@ def load(name: str) -> Problem:
 
     task = TASKS[name]()
     x, y = jnp.asarray(task.x), jnp.asarray(task.y)
-    start, restore = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(float), mlp.init(0, task.sizes)))
+    start, restore = ravel_pytree(
+        jax.tree.map(lambda leaf: leaf.astype(float), mlp.init(0, task.sizes))
+    )
 
     def model_fn(flat: Any) -> tuple[Any, Any]:
         params = restore(flat)
@@ -84,7 +93,9 @@ def load(name: str) -> Problem:
             losses = jnp.logaddexp(0.0, jnp.where(y > 0, -1.0, 1.0) * outs[:, 0])
         else:
             losses = (outs[:, 0] - y) ** 2
-        return losses.mean() + 0.5 * task.l2 * sum(jnp.sum(kernel**2) for kernel in kernels)
+        return losses.mean() + 0.5 * task.l2 * sum(
+            jnp.sum(kernel**2) for kernel in kernels
+        )
 
     value_fn = hessopt.composite(model_fn, loss_fn)
     bound = 1e-6 * float(jnp.max(jnp.abs(jax.grad(value_fn)(start))))

@@ -1,9 +1,12 @@
-"""A linear map applied to a stack of vectors, with the stack's axis kept in one place from first product to last.
+"""A linear map applied to a stack of vectors, with the stack's axis kept in one place
+from first product to last.
 
-`jax.vmap` puts the mapped axis wherever an operation's batching rule finds it cheapest: behind the data axis after
-`x @ dW`, in front after a broadcast. Between the two stand transposes as large as the activations, which cost more
-than the matrix products of a small network. Here every intermediate carries the axis at position 1, behind the
-data axis, and a product that contracts the data names its fixed factor first, so that it reads both as they lie.
+`jax.vmap` puts the mapped axis wherever an operation's batching rule finds it cheapest:
+behind the data axis after `x @ dW`, in front after a broadcast. Between the two stand
+transposes as large as the activations, which cost more than the matrix products of a
+small network. Here every intermediate carries the axis at position 1, behind the data
+axis, and a product that contracts the data names its fixed factor first, so that it
+reads both as they lie.
 """
 
 from collections.abc import Callable
@@ -16,10 +19,14 @@ from jax.extend.core import Literal
 from hessopt.calculus.jaxprs import CALLS, called, single
 
 
-def stacked(fun: Callable[[jax.Array], list[jax.Array]], example: jax.Array) -> Callable[[jax.Array], list[jax.Array]]:
-    """Return `jax.vmap(fun)` for functions of one array like `example`, with the mapped axis held at position 1.
+def stacked(
+    fun: Callable[[jax.Array], list[jax.Array]], example: jax.Array
+) -> Callable[[jax.Array], list[jax.Array]]:
+    """Return `jax.vmap(fun)` for functions of one array like `example`, with the mapped
+    axis held at position 1.
 
-    Same values as `jax.vmap` up to rounding; one trace of `fun`, no time when compiled but that of its operations.
+    Same values as `jax.vmap` up to rounding; one trace of `fun`, no time when compiled
+    but that of its operations.
     """
     program = jax.make_jaxpr(fun)(example)
 
@@ -28,26 +35,35 @@ def stacked(fun: Callable[[jax.Array], list[jax.Array]], example: jax.Array) -> 
         operand = jnp.moveaxis(batch, 0, _axis(example))
         outputs = _evaluate(program, [(operand, True)])
         return [
-            jnp.moveaxis(value, _axis(variable.aval), 0) if is_mapped else jnp.broadcast_to(value, (size, *value.shape))
-            for variable, (value, is_mapped) in zip(program.jaxpr.outvars, outputs, strict=True)
+            jnp.moveaxis(value, _axis(variable.aval), 0)
+            if is_mapped
+            else jnp.broadcast_to(value, (size, *value.shape))
+            for variable, (value, is_mapped) in zip(
+                program.jaxpr.outvars, outputs, strict=True
+            )
         ]
 
     return mapped
 
 
 def _axis(array: Any) -> int:
-    """Where an array of this (unmapped) shape carries the stack: behind its first axis, if it has one."""
+    """Where an array of this (unmapped) shape carries the stack: behind its first axis,
+    if it has one."""
     return min(1, len(array.shape))
 
 
 def _evaluate(program: Any, operands: Any) -> list[tuple[Any, bool]]:
     """Evaluate equation by equation; every value comes with whether it is mapped."""
     jaxpr = program.jaxpr
-    known: dict[Any, tuple[Any, bool]] = {v: (c, False) for v, c in zip(jaxpr.constvars, program.consts, strict=True)}
+    known: dict[Any, tuple[Any, bool]] = {
+        v: (c, False) for v, c in zip(jaxpr.constvars, program.consts, strict=True)
+    }
     known |= zip(jaxpr.invars, operands, strict=True)
 
     def read(variable: Any) -> tuple[Any, bool]:
-        return (variable.val, False) if isinstance(variable, Literal) else known[variable]
+        return (
+            (variable.val, False) if isinstance(variable, Literal) else known[variable]
+        )
 
     for equation in jaxpr.eqns:
         inside = called(program, equation, CALLS)
@@ -59,8 +75,11 @@ def _evaluate(program: Any, operands: Any) -> list[tuple[Any, bool]]:
     return [read(v) for v in jaxpr.outvars]
 
 
-def _apply(program: Any, equation: Any, read: Callable[[Any], tuple[Any, bool]]) -> list[tuple[Any, bool]]:
-    """One equation, through its own batching rule, with the axis put back where it belongs."""
+def _apply(
+    program: Any, equation: Any, read: Callable[[Any], tuple[Any, bool]]
+) -> list[tuple[Any, bool]]:
+    """One equation, through its own batching rule, with the axis put back where it
+    belongs."""
     variables, fun = single(program, equation)
     values = [read(v)[0] for v in variables]
     mapped = [read(v)[1] for v in variables]
@@ -68,29 +87,45 @@ def _apply(program: Any, equation: Any, read: Callable[[Any], tuple[Any, bool]])
         return [(value, False) for value in fun(*values)]
     if _contracts_data(equation, mapped):
         fun = _fixed_factor_first(equation.params)
-    in_axes = tuple(_axis(v.aval) if m else None for v, m in zip(variables, mapped, strict=True))
+    in_axes = tuple(
+        _axis(v.aval) if m else None for v, m in zip(variables, mapped, strict=True)
+    )
     out_axes = [_axis(v.aval) for v in equation.outvars]
     return [(value, True) for value in jax.vmap(fun, in_axes, out_axes)(*values)]
 
 
 def _contracts_data(equation: Any, mapped: list[bool]) -> bool:
-    """A plain matrix product over the first axis of a mapped left with a fixed right factor."""
+    """A plain matrix product over the first axis of a mapped left with a fixed right
+    factor."""
     if equation.primitive.name != "dot_general" or mapped != [True, False]:
         return False
     params = equation.params
     (left_axes, _), kept_in_step = params["dimension_numbers"]
-    symmetric = params["precision"] in (None, *((p, p) for p in jax.lax.Precision))  # alike for both factors
-    return 0 in left_axes and kept_in_step == ((), ()) and symmetric and params.get("out_sharding") is None
+    # alike for both factors
+    symmetric = params["precision"] in (None, *((p, p) for p in jax.lax.Precision))
+    return (
+        0 in left_axes
+        and kept_in_step == ((), ())
+        and symmetric
+        and params.get("out_sharding") is None
+    )
 
 
-def _fixed_factor_first(params: dict[str, Any]) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:
-    """The same product with its factors exchanged, and the result's axes back in the old order."""
+def _fixed_factor_first(
+    params: dict[str, Any],
+) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:
+    """The same product with its factors exchanged, and the result's axes back in the
+    old order."""
     (left_axes, right_axes), _ = params["dimension_numbers"]
     keep = {name: params[name] for name in ("precision", "preferred_element_type")}
 
     def dot(left: jax.Array, right: jax.Array) -> list[jax.Array]:
-        product = jax.lax.dot_general(right, left, ((right_axes, left_axes), ((), ())), **keep)
+        product = jax.lax.dot_general(
+            right, left, ((right_axes, left_axes), ((), ())), **keep
+        )
         free = right.ndim - len(right_axes)
-        return [jnp.moveaxis(product, range(free), range(product.ndim - free, product.ndim))]
+        return [
+            jnp.moveaxis(product, range(free), range(product.ndim - free, product.ndim))
+        ]
 
     return dot

@@ -1,4 +1,5 @@
-"""Curvature of the objective: products linearised once, dense matrices filled in chunks, blocks on their own."""
+"""Curvature of the objective: products linearised once, dense matrices filled in
+chunks, blocks on their own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -14,39 +15,58 @@ from hessopt.trees.sharding import gathered
 from hessopt.trees.vectors import real_leaves, solve_dtype
 from hessopt.typing import Matrix, Params, ValueFn
 
-CurvatureFn: TypeAlias = Callable[[Any, Callable[[Any], Any], Any], Callable[[Any], Any]]
-"""`(value_fn, embed, part) -> product`: the curvature of value_fn at `embed(part)` as a linear map from
-changes of `part` to gradients like `embed(part)`."""
+CurvatureFn: TypeAlias = Callable[
+    [Any, Callable[[Any], Any], Any], Callable[[Any], Any]
+]
+"""`(value_fn, embed, part) -> product`: the curvature of value_fn at `embed(part)` as a
+linear map from changes of `part` to gradients like `embed(part)`."""
 
 CHUNK_SIZE = 16
-"""Unit vectors per product: below about 8 the matrix products are thin, above 32 they leave the cache."""
+"""Unit vectors per product: below about 8 the matrix products are thin, above 32 they
+leave the cache."""
 
 
-def hessian_product(value_fn: ValueFn, embed: Callable[[Any], Any], part: Any) -> Callable[[Any], Any]:
+def hessian_product(
+    value_fn: ValueFn, embed: Callable[[Any], Any], part: Any
+) -> Callable[[Any], Any]:
     """H v, forward over reverse, with the gradient linearised once."""
     return jax.linearize(lambda p: jax.grad(value_fn)(embed(p)), part)[1]
 
 
-def gauss_newton_product(value_fn: ValueFn, embed: Callable[[Any], Any], part: Any) -> Callable[[Any], Any]:
-    """J' L J v, with J the Jacobian of the model and L the Hessian of the loss in the outputs."""
+def gauss_newton_product(
+    value_fn: ValueFn, embed: Callable[[Any], Any], part: Any
+) -> Callable[[Any], Any]:
+    """J' L J v, with J the Jacobian of the model and L the Hessian of the loss in the
+    outputs."""
     if not isinstance(value_fn, Composite):
-        raise TypeError('curvature="gauss_newton" needs value_fn=hessopt.composite(model_fn, loss_fn)')
+        raise TypeError(
+            'curvature="gauss_newton" needs value_fn=hessopt.composite(model_fn, loss_fn)'
+        )
     outputs, jacobian = jax.linearize(lambda p: value_fn.model_fn(embed(p)), part)
     _, loss_hessian = jax.linearize(jax.grad(value_fn.loss_fn), outputs)
     _, transposed = jax.vjp(value_fn.model_fn, embed(part))
     return lambda v: transposed(loss_hessian(jacobian(v)))[0]
 
 
-CURVATURES: dict[str, CurvatureFn] = {"hessian": hessian_product, "gauss_newton": gauss_newton_product}
+CURVATURES: dict[str, CurvatureFn] = {
+    "hessian": hessian_product,
+    "gauss_newton": gauss_newton_product,
+}
 
 
-def product(value_fn: ValueFn, params: Params, curvature: str | CurvatureFn = "hessian") -> Callable[[Params], Params]:
-    """Return the map `v -> H v` on trees like `params`, linearised once for many applications.
+def product(
+    value_fn: ValueFn, params: Params, curvature: str | CurvatureFn = "hessian"
+) -> Callable[[Params], Params]:
+    """Return the map `v -> H v` on trees like `params`, linearised once for many
+    applications.
 
-    Cost: one gradient here, about two per application; the linearisation keeps the gradient's intermediates.
+    Cost: one gradient here, about two per application; the linearisation keeps the
+    gradient's intermediates.
     """
     leaves, restore = real_leaves(params)
-    linear = choose("curvature", curvature, CURVATURES)(precompose(value_fn, restore), lambda parts: parts, leaves)
+    linear = choose("curvature", curvature, CURVATURES)(
+        precompose(value_fn, restore), lambda parts: parts, leaves
+    )
     return lambda vector: restore(linear(real_leaves(vector)[0]))
 
 
@@ -59,14 +79,14 @@ def hvp(value_fn: ValueFn, params: Params, vector: Params) -> Params:
       vector: tree like `params`, same shapes and dtypes.
 
     Returns:
-      `H v`, a tree like `params`: the derivative of the gradient along `vector`. Complex leaves follow optax's
-      convention for gradients (`df/dx + i df/dy`).
+      `H v`, a tree like `params`: the derivative of the gradient along `vector`.
+      Complex leaves follow optax's convention for gradients (`df/dx + i df/dy`).
 
     Raises:
       ValueError: when `vector` is not a tree like `params`.
 
-    Cost: at most three gradients, no memory beyond that of a gradient and its tangent. For many vectors at one
-    point, `jax.vmap` over `vector`, or `hessian`.
+    Cost: at most three gradients, no memory beyond that of a gradient and its tangent.
+    For many vectors at one point, `jax.vmap` over `vector`, or `hessian`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,8 +97,12 @@ def hvp(value_fn: ValueFn, params: Params, vector: Params) -> Params:
     """
     shapes, expected = jax.tree.map(jnp.shape, vector), jax.tree.map(jnp.shape, params)
     if jax.tree.structure(vector) != jax.tree.structure(params) or shapes != expected:
-        raise ValueError(f"vector must have the shapes of params, {expected}, got {shapes}")
-    return product(value_fn, params)(jax.tree.map(lambda v, p: jnp.asarray(v, jnp.result_type(p)), vector, params))
+        raise ValueError(
+            f"vector must have the shapes of params, {expected}, got {shapes}"
+        )
+    return product(value_fn, params)(
+        jax.tree.map(lambda v, p: jnp.asarray(v, jnp.result_type(p)), vector, params)
+    )
 
 
 def hessian(
@@ -92,23 +116,27 @@ def hessian(
     """Form the Hessian or Gauss-Newton matrix of `value_fn` at `params`.
 
     Args:
-      value_fn: `value_fn(params)`, a real scalar; a `composite` for `curvature="gauss_newton"`.
-      params: pytree of arrays with n real entries (a complex leaf counts twice: real parts, then imaginary).
+      value_fn: `value_fn(params)`, a real scalar; a `composite` for
+        `curvature="gauss_newton"`.
+      params: pytree of arrays with n real entries (a complex leaf counts twice: real
+        parts, then imaginary).
       curvature: `"hessian"` or `"gauss_newton"`.
-      blocks: `"all"` for the whole matrix; else groups as in `group_labels`, for diagonal blocks, each computed
-        on its own with the other parameters held fixed: nothing of size n by n is formed.
+      blocks: `"all"` for the whole matrix; else groups as in `group_labels`, for
+        diagonal blocks, each computed on its own with the other parameters held fixed:
+        nothing of size n by n is formed.
       chunk_size: unit vectors multiplied at once; 16 by default.
 
     Returns:
-      The symmetric `(n, n)` matrix in the order of `jax.flatten_util.ravel_pytree`, in the dtype of `params` and
-      at least float32; with blocks, `{label: (n_b, n_b)}`.
+      The symmetric `(n, n)` matrix in the order of `jax.flatten_util.ravel_pytree`, in
+      the dtype of `params` and at least float32; with blocks, `{label: (n_b, n_b)}`.
 
     Raises:
       ValueError: for an unknown word, chunk_size < 1, or blocks that do not fit.
       TypeError: for Gauss-Newton without a `composite`.
 
-    Cost: n products of about two gradients each; every off-diagonal block is computed once, from its smaller
-    leaf. Memory: the result and `chunk_size` times a gradient's intermediates.
+    Cost: n products of about two gradients each; every off-diagonal block is computed
+    once, from its smaller leaf. Memory: the result and `chunk_size` times a gradient's
+    intermediates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,7 +149,14 @@ def hessian(
 
     @jax.jit  # one program, also where the caller does not jit
     def compute(params: Params) -> list[Matrix]:
-        return block_hessians(value_fn, params, labels, len(names), curvature=curvature, chunk_size=chunk_size)
+        return block_hessians(
+            value_fn,
+            params,
+            labels,
+            len(names),
+            curvature=curvature,
+            chunk_size=chunk_size,
+        )
 
     matrices = compute(params)
     if isinstance(blocks, str) and blocks == "all":
@@ -138,7 +173,8 @@ def block_hessians(
     curvature: str | CurvatureFn = "hessian",
     chunk_size: int | None = None,
 ) -> list[Matrix]:
-    """The diagonal blocks of `hessian`, one `(n_b, n_b)` matrix per label 0, ..., count - 1."""
+    """The diagonal blocks of `hessian`, one `(n_b, n_b)` matrix per label 0, ..., count
+    - 1."""
     chunk_size = CHUNK_SIZE if chunk_size is None else chunk_size
     check_count("chunk_size", chunk_size)
     linearize = choose("curvature", curvature, CURVATURES)
@@ -151,8 +187,11 @@ def block_hessians(
     return [block(group) for group in range(count)]
 
 
-def _dense(linearize: CurvatureFn, objective: Any, leaves: list[jax.Array], chunk_size: int) -> Matrix:
-    """Fill the matrix strip by strip, smallest leaf first: the strip of a leaf spans itself and all larger ones."""
+def _dense(
+    linearize: CurvatureFn, objective: Any, leaves: list[jax.Array], chunk_size: int
+) -> Matrix:
+    """Fill the matrix strip by strip, smallest leaf first: the strip of a leaf spans
+    itself and all larger ones."""
     sizes = [leaf.size for leaf in leaves]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     matrix = jnp.zeros((sum(sizes), sum(sizes)), solve_dtype(leaves))
@@ -161,16 +200,34 @@ def _dense(linearize: CurvatureFn, objective: Any, leaves: list[jax.Array], chun
     for rank, i in enumerate(order):
         strip = order[rank:]
         linear = _strip_product(linearize, objective, leaves, strip)
-        matrix = fill_rows(matrix, linear, leaves[i], offsets[i], [offsets[j] for j in strip], chunk_size)
+        matrix = fill_rows(
+            matrix,
+            linear,
+            leaves[i],
+            offsets[i],
+            [offsets[j] for j in strip],
+            chunk_size,
+        )
         for j in strip:
-            rows, columns = slice(offsets[i], offsets[i] + sizes[i]), slice(offsets[j], offsets[j] + sizes[j])
+            rows, columns = (
+                slice(offsets[i], offsets[i] + sizes[i]),
+                slice(offsets[j], offsets[j] + sizes[j]),
+            )
             block = matrix[rows, columns]
-            matrix = matrix.at[columns, rows].set(block.T if i != j else (block + block.T) / 2)
+            matrix = matrix.at[columns, rows].set(
+                block.T if i != j else (block + block.T) / 2
+            )
     return matrix
 
 
-def _strip_product(linearize: CurvatureFn, objective: Any, leaves: Sequence[jax.Array], strip: list[int]) -> Any:
-    """The map from changes of leaf `strip[0]` to gradients in the leaves of `strip`; all others are constants."""
+def _strip_product(
+    linearize: CurvatureFn,
+    objective: Any,
+    leaves: Sequence[jax.Array],
+    strip: list[int],
+) -> Any:
+    """The map from changes of leaf `strip[0]` to gradients in the leaves of `strip`;
+    all others are constants."""
 
     def place(parts: Sequence[jax.Array]) -> list[jax.Array]:
         moved = dict(zip(strip, parts, strict=True))
@@ -182,8 +239,16 @@ def _strip_product(linearize: CurvatureFn, objective: Any, leaves: Sequence[jax.
     return linearize(precompose(objective, place), embed, leaves[strip[0]])
 
 
-def fill_rows(matrix: Matrix, linear: Any, leaf: jax.Array, row: int, columns: list[int], chunk_size: int) -> Matrix:
-    """Write the products of all unit vectors of `leaf`, a chunk at a time, into its rows of `matrix`."""
+def fill_rows(
+    matrix: Matrix,
+    linear: Any,
+    leaf: jax.Array,
+    row: int,
+    columns: list[int],
+    chunk_size: int,
+) -> Matrix:
+    """Write the products of all unit vectors of `leaf`, a chunk at a time, into its
+    rows of `matrix`."""
     chunk = min(chunk_size, leaf.size)
     products = stacked(linear, leaf)
 
@@ -192,9 +257,14 @@ def fill_rows(matrix: Matrix, linear: Any, leaf: jax.Array, row: int, columns: l
         images = products(units.reshape(chunk, *leaf.shape))
         for column, image in zip(columns, images, strict=True):
             image = gathered(image).reshape(chunk, -1).astype(matrix.dtype)
-            matrix = jax.lax.dynamic_update_slice(matrix, image, (row + start, jnp.asarray(column, start.dtype)))
+            matrix = jax.lax.dynamic_update_slice(
+                matrix, image, (row + start, jnp.asarray(column, start.dtype))
+            )
         return matrix, None
 
-    # the last chunk starts early enough to be full: one compiled body, a few rows written twice
-    starts = jnp.minimum(jnp.arange(0, leaf.size, chunk, dtype=jnp.int32), leaf.size - chunk)
+    # the last chunk starts early enough to be full: one compiled body, a few rows
+    # written twice
+    starts = jnp.minimum(
+        jnp.arange(0, leaf.size, chunk, dtype=jnp.int32), leaf.size - chunk
+    )
     return jax.lax.scan(fill, matrix, starts)[0]

@@ -6,25 +6,43 @@ from typing import Any
 import jax
 from jax.extend.core import Literal, jaxpr_as_fun
 
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
-"""Equations that are calls of a program and no more, by the names that versions of JAX give them, and where it is."""
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+}
+"""Equations that are calls of a program and no more, by the names that versions of JAX
+give them, and where it is."""
 
 REMATERIALIZED = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
 """The same, of what is to be evaluated again in a backward pass."""
 
 
 def called(program: Any, equation: Any, calls: dict[str, str]) -> Any:
-    """The program that an equation of a program calls, None if it is none of these calls."""
+    """The program that an equation of a program calls, None if it is none of these
+    calls."""
     if equation.primitive.name not in calls:
         return None
     inside = equation.params[calls[equation.primitive.name]]
-    return inside if hasattr(inside, "consts") else program.replace(jaxpr=inside, consts=())
+    return (
+        inside
+        if hasattr(inside, "consts")
+        else program.replace(jaxpr=inside, consts=())
+    )
 
 
-def single(program: Any, equation: Any) -> tuple[list[Any], Callable[..., list[jax.Array]]]:
-    """The variables that an equation reads, each once, and the equation as a function of them."""
-    variables = list(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal)))
-    alone = program.jaxpr.replace(constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation])
+def single(
+    program: Any, equation: Any
+) -> tuple[list[Any], Callable[..., list[jax.Array]]]:
+    """The variables that an equation reads, each once, and the equation as a function
+    of them."""
+    variables = list(
+        dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal))
+    )
+    alone = program.jaxpr.replace(
+        constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation]
+    )
     return variables, jaxpr_as_fun(program.replace(jaxpr=alone, consts=()))
 
 

@@ -1,6 +1,8 @@
-"""A quadratic model in the space of g, H g, H^2 g, ...: a small tridiagonal matrix in place of H.
+"""A quadratic model in the space of g, H g, H^2 g, ...: a small tridiagonal matrix in
+place of H.
 
-Source: Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the Lanczos method", 1999.
+Source: Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the
+Lanczos method", 1999.
 """
 
 import functools
@@ -18,11 +20,13 @@ from hessopt.typing import Matrix, Vector
 
 
 class Krylov(NamedTuple):
-    """An orthonormal basis V in which H is tridiagonal, `V'H V = S diag(w) S'` and `V'g = |g| e_1`."""
+    """An orthonormal basis V in which H is tridiagonal, `V'H V = S diag(w) S'` and `V'g
+    = |g| e_1`."""
 
     V: Any  # leaves (m, ...); zeros where not in use
     diagonal: Vector  # (m,)
-    beside: Vector  # (m,), below the diagonal; the last one in use leads out of the space
+    # (m,), below the diagonal; the last one in use leads out of the space
+    beside: Vector
     used: jax.Array  # int32 scalar, k <= m: products with H
     residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimiser p
     w: Vector  # (m,), eigenvalues, ascending; the k-th again behind it
@@ -37,7 +41,8 @@ def krylov(
     minimize: Callable[[Vector, Vector], Shifted],
     tolerance: jax.Array,
 ) -> Krylov:
-    """Extend the space until the model's minimiser in it has a residual of at most `tolerance`.
+    """Extend the space until the model's minimiser in it has a residual of at most
+    `tolerance`.
 
     Args:
       multiply: v -> H v on trees like g.
@@ -46,8 +51,8 @@ def krylov(
       minimize: `(w, z) -> step` of the model.
       tolerance: scalar.
 
-    Cost: a product with H, `4 k n` multiplications (the basis is kept orthogonal) and an eigendecomposition of size m
-    per dimension; memory `m n`.
+    Cost: a product with H, `4 k n` multiplications (the basis is kept orthogonal) and
+    an eigendecomposition of size m per dimension; memory `m n`.
     """
     length = jnp.sqrt(inner(g, g))
     unit = jax.tree.map(lambda leaf: leaf / or_one(length), g)
@@ -66,7 +71,9 @@ def krylov(
 
     def extend(now: Krylov) -> Krylov:
         k, V = now.used, now.V
-        newest = jax.tree.map(lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), V)
+        newest = jax.tree.map(
+            lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), V
+        )
         vector, coefficients = multiply(newest), none
         for _ in range(2):
             step = within(V, vector)
@@ -75,7 +82,10 @@ def krylov(
         beta = jnp.sqrt(inner(vector, vector))
         new = jax.tree.map(lambda leaf: leaf / or_one(beta), vector)
         V = jax.tree.map(lambda rows, leaf: _put(rows, leaf, k + 1), V, new)
-        diagonal, beside = now.diagonal.at[k].set(coefficients[k]), now.beside.at[k].set(beta)
+        diagonal, beside = (
+            now.diagonal.at[k].set(coefficients[k]),
+            now.beside.at[k].set(beta),
+        )
 
         inside = jnp.arange(size) <= k
         beyond = 1 + 4 * jnp.max(jnp.abs(diagonal) + 2 * beside)
@@ -87,7 +97,8 @@ def krylov(
         return Krylov(V, diagonal, beside, k + 1, residual, w, z, S)
 
     def goes_on(now: Krylov) -> jax.Array:
-        return (now.used < size) & (now.residual > tolerance)  # ends where it is no number
+        # ends where it is no number
+        return (now.used < size) & (now.residual > tolerance)
 
     return jax.lax.while_loop(goes_on, extend, extend(begin))
 
@@ -106,4 +117,6 @@ def combination(y: Vector, V: Any) -> Any:
 def _put(rows: jax.Array, leaf: jax.Array, k: Any) -> jax.Array:
     """Write row k, if there is one."""
     last = jax.lax.dynamic_index_in_dim(rows, k, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(rows, jnp.where(k < len(rows), leaf, last), k, 0)
+    return jax.lax.dynamic_update_index_in_dim(
+        rows, jnp.where(k < len(rows), leaf, last), k, 0
+    )

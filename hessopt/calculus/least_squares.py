@@ -1,11 +1,13 @@
-"""The square root of a Gauss-Newton matrix, for losses that look at every output by itself.
+"""The square root of a Gauss-Newton matrix, for losses that look at every output by
+itself.
 
 Where the Hessian of the loss is diagonal, `L = diag(l)`, as for squared errors,
 
     J' L J = K' K  with  K = diag(sqrt(l)) J,    gradient = K' r  with  r = (loss gradient) / sqrt(l),
 
-and R of `[K r] = Q R` holds both: its singular values are the roots of the eigenvalues of `J' L J`, to full precision,
-where the product has lost all below sqrt(eps) of the largest.
+and R of `[K r] = Q R` holds both: its singular values are the roots of the eigenvalues
+of `J' L J`, to full precision, where the product has lost all below sqrt(eps) of the
+largest.
 
 Source: Bjorck, "Numerical Methods for Least Squares Problems", 1996, section 9.2.
 """
@@ -25,28 +27,47 @@ from hessopt.trees.vectors import ravel, solve_dtype
 from hessopt.typing import Matrix, Vector
 
 CHUNK_SIZE = 4
-"""Tangents at once. There are many outputs where this is used, and more tangents of them leave the cache."""
+"""Tangents at once. There are many outputs where this is used, and more tangents of
+them leave the cache."""
 
 MIXED = -1
 """In place of an input: several, or not entry by entry."""
 
-_ENTRYWISE = frozenset(["neg", "convert_element_type", "copy", "mul", "div", "add_any", "add", "sub", "select_n"])
+_ENTRYWISE = frozenset(
+    [
+        "neg",
+        "convert_element_type",
+        "copy",
+        "mul",
+        "div",
+        "add_any",
+        "add",
+        "sub",
+        "select_n",
+    ]
+)
 
 
 class Root(NamedTuple):
-    """`K' K` is the Gauss-Newton matrix, `K' r + rest` the gradient; k = min(number of outputs, n)."""
+    """`K' K` is the Gauss-Newton matrix, `K' r + rest` the gradient; k = min(number of
+    outputs, n)."""
 
     K: Matrix  # (k, n), triangular
     r: Vector  # (k,)
-    rest: Vector  # (n,), of outputs with a slope and next to no curvature, whose r would drown the others
+    # (n,), of outputs with a slope and next to no curvature, whose r would drown the
+    # others
+    rest: Vector
 
 
 def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
-    """Return the root of the Gauss-Newton matrix at real leaves; None where the loss is not seen to be diagonal.
+    """Return the root of the Gauss-Newton matrix at real leaves; None where the loss is
+    not seen to be diagonal.
 
-    Negative curvature of the loss counts as none; what is not finite makes the result so.
+    Negative curvature of the loss counts as none; what is not finite makes the result
+    so.
 
-    Cost: n tangents of the model, in chunks, and `2 m n^2` multiplications for m outputs; memory `m n`.
+    Cost: n tangents of the model, in chunks, and `2 m n^2` multiplications for m
+    outputs; memory `m n`.
     """
     if not isinstance(objective, Composite):
         return None
@@ -61,7 +82,8 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     curved = weights > jnp.finfo(dtype).eps * jnp.max(weights, initial=0.0)
     r = divide(slopes, roots, curved)
 
-    transposed = _transposed_jacobian(objective.model_fn, parts, outputs, dtype)  # J', (n, m)
+    # J', (n, m)
+    transposed = _transposed_jacobian(objective.model_fn, parts, outputs, dtype)
     K = transposed * roots
     R = jnp.linalg.qr(jnp.concatenate([K, r[None]]).T, mode="r")
     n, m = K.shape
@@ -69,29 +91,44 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     return Root(R[: min(m, n), :n], R[: min(m, n), n], rest)
 
 
-def _transposed_jacobian(model_fn: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any) -> jax.Array:
-    """J', a row for every parameter; the tangents of a leaf skip what does not depend on it."""
+def _transposed_jacobian(
+    model_fn: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any
+) -> jax.Array:
+    """J', a row for every parameter; the tangents of a leaf skip what does not depend
+    on it."""
     sizes = [leaf.size for leaf in jax.tree.leaves(outputs)]
     columns = [sum(sizes[:i]) for i in range(len(sizes))]
     rows = jnp.zeros((sum(part.size for part in parts), sum(sizes)), dtype)
     offset = 0
     for i, part in enumerate(parts):
         if part.size:
-            along = jax.linearize(lambda p, i=i: jax.tree.leaves(model_fn([*parts[:i], p, *parts[i + 1 :]])), part)[1]
+            along = jax.linearize(
+                lambda p, i=i: jax.tree.leaves(
+                    model_fn([*parts[:i], p, *parts[i + 1 :]])
+                ),
+                part,
+            )[1]
             rows = fill_rows(rows, along, part, offset, columns, CHUNK_SIZE)
         offset += part.size
     return rows
 
 
 def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
-    """Whether each entry of a linear function's result is seen to depend on the same entry of its argument only."""
+    """Whether each entry of a linear function's result is seen to depend on the same
+    entry of its argument only."""
     leaves, treedef = jax.tree.flatten(example)
-    program = jax.make_jaxpr(lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves))))(leaves)
-    return all(found in (None, i) for i, found in enumerate(_sources(program, range(len(leaves)))))
+    program = jax.make_jaxpr(
+        lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves)))
+    )(leaves)
+    return all(
+        found in (None, i)
+        for i, found in enumerate(_sources(program, range(len(leaves))))
+    )
 
 
 def _sources(program: Any, given: Sequence[int | None]) -> list[int | None]:
-    """For each output the one input on which it depends entrywise, None if on none, MIXED if otherwise."""
+    """For each output the one input on which it depends entrywise, None if on none,
+    MIXED if otherwise."""
     known: dict[Any, int | None] = dict(zip(program.jaxpr.invars, given, strict=True))
 
     def source(variable: Any) -> int | None:
@@ -104,8 +141,20 @@ def _sources(program: Any, given: Sequence[int | None]) -> list[int | None]:
         if inside is not None:
             known |= zip(equation.outvars, _sources(inside, read), strict=True)
             continue
-        shapes = {v.aval.shape for v, s in zip(equation.invars, read, strict=True) if s is not None}
-        entrywise = equation.primitive.name in _ENTRYWISE and shapes == {equation.outvars[0].aval.shape}
-        found = None if not among else among.pop() if len(among) == 1 and entrywise else MIXED
+        shapes = {
+            v.aval.shape
+            for v, s in zip(equation.invars, read, strict=True)
+            if s is not None
+        }
+        entrywise = equation.primitive.name in _ENTRYWISE and shapes == {
+            equation.outvars[0].aval.shape
+        }
+        found = (
+            None
+            if not among
+            else among.pop()
+            if len(among) == 1 and entrywise
+            else MIXED
+        )
         known |= dict.fromkeys(equation.outvars, found)
     return [source(v) for v in program.jaxpr.outvars]

@@ -1,10 +1,12 @@
 """The ends of the Hessian's spectrum by Lanczos iteration.
 
-An orthonormal basis V of a Krylov space of H grows by one product at a time. Every new vector is orthogonalised
-against all others, twice, so that no eigenvalue of `T = V H V'` is a ghost. The basis doubles until the residual of
-every wanted pair is small, or no more is allowed to be stored.
+An orthonormal basis V of a Krylov space of H grows by one product at a time. Every new
+vector is orthogonalised against all others, twice, so that no eigenvalue of `T = V H
+V'` is a ghost. The basis doubles until the residual of every wanted pair is small, or
+no more is allowed to be stored.
 
-Source: Golub and Van Loan, "Matrix Computations", 4th ed., chapter 10; Parlett, "The Symmetric Eigenvalue Problem".
+Source: Golub and Van Loan, "Matrix Computations", 4th ed., chapter 10; Parlett, "The
+Symmetric Eigenvalue Problem".
 """
 
 from collections.abc import Callable
@@ -34,8 +36,11 @@ class _Krylov(NamedTuple):
     converged: jax.Array  # bool scalar
 
 
-def spectrum(value_fn: ValueFn, params: Params, *, k: int = 1, seed: int = 0) -> tuple[Vector, Vector]:
-    """Compute the smallest and the largest eigenvalues of the Hessian of `value_fn` at `params`.
+def spectrum(
+    value_fn: ValueFn, params: Params, *, k: int = 1, seed: int = 0
+) -> tuple[Vector, Vector]:
+    """Compute the smallest and the largest eigenvalues of the Hessian of `value_fn` at
+    `params`.
 
     Args:
       value_fn: `value_fn(params)`, a real scalar.
@@ -44,17 +49,20 @@ def spectrum(value_fn: ValueFn, params: Params, *, k: int = 1, seed: int = 0) ->
       seed: of the random first vector.
 
     Returns:
-      `(smallest, largest)`, each `(k,)` and ascending, in the dtype of `params` and at least float32. Their ratio,
-      for k = 1 and a positive definite Hessian, is the condition number. Up to n = 4096 the
-      relative error is below the root of the dtype's resolution (1.5e-8, 3.5e-4 in float32), or at rounding in the
-      largest eigenvalue if that is more; beyond, the basis is limited to 2^24 numbers (at least 64 vectors), and what
-      has not converged by then lies inside the true spectrum. Non-finite where the Hessian is. Copies of a multiple
-      eigenvalue enter one by one; the basis grows until a doubling brings no more.
+      `(smallest, largest)`, each `(k,)` and ascending, in the dtype of `params` and at
+      least float32. Their ratio, for k = 1 and a positive definite Hessian, is the
+      condition number. Up to n = 4096 the relative error is below the root of the
+      dtype's resolution (1.5e-8, 3.5e-4 in float32), or at rounding in the largest
+      eigenvalue if that is more; beyond, the basis is limited to 2^24 numbers (at least
+      64 vectors), and what has not converged by then lies inside the true spectrum.
+      Non-finite where the Hessian is. Copies of a multiple eigenvalue enter one by one;
+      the basis grows until a doubling brings no more.
 
     Raises:
       ValueError: for k outside [1, n].
 
-    Cost: 32, 64, 128, ... products of about two gradients each, n at most; as many passes over the basis.
+    Cost: 32, 64, 128, ... products of about two gradients each, n at most; as many
+    passes over the basis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,7 +98,9 @@ def spectrum(value_fn: ValueFn, params: Params, *, k: int = 1, seed: int = 0) ->
         while begin < m:
 
             def grow(state: _Krylov, begin: int = begin, end: int = end) -> _Krylov:
-                state = jax.lax.fori_loop(begin, end, lambda j, s: _extend(s, j, multiply, key), state)
+                state = jax.lax.fori_loop(
+                    begin, end, lambda j, s: _extend(s, j, multiply, key), state
+                )
                 return _ritz(state, end, k)
 
             state = jax.lax.cond(state.converged, lambda s: s, grow, state)
@@ -102,7 +112,8 @@ def spectrum(value_fn: ValueFn, params: Params, *, k: int = 1, seed: int = 0) ->
 
 
 def _orthonormal(vector: Vector, V: Matrix) -> tuple[Vector, Vector, jax.Array]:
-    """Remove from `vector` its part in the rows of V; return the unit rest, the coefficients, the rest's norm."""
+    """Remove from `vector` its part in the rows of V; return the unit rest, the
+    coefficients, the rest's norm."""
     coefficients = jnp.zeros(len(V), V.dtype)
     for _ in range(2):
         step = matmul(V, vector)
@@ -112,31 +123,46 @@ def _orthonormal(vector: Vector, V: Matrix) -> tuple[Vector, Vector, jax.Array]:
     return vector / or_one(length), coefficients, length
 
 
-def _extend(state: _Krylov, j: jax.Array, multiply: Callable[[Vector], Vector], key: jax.Array) -> _Krylov:
-    """Multiply the basis vector j, store its row of T, and append what is new as vector j + 1."""
+def _extend(
+    state: _Krylov, j: jax.Array, multiply: Callable[[Vector], Vector], key: jax.Array
+) -> _Krylov:
+    """Multiply the basis vector j, store its row of T, and append what is new as vector
+    j + 1."""
     V, T = state.V, state.T
     image = multiply(V[j])
     unit, row, beta = _orthonormal(image, V)
     T = T.at[j].set(row).at[:, j].set(row)
-    # nothing new: the basis spans an invariant subspace, and a random vector finds what lies outside of it
+    # nothing new: the basis spans an invariant subspace, and a random vector finds what
+    # lies outside of it
     rounding = jnp.finfo(V.dtype).eps * jnp.max(jnp.abs(T))
     exhausted = beta <= 100 * rounding
     fresh = jax.random.normal(jax.random.fold_in(key, j + 1), image.shape, V.dtype)
     unit = jax.lax.cond(exhausted, lambda: _orthonormal(fresh, V)[0], lambda: unit)
-    # next to an invariant subspace residuals say nothing of what lies outside: nothing counts as converged there
+    # next to an invariant subspace residuals say nothing of what lies outside: nothing
+    # counts as converged there
     beta = jnp.where((beta <= 10_000 * rounding) & (j + 1 < V.shape[1]), jnp.inf, beta)
     return state._replace(V=V.at[j + 1].set(unit, mode="drop"), T=T, beta=beta)
 
 
 def _ritz(state: _Krylov, size: int, k: int) -> _Krylov:
-    """The ends of the spectrum of T, and whether the residuals `beta |s_last|` are small."""
+    """The ends of the spectrum of T, and whether the residuals `beta |s_last|` are
+    small."""
     T = state.T[:size, :size]
     values, vectors = jnp.linalg.eigh(T, symmetrize_input=False)
     residuals = state.beta * jnp.abs(vectors[-1])
     eps = jnp.finfo(T.dtype).eps
-    small = residuals <= jnp.maximum(jnp.sqrt(eps) * jnp.abs(values), 10 * eps * jnp.max(jnp.abs(values)))
+    small = residuals <= jnp.maximum(
+        jnp.sqrt(eps) * jnp.abs(values), 10 * eps * jnp.max(jnp.abs(values))
+    )
     converged = jnp.all(small[:k]) & jnp.all(small[-k:])
-    if k > 1:  # a copy of a multiple eigenvalue enters late, with rounding: wait until a doubling brings none
-        ends, before = jnp.append(values[:k], values[-k:]), jnp.append(state.smallest, state.largest)
-        converged &= jnp.all(jnp.abs(ends - before) <= jnp.sqrt(eps) * jnp.max(jnp.abs(values)))
+    # a copy of a multiple eigenvalue enters late, with rounding: wait until a doubling
+    # brings none
+    if k > 1:
+        ends, before = (
+            jnp.append(values[:k], values[-k:]),
+            jnp.append(state.smallest, state.largest),
+        )
+        converged &= jnp.all(
+            jnp.abs(ends - before) <= jnp.sqrt(eps) * jnp.max(jnp.abs(values))
+        )
     return state._replace(smallest=values[:k], largest=values[-k:], converged=converged)

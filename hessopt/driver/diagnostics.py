@@ -8,18 +8,20 @@ import jax.numpy as jnp
 
 
 def diagnostics(state: Any) -> dict[str, jax.Array]:
-    """Collect the scalars of an optimizer's state: counters, rates, and what every `info` reports.
+    """Collect the scalars of an optimizer's state: counters, rates, and what every
+    `info` reports.
 
     Args:
-      state: of any optax transformation, chained and wrapped in any way; or what keeps one in a field `opt_state`, as
-        Flax's train states do.
+      state: of any optax transformation, chained and wrapped in any way; or what keeps
+        one in a field `opt_state`, as Flax's train states do.
 
     Returns:
-      `{name: scalar}`. A name is the transformation's, taken from its state's type (`NewtonState` gives `newton`,
-      `ScaleByAdamState` gives `adam`), then the field's: `newton.count`, `newton.status`; the entries of a vector that
-      `info` reports are numbered, `grouped_newton.rate.0`, unless there is one only. States inside others are prefixed
-      by these, and by the keys of mappings between; of equal names the later ones get a number. Arrays like the
-      parameters are left out. Works under jit.
+      `{name: scalar}`. A name is the transformation's, taken from its state's type
+      (`NewtonState` gives `newton`, `ScaleByAdamState` gives `adam`), then the field's:
+      `newton.count`, `newton.status`; the entries of a vector that `info` reports are
+      numbered, `grouped_newton.rate.0`, unless there is one only. States inside others
+      are prefixed by these, and by the keys of mappings between; of equal names the
+      later ones get a number. Arrays like the parameters are left out. Works under jit.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -29,7 +31,8 @@ def diagnostics(state: Any) -> dict[str, jax.Array]:
     """
     found: dict[str, jax.Array] = {}
     _collect(state, "", found)
-    return {name: jnp.asarray(x) for name, x in found.items()}  # of an NNX variable its value
+    # of an NNX variable its value
+    return {name: jnp.asarray(x) for name, x in found.items()}
 
 
 def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
@@ -39,12 +42,23 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
     elif hasattr(node, "_fields"):  # the state of one transformation
         prefix = _unused(prefix + _name(type(node)), found)
         for field, child in zip(node._fields, node, strict=True):
-            if field in ("info", "hyperparams") and (isinstance(child, dict) or hasattr(child, "_asdict")):
+            if field in ("info", "hyperparams") and (
+                isinstance(child, dict) or hasattr(child, "_asdict")
+            ):
                 every = [(name, x) for name, x in _items(child) if _is_array(x)]
-                lanes = min((jnp.ndim(x) for _, x in every), default=0)  # of a batch of states
-                found.update({f"{prefix}.{name}": x for pair in every for name, x in _scalars(*pair, lanes)})
+                # of a batch of states
+                lanes = min((jnp.ndim(x) for _, x in every), default=0)
+                found.update(
+                    {
+                        f"{prefix}.{name}": x
+                        for pair in every
+                        for name, x in _scalars(*pair, lanes)
+                    }
+                )
             elif _is_array(child):
-                found.update({f"{prefix}.{field}": child} if jnp.ndim(child) == 0 else {})
+                found.update(
+                    {f"{prefix}.{field}": child} if jnp.ndim(child) == 0 else {}
+                )
             else:
                 _collect(child, f"{prefix}.", found)
     elif isinstance(node, tuple | list):
@@ -79,4 +93,8 @@ def _name(kind: type) -> str:
 def _unused(name: str, found: dict[str, jax.Array]) -> str:
     """`name`, or the first of `name_2`, `name_3`, ... that no entry begins with."""
     taken = {key.rsplit(".", 1)[0] for key in found}
-    return next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+    return next(
+        n
+        for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3)))
+        if n not in taken
+    )

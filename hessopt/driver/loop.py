@@ -1,4 +1,5 @@
-"""The loop that `minimize` compiles: update, apply, evaluate, judge; what it carries, and when it ends."""
+"""The loop that `minimize` compiles: update, apply, evaluate, judge; what it carries,
+and when it ends."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,17 +18,20 @@ from hessopt.typing import Params, Termination, ValueFn
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
 
 PATIENCE = 60
-"""Steps without any change beyond rounding before the run counts as stalled: methods creep over plateaus."""
+"""Steps without any change beyond rounding before the run counts as stalled: methods
+creep over plateaus."""
 
 FRUITLESS = 20
-"""What a step of zero counts for, if the transformation has tried. Other steps of zero count for nothing: gradients are
-accumulated, or a schedule starts at zero."""
+"""What a step of zero counts for, if the transformation has tried. Other steps of zero
+count for nothing: gradients are accumulated, or a schedule starts at zero."""
 
 ABYSS = 1e20
-"""A fall of the objective, in units of its scale at the start, that no objective with a minimum is expected to have."""
+"""A fall of the objective, in units of its scale at the start, that no objective with a
+minimum is expected to have."""
 
 EXILE = 1e15
-"""And how far it must have led, in units of the start: next to a saddle the scale of the objective is tiny."""
+"""And how far it must have led, in units of the start: next to a saddle the scale of
+the objective is tiny."""
 
 
 class Point(NamedTuple):
@@ -75,10 +79,14 @@ class Problem(NamedTuple):
 
 def bound(problem: Problem, data: Mapping[str, Any]) -> Any:
     """value_fn as a function of params alone."""
-    return bind(problem.value_fn, data, caller="minimize", call=_CALL, has_aux=problem.has_aux)
+    return bind(
+        problem.value_fn, data, caller="minimize", call=_CALL, has_aux=problem.has_aux
+    )
 
 
-def objective_and_aux(problem: Problem, data: Mapping[str, Any]) -> tuple[Any, Callable[[Params], Any]]:
+def objective_and_aux(
+    problem: Problem, data: Mapping[str, Any]
+) -> tuple[Any, Callable[[Params], Any]]:
     """The objective as a function of params alone, and its auxiliary output likewise."""
     both = bound(problem, data)
     if problem.has_aux:
@@ -87,7 +95,8 @@ def objective_and_aux(problem: Problem, data: Mapping[str, Any]) -> tuple[Any, C
 
 
 def evaluate(objective: ValueFn, params: Params) -> Point:
-    """Evaluate the value and the gradient, the latter in optax's convention for complex leaves."""
+    """Evaluate the value and the gradient, the latter in optax's convention for complex
+    leaves."""
     value, grad = strongly_typed(jax.value_and_grad(objective)(params))
     grad = jax.tree.map(jnp.conj, grad)
     return Point(params, value, grad, _size(grad))
@@ -100,7 +109,11 @@ def _size(tree: Params) -> jax.Array:
 
 
 def begin(
-    problem: Problem, params: Params, state: optax.OptState | None, data: Mapping[str, Any], limits: Limits
+    problem: Problem,
+    params: Params,
+    state: optax.OptState | None,
+    data: Mapping[str, Any],
+    limits: Limits,
 ) -> Run:
     """Evaluate the start and judge it: a run may end before its first step."""
     here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
@@ -112,7 +125,9 @@ def begin(
         start_value=here.value,
         start_size=here.size,
         extent=extent,
-        scale=jnp.maximum(jnp.abs(here.value), here.size * extent).astype(here.value.dtype),
+        scale=jnp.maximum(jnp.abs(here.value), here.size * extent).astype(
+            here.value.dtype
+        ),
         quiet=here._replace(params=None, grad=None),
         waited=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
@@ -123,23 +138,43 @@ def begin(
     return run._replace(termination=_judge(run, nothing, nothing, limits))
 
 
-def advance(problem: Problem, run: Run, data: Mapping[str, Any], limits: Limits, until: jax.Array) -> Run:
+def advance(
+    problem: Problem,
+    run: Run,
+    data: Mapping[str, Any],
+    limits: Limits,
+    until: jax.Array,
+) -> Run:
     """Step until the run ends, or as many steps as `until` have been taken in all."""
     objective, _ = objective_and_aux(problem, data)
 
     def goes_on(run: Run) -> jax.Array:
-        return (run.termination == Termination.RUNNING) & (run.steps < jnp.minimum(until, limits.max_steps))
+        return (run.termination == Termination.RUNNING) & (
+            run.steps < jnp.minimum(until, limits.max_steps)
+        )
 
     update = informed_update(problem.tx)
-    return jax.lax.while_loop(goes_on, functools.partial(_step, update, objective, limits), run)
+    return jax.lax.while_loop(
+        goes_on, functools.partial(_step, update, objective, limits), run
+    )
 
 
 def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) -> Run:
-    asked: list[bool] = []  # whether tx evaluates the objective, which shows while it is traced
+    # whether tx evaluates the objective, which shows while it is traced
+    asked: list[bool] = []
     watched = precompose(objective, lambda params: asked.append(True) or params)
     old = run.here
-    updates, state = update(old.grad, run.state, old.params, value=old.value, grad=old.grad, value_fn=watched)
-    state = jax.tree.map(lambda new, kept: jnp.asarray(new, kept.dtype), state, run.state)
+    updates, state = update(
+        old.grad,
+        run.state,
+        old.params,
+        value=old.value,
+        grad=old.grad,
+        value_fn=watched,
+    )
+    state = jax.tree.map(
+        lambda new, kept: jnp.asarray(new, kept.dtype), state, run.state
+    )
     params = applied(old.params, updates)
     move = _size(jax.tree.map(lambda new, kept: new - kept, params, old.params))
 
@@ -157,10 +192,14 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         (here.value <= run.best.value + noise) & (here.size < run.best.size)
     )
     better &= jnp.isfinite(here.value) & jnp.isfinite(here.size) & jnp.isfinite(move)
-    quiet = (jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)) & (
-        here.size > 0.9 * run.quiet.size
+    quiet = (
+        jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)
+    ) & (here.size > 0.9 * run.quiet.size)
+    counts = jnp.where(
+        _size(updates) == 0,
+        jnp.where(tried(state, run.state, bool(asked)), FRUITLESS, 0),
+        1,
     )
-    counts = jnp.where(_size(updates) == 0, jnp.where(tried(state, run.state, bool(asked)), FRUITLESS, 0), 1)
     change = jnp.abs(here.value - old.value)
     new = Run(
         here=here,
@@ -173,7 +212,9 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         quiet=select(quiet, run.quiet, Point(None, here.value, None, here.size)),
         waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
         steps=run.steps + 1,
-        evaluations=run.evaluations + spent if not asked or counts_evaluations(state) else jnp.full_like(run.steps, -1),
+        evaluations=run.evaluations + spent
+        if not asked or counts_evaluations(state)
+        else jnp.full_like(run.steps, -1),
         termination=run.termination,
     )
     return new._replace(termination=_judge(new, change, move, limits))
@@ -185,17 +226,33 @@ def _noise(value: jax.Array, other: jax.Array) -> jax.Array:
 
 
 def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.Array:
-    """The first reason to stop that holds, else RUNNING. Tolerances are relative, so that no unit matters."""
+    """The first reason to stop that holds, else RUNNING. Tolerances are relative, so
+    that no unit matters."""
     value, size = run.here.value, run.here.size
     fall = run.start_value - value
-    settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))  # no worse than any before
+    # no worse than any before
+    settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))
     far = _size(run.here.params) > EXILE * run.extent
     reasons = (
-        (Termination.UNBOUNDED, (value == -jnp.inf) | (far & (fall > ABYSS * run.scale))),
-        (Termination.NONFINITE, ~(jnp.isfinite(value) & jnp.isfinite(size) & jnp.isfinite(move))),
+        (
+            Termination.UNBOUNDED,
+            (value == -jnp.inf) | (far & (fall > ABYSS * run.scale)),
+        ),
+        (
+            Termination.NONFINITE,
+            ~(jnp.isfinite(value) & jnp.isfinite(size) & jnp.isfinite(move)),
+        ),
         (Termination.GRADIENT, size <= limits.gtol * run.start_size),
-        (Termination.VALUE, settled & (limits.ftol > 0) & (fall > 0) & (change <= limits.ftol * fall)),
-        (Termination.STEP, settled & (limits.xtol > 0) & (move <= limits.xtol * _size(run.here.params))),
+        (
+            Termination.VALUE,
+            settled & (limits.ftol > 0) & (fall > 0) & (change <= limits.ftol * fall),
+        ),
+        (
+            Termination.STEP,
+            settled
+            & (limits.xtol > 0)
+            & (move <= limits.xtol * _size(run.here.params)),
+        ),
         (Termination.STALLED_AT_NOISE, run.waited >= PATIENCE),
     )
     termination = jnp.asarray(Termination.RUNNING, jnp.int32)
@@ -207,4 +264,6 @@ def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.
 def end(run: Run, reason: Termination) -> Run:
     """End a run that is still going."""
     going = run.termination == Termination.RUNNING
-    return run._replace(termination=jnp.where(going, jnp.int32(reason), run.termination))
+    return run._replace(
+        termination=jnp.where(going, jnp.int32(reason), run.termination)
+    )

@@ -1,10 +1,13 @@
-"""The driver: update, apply, evaluate, judge, in one compiled loop, for any optax transformation.
+"""The driver: update, apply, evaluate, judge, in one compiled loop, for any optax
+transformation.
 
-At a minimiser the gradient vanishes whatever the data, `g(params*(data), data) = 0`. Hence, by the implicit
-function theorem, `H d(params*) = -dg/d(data) d(data)`: that is how the solution is differentiated, by a linear solve
-at the solution and not through the steps that led there.
+At a minimiser the gradient vanishes whatever the data, `g(params*(data), data) = 0`.
+Hence, by the implicit function theorem, `H d(params*) = -dg/d(data) d(data)`: that is
+how the solution is differentiated, by a linear solve at the solution and not through
+the steps that led there.
 
-Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv 2105.15183, for the derivatives.
+Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv
+2105.15183, for the derivatives.
 """
 
 import functools
@@ -19,39 +22,65 @@ from jax.core import Tracer
 
 from hessopt._checks import check_count, check_range, check_transformation
 from hessopt.calculus.curvature import block_hessians
-from hessopt.driver.loop import Limits, Problem, Run, advance, begin, bound, end, evaluate, objective_and_aux
+from hessopt.driver.loop import (
+    Limits,
+    Problem,
+    Run,
+    advance,
+    begin,
+    bound,
+    end,
+    evaluate,
+    objective_and_aux,
+)
 from hessopt.numerics.equilibration import equilibration
 from hessopt.numerics.guards import select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import Composite, precompose, require_taken
 from hessopt.objective.closure import identified, open_closure
-from hessopt.trees.vectors import ravel, real_leaves, solve_dtype, strongly_typed, unravel
+from hessopt.trees.vectors import (
+    ravel,
+    real_leaves,
+    solve_dtype,
+    strongly_typed,
+    unravel,
+)
 from hessopt.typing import Matrix, Params, Termination
 
 DENSE = 512
-"""Real parameters up to which derivatives come from the dense Hessian; conjugate gradients take as many products."""
+"""Real parameters up to which derivatives come from the dense Hessian; conjugate
+gradients take as many products."""
 
 
 class Solution(NamedTuple):
-    """Where a minimization ended. Every field but `params`, `grad`, `aux` and `state` is a scalar array."""
+    """Where a minimization ended. Every field but `params`, `grad`, `aux` and `state`
+    is a scalar array."""
 
-    params: Params  # the point of lowest value seen; where termination is GRADIENT, the stationary point found
+    # the point of lowest value seen; where termination is GRADIENT, the stationary
+    # point found
+    params: Params
     value: jax.Array  # objective there
     grad: Params  # gradient there, in optax's convention for complex leaves
     aux: Any  # auxiliary output there; None without has_aux
     state: optax.OptState  # of the transformation after the last step, for a warm start
     steps: jax.Array  # int32, updates applied
-    evaluations: jax.Array  # int32, of the value, with or without gradient, outside of Hessians; -1 where not counted
+    # int32, of the value, with or without gradient, outside of Hessians; -1 where not
+    # counted
+    evaluations: jax.Array
     termination: jax.Array  # int32, Termination
 
     @property
     def converged(self) -> jax.Array:
-        """Whether the run ended by a tolerance: GRADIENT, VALUE or STEP. A bool array, one entry per lane."""
-        return (self.termination >= Termination.GRADIENT) & (self.termination <= Termination.STEP)
+        """Whether the run ended by a tolerance: GRADIENT, VALUE or STEP. A bool array,
+        one entry per lane."""
+        return (self.termination >= Termination.GRADIENT) & (
+            self.termination <= Termination.STEP
+        )
 
     @property
     def reason(self) -> Any:
-        """The name of the termination as a string, `"GRADIENT"`; of several lanes, a list of such. Not under jit."""
+        """The name of the termination as a string, `"GRADIENT"`; of several lanes, a
+        list of such. Not under jit."""
         return _names(np.asarray(self.termination).tolist())
 
 
@@ -81,44 +110,54 @@ def minimize(
     """Minimize an objective with any optax transformation, in one compiled loop.
 
     Args:
-      value_fn: `value_fn(params, **data)`, a real scalar; `(value, aux)` with has_aux. Compiled once per function
-        object and transformation, with what the object then holds, as by `jax.jit`: pass what varies as `data`.
+      value_fn: `value_fn(params, **data)`, a real scalar; `(value, aux)` with has_aux.
+        Compiled once per function object and transformation, with what the object then
+        holds, as by `jax.jit`: pass what varies as `data`.
       params: where to start, a pytree of floating or complex arrays.
       tx: a hessopt or optax optimizer; it is given value, grad and value_fn.
-      data: arrays, or pytrees of them, passed to value_fn by name. What is no array is bound beforehand, by
-        `functools.partial`.
+      data: arrays, or pytrees of them, passed to value_fn by name. What is no array is
+        bound beforehand, by `functools.partial`.
       state: of `tx`, for a warm start, as in `Solution.state`; fresh by default.
       max_steps: bound on the number of updates, below 2^31.
       gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start.
-      ftol: stop (VALUE) when a step changes the objective by at most ftol times its whole change since the start.
+      ftol: stop (VALUE) when a step changes the objective by at most ftol times its
+        whole change since the start.
       xtol: stop (STEP) when no entry moves by more than xtol times the largest entry.
-      has_aux: whether value_fn returns `(value, aux)`; aux is evaluated once, at the solution.
-      progress: whether to show a progress bar (needs tqdm). Runs compiled blocks of log_every steps, and Ctrl-C
-        between two of them returns the best point so far, as INTERRUPTED. Not under jit, vmap or grad.
+      has_aux: whether value_fn returns `(value, aux)`; aux is evaluated once, at the
+        solution.
+      progress: whether to show a progress bar (needs tqdm). Runs compiled blocks of
+        log_every steps, and Ctrl-C between two of them returns the best point so far,
+        as INTERRUPTED. Not under jit, vmap or grad.
       log_every: steps per block, with progress or a callback.
-      callback: `callback(solution)` with the best point so far, after every block; a true value stops the run, as
-        INTERRUPTED.
+      callback: `callback(solution)` with the best point so far, after every block; a
+        true value stops the run, as INTERRUPTED.
 
     Returns:
-      A `Solution`. `solution.converged` says whether a tolerance ended the run, `solution.reason` names the
-      `Termination`; MAX_STEPS, STALLED_AT_NOISE, UNBOUNDED, NONFINITE and INTERRUPTED are no convergence. A step of
-      zero never counts as convergence.
+      A `Solution`. `solution.converged` says whether a tolerance ended the run,
+      `solution.reason` names the `Termination`; MAX_STEPS, STALLED_AT_NOISE, UNBOUNDED,
+      NONFINITE and INTERRUPTED are no convergence. A step of zero never counts as
+      convergence.
 
-      Under `jax.vmap` every lane has its own termination and stands still once it has ended, while the loop runs until
-      the last one ends. Derivatives with respect to `data`, and to what value_fn closes over, of params, value, grad
-      and aux, are those of the exact stationary point near by; the start, the state and the counts have none. Where
-      the Hessian is singular, or conjugate gradients do not solve with it, derivatives are NaN.
+      Under `jax.vmap` every lane has its own termination and stands still once it has
+      ended, while the loop runs until the last one ends. Derivatives with respect to
+      `data`, and to what value_fn closes over, of params, value, grad and aux, are
+      those of the exact stationary point near by; the start, the state and the counts
+      have none. Where the Hessian is singular, or conjugate gradients do not solve with
+      it, derivatives are NaN.
 
     Raises:
-      ValueError: for a negative tolerance, a max_steps that is negative or no whole number, or log_every below 1.
-      TypeError: for data that value_fn requires and does not get, or gets and does not take, or that are no arrays; for
-        params that are not floating; for a tx that is no optax transformation; for has_aux with a `composite`; for
-        progress or a callback under a transformation of JAX.
+      ValueError: for a negative tolerance, a max_steps that is negative or no whole
+        number, or log_every below 1.
+      TypeError: for data that value_fn requires and does not get, or gets and does not
+        take, or that are no arrays; for params that are not floating; for a tx that is
+        no optax transformation; for has_aux with a `composite`; for progress or a
+        callback under a transformation of JAX.
       ImportError: for progress without tqdm.
 
-    Cost: per step one update of `tx`, and one value and gradient unless its line search kept them; memory for a
-    second set of params and gradient (the best). Derivatives: the dense Hessian and its factorisation up to 512 real
-    parameters, else one conjugate gradient solve with it each, of at most 10 000 products.
+    Cost: per step one update of `tx`, and one value and gradient unless its line search
+    kept them; memory for a second set of params and gradient (the best). Derivatives:
+    the dense Hessian and its factorisation up to 512 real parameters, else one
+    conjugate gradient solve with it each, of at most 10 000 products.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -137,33 +176,58 @@ def minimize(
     for name, tolerance in (("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
         check_range(name, tolerance, 0)
     if has_aux and isinstance(value_fn, Composite):
-        raise TypeError("has_aux needs value_fn to return (value, aux); a composite returns its loss alone")
+        raise TypeError(
+            "has_aux needs value_fn to return (value, aux); a composite returns its loss alone"
+        )
     check_transformation("tx", tx)
     if not callable(value_fn):
-        raise TypeError(f"value_fn must be a function of params and data, got {value_fn!r}")
+        raise TypeError(
+            f"value_fn must be a function of params and data, got {value_fn!r}"
+        )
     if not isinstance(data or {}, Mapping):
-        raise TypeError(f"data must be a mapping from the names that value_fn gives them, got {type(data)}")
+        raise TypeError(
+            f"data must be a mapping from the names that value_fn gives them, got {type(data)}"
+        )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             name = jax.tree_util.keystr(path)
-            raise TypeError(f"params{name} must be floating or complex, got {jnp.result_type(leaf)}")
+            raise TypeError(
+                f"params{name} must be floating or complex, got {jnp.result_type(leaf)}"
+            )
     data = dict(data or {})
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
-        if isinstance(leaf, str | bytes) or not (isinstance(leaf, complex | float | int) or hasattr(leaf, "dtype")):
-            raise TypeError(f"data{jax.tree_util.keystr(path)} must be an array, got {leaf!r}: bind it to value_fn")
+        if isinstance(leaf, str | bytes) or not (
+            isinstance(leaf, complex | float | int) or hasattr(leaf, "dtype")
+        ):
+            raise TypeError(
+                f"data{jax.tree_util.keystr(path)} must be an array, got {leaf!r}: bind it to value_fn"
+            )
     require_taken(value_fn, data, caller="minimize")
 
     params = strongly_typed(params)
     problem = Problem(identified(value_fn), tx, has_aux)
-    opened, data = open_closure(problem.value_fn, functools.partial(bound, problem), params, data)
+    opened, data = open_closure(
+        problem.value_fn, functools.partial(bound, problem), params, data
+    )
     problem = problem._replace(value_fn=opened)
-    opt_state = None if state is None else strongly_typed(state)  # a fresh one is part of the program
+    # a fresh one is part of the program
+    opt_state = None if state is None else strongly_typed(state)
     real = jax.dtypes.canonicalize_dtype(float)
-    limits = Limits(_scalar(max_steps, np.int32), *(_scalar(tolerance, real) for tolerance in (gtol, ftol, xtol)))
+    limits = Limits(
+        _scalar(max_steps, np.int32),
+        *(_scalar(tolerance, real) for tolerance in (gtol, ftol, xtol)),
+    )
     if not progress and callback is None:
         return _solve_jit(problem, params, opt_state, data, limits)
     return _in_blocks(
-        problem, params, opt_state, data, limits, log_every, _bar(max_steps) if progress else None, callback
+        problem,
+        params,
+        opt_state,
+        data,
+        limits,
+        log_every,
+        _bar(max_steps) if progress else None,
+        callback,
     )
 
 
@@ -176,12 +240,25 @@ def _solution(problem: Problem, run: Run, data: Mapping[str, Any]) -> Solution:
     stationary = run.termination == Termination.GRADIENT
     end = select(stationary, run.here, run.best)
     aux = objective_and_aux(problem, data)[1](end.params)
-    return Solution(end.params, end.value, end.grad, aux, run.state, run.steps, run.evaluations, run.termination)
+    return Solution(
+        end.params,
+        end.value,
+        end.grad,
+        aux,
+        run.state,
+        run.steps,
+        run.evaluations,
+        run.termination,
+    )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solve(
-    problem: Problem, params: Params, state: optax.OptState | None, data: Mapping[str, Any], limits: Limits
+    problem: Problem,
+    params: Params,
+    state: optax.OptState | None,
+    data: Mapping[str, Any],
+    limits: Limits,
 ) -> Solution:
     run = begin(problem, params, state, data, limits)
     run = advance(problem, run, data, limits, limits.max_steps)
@@ -189,7 +266,9 @@ def _solve(
 
 
 @_solve.defjvp
-def _solve_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Solution, Solution]:
+def _solve_jvp(
+    problem: Problem, primals: Any, tangents: Any
+) -> tuple[Solution, Solution]:
     solution = _solve(problem, *primals)
     data, d_data = primals[2], tangents[2]
     parts, restore = real_leaves(solution.params)
@@ -201,28 +280,41 @@ def _solve_jvp(problem: Problem, primals: Any, tangents: Any) -> tuple[Solution,
     against = jax.tree.map(jnp.negative, shift)
     if sum(part.size for part in parts) <= DENSE:
         restored = precompose(objective_and_aux(problem, data)[0], restore)
-        d_parts = _solve_dense(block_hessians(restored, parts, [0] * len(parts), 1)[0], against)
+        d_parts = _solve_dense(
+            block_hessians(restored, parts, [0] * len(parts), 1)[0], against
+        )
     else:
         _, hessian = jax.linearize(lambda parts: gradient(parts, data), parts)
-        d_parts = jax.lax.custom_linear_solve(hessian, against, _conjugate_gradients, symmetric=True)
+        d_parts = jax.lax.custom_linear_solve(
+            hessian, against, _conjugate_gradients, symmetric=True
+        )
 
     def outputs(parts: Any, data: Any) -> Any:
         objective, aux = objective_and_aux(problem, data)
         point = evaluate(objective, restore(parts))
         return point.params, point.value, point.grad, aux(point.params)
 
-    _, (d_params, d_value, d_grad, d_aux) = jax.jvp(outputs, (parts, data), (d_parts, d_data))
-    rest = jax.tree.map(_no_tangent, (solution.state, solution.steps, solution.evaluations, solution.termination))
+    _, (d_params, d_value, d_grad, d_aux) = jax.jvp(
+        outputs, (parts, data), (d_parts, d_data)
+    )
+    rest = jax.tree.map(
+        _no_tangent,
+        (solution.state, solution.steps, solution.evaluations, solution.termination),
+    )
     return solution, Solution(d_params, d_value, d_grad, d_aux, *rest)
 
 
 def _solve_dense(H: Matrix, rhs: Any) -> Any:
-    """`H^-1 rhs`, NaN where H is singular to working precision in units that bring its rows to size 1."""
+    """`H^-1 rhs`, NaN where H is singular to working precision in units that bring its
+    rows to size 1."""
     t = equilibration(jax.lax.stop_gradient(H))
     scaled = t[:, None] * H * t
     eigenvalues = jnp.abs(jnp.linalg.eigvalsh(jax.lax.stop_gradient(scaled)))
-    regular = jnp.min(eigenvalues) > len(H) * jnp.finfo(H.dtype).eps * jnp.max(eigenvalues)
-    linear = jnp.where(regular, t, jnp.nan) * ravel(rhs)  # a factor, so that it transposes
+    regular = jnp.min(eigenvalues) > len(H) * jnp.finfo(H.dtype).eps * jnp.max(
+        eigenvalues
+    )
+    # a factor, so that it transposes
+    linear = jnp.where(regular, t, jnp.nan) * ravel(rhs)
     return unravel(t * jnp.linalg.solve(scaled, linear), rhs)
 
 
@@ -251,7 +343,9 @@ def _bar(total: int) -> Any:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress=True shows a tqdm bar: pip install hessopt[progress]") from error
+        raise ImportError(
+            "progress=True shows a tqdm bar: pip install hessopt[progress]"
+        ) from error
     return tqdm(total=total, unit="step")
 
 
@@ -268,15 +362,20 @@ def _in_blocks(
     """The same run, with a look at it after every `log_every` steps."""
     run = _begin_jit(problem, params, state, data, limits)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
-        raise TypeError("minimize shows progress and calls back from a run of its own: not under jit, vmap or grad")
+        raise TypeError(
+            "minimize shows progress and calls back from a run of its own: not under jit, vmap or grad"
+        )
     reason = Termination.MAX_STEPS
     try:
         while run.termination == Termination.RUNNING and run.steps < limits.max_steps:
             run = _advance_jit(problem, run, data, limits, run.steps + log_every)
-            jax.block_until_ready(run)  # on its own line: an interruption here loses nothing
+            # on its own line: an interruption here loses nothing
+            jax.block_until_ready(run)
             if bar is not None:
                 bar.update(int(run.steps) - bar.n)
-                bar.set_postfix(value=f"{run.here.value:.6g}", gradient=f"{run.here.size:.1e}")
+                bar.set_postfix(
+                    value=f"{run.here.value:.6g}", gradient=f"{run.here.size:.1e}"
+                )
             if callback is not None and callback(_solution_jit(problem, run, data)):
                 reason = Termination.INTERRUPTED
                 break

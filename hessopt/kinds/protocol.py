@@ -1,10 +1,12 @@
-"""The `update` of every method, written once: what it was called with, checked and bound to the data.
+"""The `update` of every method, written once: what it was called with, checked and
+bound to the data.
 
 A method is a record of its options and two functions,
 
     init(params) -> state,        step(call, state) -> (updates, state),
 
-and `transformation` makes of them what optax expects. A step never sees a keyword that is not its business.
+and `transformation` makes of them what optax expects. A step never sees a keyword that
+is not its business.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +27,9 @@ class Call(NamedTuple):
     params: Params
     grad: Params | None  # gradient at params, in optax's convention, if it was given
     value: jax.Array | None  # scalar, objective at params, if it was given
-    objective: Any  # value_fn with its data bound, a function of params alone; None where none was given
+    # value_fn with its data bound, a function of params alone; None where none was
+    # given
+    objective: Any
     finite: jax.Array | bool  # bool scalar, whether the value, if given, is finite
 
     @property
@@ -35,7 +39,8 @@ class Call(NamedTuple):
 
     @property
     def is_gradient(self) -> bool:
-        """Whether the updates are the gradient itself, as seen while tracing: products with one then serve both."""
+        """Whether the updates are the gradient itself, as seen while tracing: products
+        with one then serve both."""
         leaves = map(jax.tree.leaves, (self.updates, self.gradient))
         return all(u is g for u, g in zip(*leaves, strict=True))
 
@@ -45,7 +50,7 @@ Step = Callable[[Call, Any], tuple[optax.Updates, Any]]
 
 
 def transformation(
-    name: str, init: Callable[[Params], Any], step: Step, *, needs: Sequence[str] = ()
+    name: str, init: optax.TransformInitFn, step: Step, *, needs: Sequence[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """Make an optax transformation of a method's `init` and `step`.
 
@@ -53,11 +58,12 @@ def transformation(
       name: of the public function, for errors.
       init: `params -> state`.
       step: `(call, state) -> (updates, state)`.
-      needs: keywords of `update` without which the method cannot work, of `"value"`, `"grad"` and `"value_fn"`.
+      needs: keywords of `update` without which the method cannot work, of `"value"`,
+        `"grad"` and `"value_fn"`.
 
     Raises:
-      TypeError: in `update`, for missing params, for a keyword in needs that is missing, and for data that value_fn
-        requires, each naming the call to write.
+      TypeError: in `update`, for missing params, for a keyword in needs that is
+        missing, and for data that value_fn requires, each naming the call to write.
     """
 
     def update(

@@ -1,7 +1,9 @@
-"""What a step gained over what its model promised, and what that does to how far the model is trusted.
+"""What a step gained over what its model promised, and what that does to how far the
+model is trusted.
 
-Source: Conn, Gould and Toint, "Trust-Region Methods", 2000, sections 6.1 and 17.4.2; Cartis, Gould and Toint, "Adaptive
-cubic regularisation methods for unconstrained optimization", part I, 2011.
+Source: Conn, Gould and Toint, "Trust-Region Methods", 2000, sections 6.1 and 17.4.2;
+Cartis, Gould and Toint, "Adaptive cubic regularisation methods for unconstrained
+optimization", part I, 2011.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,8 @@ GOOD = 0.5
 
 
 def gain_ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
-    """Return `actual / predicted`, drawn to 1 where both fall below `noise`; -inf where it is no number."""
+    """Return `actual / predicted`, drawn to 1 where both fall below `noise`; -inf where
+    it is no number."""
     promised = predicted + noise
     ratio = (actual + noise) / or_one(promised)
     return jnp.where(jnp.isfinite(ratio) & (promised > 0), ratio, -jnp.inf)
@@ -32,16 +35,22 @@ def gain_ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax
 class Model(NamedTuple):
     """A bound on steps, of which one positive number says how strict it is."""
 
-    minimize: Callable[[Vector, Vector, jax.Array], secular.Shifted]  # (w, z, size) -> step, as in `secular`
-    first: Callable[[Vector, secular.Shifted], jax.Array]  # (w, Cauchy's radius and the step within it) -> size
+    # (w, z, size) -> step, as in `secular`
+    minimize: Callable[[Vector, Vector, jax.Array], secular.Shifted]
+    # (w, Cauchy's radius and the step within it) -> size
+    first: Callable[[Vector, secular.Shifted], jax.Array]
     adapt: Callable[[Vector, Vector, jax.Array, jax.Array, secular.Shifted], jax.Array]
     """`(w, z, size, ratio, step) -> size`"""
 
 
-def _adapt_radius(w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted) -> jax.Array:
+def _adapt_radius(
+    w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted
+) -> jax.Array:
     """A quarter of a poor step, twice a good one that was held back."""
     larger = jnp.where(step.shift > 0, jnp.maximum(size, 2 * step.length), size)
-    return jnp.where(ratio < POOR, step.length / 4, jnp.where(ratio > GOOD, larger, size))
+    return jnp.where(
+        ratio < POOR, step.length / 4, jnp.where(ratio > GOOD, larger, size)
+    )
 
 
 def _sigma(step: secular.Shifted) -> jax.Array:
@@ -50,16 +59,24 @@ def _sigma(step: secular.Shifted) -> jax.Array:
 
 
 def _first_sigma(w: Vector, ball: secular.Shifted) -> jax.Array:
-    """The one that gives a step as long; but no shift less than a thousandth of the curvature."""
+    """The one that gives a step as long; but no shift less than a thousandth of the
+    curvature."""
     least = 1e-3 * jnp.max(jnp.abs(w))
     return _sigma(ball._replace(shift=jnp.maximum(ball.shift, least)))
 
 
-def _adapt_sigma(w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted) -> jax.Array:
-    """What halves a poor step, at least twice as much; a quarter after a good one, while that makes a difference."""
+def _adapt_sigma(
+    w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted
+) -> jax.Array:
+    """What halves a poor step, at least twice as much; a quarter after a good one,
+    while that makes a difference."""
     eps = jnp.finfo(size.dtype).eps
-    least = _sigma(step._replace(shift=eps * jnp.maximum(w[0], eps * jnp.max(jnp.abs(w)))))
-    half = _sigma(secular.within_radius(w, z, jnp.where(step.length > 0, step.length / 2, 1.0)))
+    least = _sigma(
+        step._replace(shift=eps * jnp.maximum(w[0], eps * jnp.max(jnp.abs(w))))
+    )
+    half = _sigma(
+        secular.within_radius(w, z, jnp.where(step.length > 0, step.length / 2, 1.0))
+    )
     more, less = jnp.maximum(2 * size, half), jnp.maximum(size / 4, least)
     return jnp.where(ratio < POOR, more, jnp.where(ratio > GOOD, less, size))
 

@@ -1,4 +1,5 @@
-"""The inverse Hessian of the Broyden class, self-scaled, at one product with a matrix per update.
+"""The inverse Hessian of the Broyden class, self-scaled, at one product with a matrix
+per update.
 
 With s the change of the parameters, y that of the gradient and u = H y, every member is
 
@@ -6,22 +7,25 @@ With s the change of the parameters, y that of the gradient and u = H y, every m
 
 H scaled, and two terms of rank one: with r = phi / (phi h + tau),
 
-    H+ = H / tau + (s - r u) (s - r u)' phi / (r tau s'y) + u u' ((phi - 1) / (tau y'u) - phi r / (tau s'y)).
+    H+ = H / tau + (s - r u) (s - r u)' phi / (r tau s'y) + u u' ((phi - 1) / (tau y'u)
+    - phi r / (tau s'y)).
 
 These terms are kept aside,
 
     H = a I + b base + sum_j t_j c_j c_j',
 
-and folded into the base once there are as many as there is room for, so that a step reads the base and does not write
-it. Terms of rank one keep the matrix exactly symmetric; an error that is not symmetric would stay for good, and
-self-scaling would let it grow.
+and folded into the base once there are as many as there is room for, so that a step
+reads the base and does not write it. Terms of rank one keep the matrix exactly
+symmetric; an error that is not symmetric would stay for good, and self-scaling would
+let it grow.
 
 The members differ in (tau, phi), functions of
 
     b = s'Bs / s'y,  B = H^-1,    h = y'u / s'y,    a = b h - 1 >= 0.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 6.3; Al-Baali, "Numerical experience with a class
-of self-scaling quasi-Newton algorithms", 1998; Urban, Stefanou and Pons, arXiv 2405.04230.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 6.3; Al-Baali,
+"Numerical experience with a class of self-scaling quasi-Newton algorithms", 1998;
+Urban, Stefanou and Pons, arXiv 2405.04230.
 """
 
 from collections.abc import Callable
@@ -34,7 +38,8 @@ from hessopt.numerics.guards import matmul, or_one
 from hessopt.typing import Matrix, Vector
 
 Formula = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
-"""`(b, h, n) -> (tau, phi)` for n parameters; `tau > 0` and `phi > -1/a` keep H positive definite."""
+"""`(b, h, n) -> (tau, phi)` for n parameters; `tau > 0` and `phi > -1/a` keep H
+positive definite."""
 
 
 def bfgs(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
@@ -48,16 +53,19 @@ def dfp(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
 
 
 def ssbfgs(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """BFGS of H enlarged to the curvature along s, where that is lower than B's (Al-Baali)."""
+    """BFGS of H enlarged to the curvature along s, where that is lower than B's
+    (Al-Baali)."""
     return 1.0 / jnp.maximum(b, 1.0), jnp.ones_like(b)
 
 
 def ssbroyden(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The self-scaled member nearest to one that keeps the determinant (Al-Baali and Khalfan)."""
+    """The self-scaled member nearest to one that keeps the determinant (Al-Baali and
+    Khalfan)."""
     a = jnp.maximum(b * h - 1.0, 0.0)
     c = jnp.sqrt(a / (1.0 + a))
     over = jnp.maximum(b, 1.0)
-    # min(1, h (1 - c)) of the source for b > 1, freed of cancellation by 1 - c^2 = 1/(1 + a) and 1 + a = b h
+    # min(1, h (1 - c)) of the source for b > 1, freed of cancellation by 1 - c^2 = 1/(1
+    # + a) and 1 + a = b h
     rho = 1.0 / (over * (1.0 + c))
     low = (rho - 1.0) / or_one(a)
     plain = (1.0 - b) / or_one(b)
@@ -68,11 +76,17 @@ def ssbroyden(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]
     return tau, (1.0 - theta) / sigma
 
 
-FORMULAS: dict[str, Formula] = {"bfgs": bfgs, "dfp": dfp, "ssbfgs": ssbfgs, "ssbroyden": ssbroyden}
+FORMULAS: dict[str, Formula] = {
+    "bfgs": bfgs,
+    "dfp": dfp,
+    "ssbfgs": ssbfgs,
+    "ssbroyden": ssbroyden,
+}
 
 
 class InverseHessian(NamedTuple):
-    """`a I + b base + sum_j t_j c_j c_j'`, with room for 2k such terms; without room the base is written every time."""
+    """`a I + b base + sum_j t_j c_j c_j'`, with room for 2k such terms; without room
+    the base is written every time."""
 
     weights: jax.Array  # (2,), a and b
     base: Matrix  # (n, n), not read where b is 0
@@ -81,8 +95,12 @@ class InverseHessian(NamedTuple):
 
 
 def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
-    """Shapes and dtypes, with room for the terms of this many updates; all zeros, it is the zero matrix."""
-    like: list[Any] = [jax.ShapeDtypeStruct(size, dtype) for size in ((2,), (n, n), (2 * room, n), (2 * room,))]
+    """Shapes and dtypes, with room for the terms of this many updates; all zeros, it is
+    the zero matrix."""
+    like: list[Any] = [
+        jax.ShapeDtypeStruct(size, dtype)
+        for size in ((2,), (n, n), (2 * room, n), (2 * room,))
+    ]
     return InverseHessian(*like)
 
 
@@ -95,32 +113,49 @@ def product(H: InverseHessian, g: Vector) -> Vector:
     return total + matmul(H.terms * matmul(H.columns, g), H.columns)
 
 
-def term(sy: jax.Array, yu: jax.Array, tau: jax.Array, phi: jax.Array) -> tuple[jax.Array, Vector]:
-    """r and the `(2,)` factors t of `H+ = H / tau + t_0 (s - r u) (s - r u)' + t_1 u u'`."""
+def term(
+    sy: jax.Array, yu: jax.Array, tau: jax.Array, phi: jax.Array
+) -> tuple[jax.Array, Vector]:
+    """r and the `(2,)` factors t of `H+ = H / tau + t_0 (s - r u) (s - r u)' + t_1 u
+    u'`."""
     whole = phi * (yu / sy) + tau
     r = phi / whole
-    return r, jnp.stack([whole / (tau * sy), (phi - 1.0) / (tau * yu) - phi * r / (tau * sy)])
+    return r, jnp.stack(
+        [whole / (tau * sy), (phi - 1.0) / (tau * yu) - phi * r / (tau * sy)]
+    )
 
 
 def updated(
-    H: InverseHessian, slot: jax.Array, columns: jax.Array, terms: Vector, tau: jax.Array, good: jax.Array
+    H: InverseHessian,
+    slot: jax.Array,
+    columns: jax.Array,
+    terms: Vector,
+    tau: jax.Array,
+    good: jax.Array,
 ) -> InverseHessian:
-    """`H / tau` and two terms, `(2, n)` and `(2,)`, in this slot, or without room in the base; H where not good."""
+    """`H / tau` and two terms, `(2, n)` and `(2,)`, in this slot, or without room in
+    the base; H where not good."""
     weights, terms = H.weights / jnp.where(good, tau, 1.0), jnp.where(good, terms, 0.0)
     if not len(H.terms):
-        return folded(InverseHessian(weights, H.base, jnp.where(good, columns, 0.0), terms))._replace(
-            columns=H.columns, terms=H.terms
-        )
-    columns = jnp.where(good, columns, jax.lax.dynamic_slice_in_dim(H.columns, 2 * slot, 2))
+        return folded(
+            InverseHessian(weights, H.base, jnp.where(good, columns, 0.0), terms)
+        )._replace(columns=H.columns, terms=H.terms)
+    columns = jnp.where(
+        good, columns, jax.lax.dynamic_slice_in_dim(H.columns, 2 * slot, 2)
+    )
     return InverseHessian(
         weights,
         H.base,
         jax.lax.dynamic_update_slice_in_dim(H.columns, columns, 2 * slot, 0),
-        jax.lax.dynamic_update_slice_in_dim(H.terms / jnp.where(good, tau, 1.0), terms, 2 * slot, 0),
+        jax.lax.dynamic_update_slice_in_dim(
+            H.terms / jnp.where(good, tau, 1.0), terms, 2 * slot, 0
+        ),
     )
 
 
-def restarted(H: InverseHessian, condition: jax.Array, scale: jax.Array) -> InverseHessian:
+def restarted(
+    H: InverseHessian, condition: jax.Array, scale: jax.Array
+) -> InverseHessian:
     """`scale I` where the condition holds, else H; nothing n by n is written."""
     weights = jnp.where(condition, jnp.stack([scale, jnp.zeros_like(scale)]), H.weights)
     return H._replace(weights=weights, terms=jnp.where(condition, 0.0, H.terms))
@@ -129,13 +164,22 @@ def restarted(H: InverseHessian, condition: jax.Array, scale: jax.Array) -> Inve
 def folded(H: InverseHessian) -> InverseHessian:
     """H with the identity and all terms in the base, in one pass over it, in place."""
     (a, b), base = H.weights, H.base
-    base = jnp.where(b == 0, 0.0, b * base) + jnp.where(jnp.eye(len(base), dtype=bool), a, 0.0)
-    # one sum of outer products, not a matrix product: XLA's is slower on CPUs, and not exactly symmetric. Zero is added
-    # so that products are rounded alike in all entries, whichever of them a compiler fuses with the sum
+    base = jnp.where(b == 0, 0.0, b * base) + jnp.where(
+        jnp.eye(len(base), dtype=bool), a, 0.0
+    )
+    # one sum of outer products, not a matrix product: XLA's is slower on CPUs, and not
+    # exactly symmetric. Zero is added so that products are rounded alike in all
+    # entries, whichever of them a compiler fuses with the sum
     zero = (a > jnp.inf).astype(base.dtype)
-    for sign, column in zip(jnp.sign(H.terms), jnp.sqrt(jnp.abs(H.terms))[:, None] * H.columns, strict=True):
+    for sign, column in zip(
+        jnp.sign(H.terms), jnp.sqrt(jnp.abs(H.terms))[:, None] * H.columns, strict=True
+    ):
         base = base + ((sign * column)[:, None] * column + zero)
-    return H._replace(weights=jnp.array([0.0, 1.0], H.weights.dtype), base=base, terms=jnp.zeros_like(H.terms))
+    return H._replace(
+        weights=jnp.array([0.0, 1.0], H.weights.dtype),
+        base=base,
+        terms=jnp.zeros_like(H.terms),
+    )
 
 
 def dense(H: InverseHessian) -> Matrix:

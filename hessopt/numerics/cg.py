@@ -1,10 +1,12 @@
 """Conjugate gradients on `H x = g`, for an H that need not be positive definite.
 
-A direction of negative or no curvature ends the iteration, and is used: with `d'H d <= 0` the step along d is the one
-that its curvature would ask for if it had the other sign, `r.z / (|d| |H d|)`.
+A direction of negative or no curvature ends the iteration, and is used: with `d'H d <=
+0` the step along d is the one that its curvature would ask for if it had the other
+sign, `r.z / (|d| |H d|)`.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithms 5.3 and 7.1; Steihaug, "The conjugate gradient
-method and trust regions in large scale optimization", 1983.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithms 5.3 and 7.1;
+Steihaug, "The conjugate gradient method and trust regions in large scale optimization",
+1983.
 """
 
 from collections.abc import Callable
@@ -28,12 +30,16 @@ class Conjugate(NamedTuple):
     rz: jax.Array  # scalar, r.z with z = M r
     residual: jax.Array  # scalar, |r|
     products: jax.Array  # int32 scalar, products with H
-    negative: jax.Array  # bool scalar, it ended with a direction that has no positive curvature
-    finite: jax.Array  # bool scalar, nothing met was inf or NaN; where it is false, x is the last iterate that was
+    # bool scalar, it ended with a direction that has no positive curvature
+    negative: jax.Array
+    # bool scalar, nothing met was inf or NaN; where it is false, x is the last iterate
+    # that was
+    finite: jax.Array
 
 
 def forcing(length: jax.Array, first_length: jax.Array) -> jax.Array:
-    """Return what part of |g| may remain: `min(1/2, sqrt(|g| / |g_0|))`, so that convergence is superlinear."""
+    """Return what part of |g| may remain: `min(1/2, sqrt(|g| / |g_0|))`, so that
+    convergence is superlinear."""
     return jnp.minimum(0.5, jnp.sqrt(length / or_one(first_length)))
 
 
@@ -47,14 +53,16 @@ def conjugate_gradients(
     tolerance: jax.Array,
     max_iterations: int,
 ) -> Conjugate:
-    """Solve `H x = g` until `|g - H x| <= tolerance`, or a direction has no positive curvature.
+    """Solve `H x = g` until `|g - H x| <= tolerance`, or a direction has no positive
+    curvature.
 
     Args:
       multiply: v -> H v, symmetric.
       g: pytree of real arrays.
       start: x to begin with and H x; zero by default.
       gram: the inner products among trees, `(k, k)`.
-      precondition: r -> M r, symmetric positive definite; near the inverse of H, if it is any good.
+      precondition: r -> M r, symmetric positive definite; near the inverse of H, if it
+        is any good.
       tolerance: scalar.
       max_iterations: bound on products.
 
@@ -65,7 +73,14 @@ def conjugate_gradients(
     d = precondition(r)
     (rr, rz), _ = gram(r, d)
     begin = Conjugate(
-        x, r, d, rz, jnp.sqrt(rr), jnp.zeros((), jnp.int32), jnp.zeros((), bool), jnp.isfinite(rr) & jnp.isfinite(rz)
+        x,
+        r,
+        d,
+        rz,
+        jnp.sqrt(rr),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), bool),
+        jnp.isfinite(rr) & jnp.isfinite(rz),
     )
 
     def goes_on(now: Conjugate) -> jax.Array:
@@ -78,7 +93,8 @@ def conjugate_gradients(
         size = jnp.sqrt(dd) * jnp.sqrt(qq)
         finite, negative = jnp.isfinite(size), dq <= 4 * jnp.finfo(dq.dtype).eps * size
         below = jnp.where(negative, size, dq)
-        unit = 1.0 / jnp.where(dd > 0, jnp.sqrt(dd), 1.0)  # without any curvature, a step of that length
+        # without any curvature, a step of that length
+        unit = 1.0 / jnp.where(dd > 0, jnp.sqrt(dd), 1.0)
         alpha = divide(now.rz, below, below > 0, unit)
         alpha = jnp.where(finite, alpha, 0.0)
         x = _plus(now.x, alpha, now.d)

@@ -1,10 +1,13 @@
 """Cholesky with a shift until positive definite.
 
-Finds `L L' = A + s I` for a shift `s >= 0` near the smallest that works, trying `s/2, s, 2s, ...` from the shift of
-the last call. Half of it and not zero, and no more than the norm: a curvature that changes little from call to call
-then costs one or two factorisations, and an indefinite matrix is left with a margin rather than next to singular.
+Finds `L L' = A + s I` for a shift `s >= 0` near the smallest that works, trying `s/2,
+s, 2s, ...` from the shift of the last call. Half of it and not zero, and no more than
+the norm: a curvature that changes little from call to call then costs one or two
+factorisations, and an indefinite matrix is left with a margin rather than next to
+singular.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 3.3, with a memory.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 3.3, with a
+memory.
 """
 
 from typing import NamedTuple
@@ -19,10 +22,12 @@ START = 1e-4
 """First nonzero shift, in units of the Frobenius norm, which bounds every eigenvalue."""
 
 FLOOR = 1e-10
-"""In the same units, the shift below which none is tried: it would only slow the end of a convergence."""
+"""In the same units, the shift below which none is tried: it would only slow the end of
+a convergence."""
 
 MAX_ATTEMPTS = 18
-"""Remembered shift, `START`, and doublings of it: the last exceeds the norm, so every finite matrix succeeds."""
+"""Remembered shift, `START`, and doublings of it: the last exceeds the norm, so every
+finite matrix succeeds."""
 
 
 class ShiftedCholesky(NamedTuple):
@@ -36,15 +41,17 @@ class ShiftedCholesky(NamedTuple):
 
 
 def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
-    """Factor `matrix + s I` with the first s of `shift/2, shift, 2 shift, ...` for which it is positive definite.
+    """Factor `matrix + s I` with the first s of `shift/2, shift, 2 shift, ...` for
+    which it is positive definite.
 
     Args:
       matrix: symmetric `(n, n)`, float32 or float64.
       shift: scalar, the shift of an earlier call, or 0.
 
     Returns:
-      The factorisation. Positive definite means that every pivot exceeds ten roundings of its own diagonal entry,
-      a test that does not depend on scale. A matrix with a non-finite entry, or of norm zero, is not `ok`.
+      The factorisation. Positive definite means that every pivot exceeds ten roundings
+      of its own diagonal entry, a test that does not depend on scale. A matrix with a
+      non-finite entry, or of norm zero, is not `ok`.
 
     Cost: n^3/3 multiplications per attempt, at most 18.
     """
@@ -54,17 +61,25 @@ def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
     first = jnp.minimum(jnp.where(shift / 2 < FLOOR * size, 0.0, shift / 2), size)
 
     def attempt(last: ShiftedCholesky) -> ShiftedCholesky:
-        shift = jnp.where(last.attempts == 0, first, jnp.maximum(2 * last.shift, START * size))
+        shift = jnp.where(
+            last.attempts == 0, first, jnp.maximum(2 * last.shift, START * size)
+        )
         factor = jax.lax.linalg.cholesky(matrix + shift * eye, symmetrize_input=False)
         pivots = jnp.diagonal(factor) ** 2
-        ok = jnp.all(pivots > 10 * jnp.finfo(matrix.dtype).eps * jnp.abs(diagonal + shift))
+        ok = jnp.all(
+            pivots > 10 * jnp.finfo(matrix.dtype).eps * jnp.abs(diagonal + shift)
+        )
         return ShiftedCholesky(factor, pivots, shift, last.attempts + 1, ok)
 
     def unsettled(last: ShiftedCholesky) -> jax.Array:
-        return ~last.ok & (last.attempts < MAX_ATTEMPTS) & jnp.isfinite(size) & (size > 0)
+        return (
+            ~last.ok & (last.attempts < MAX_ATTEMPTS) & jnp.isfinite(size) & (size > 0)
+        )
 
     nothing_to_do = jnp.asarray(len(matrix) == 0)
-    start = ShiftedCholesky(matrix, diagonal, first, jnp.zeros((), jnp.int32), nothing_to_do)
+    start = ShiftedCholesky(
+        matrix, diagonal, first, jnp.zeros((), jnp.int32), nothing_to_do
+    )
     return jax.lax.while_loop(unsettled, attempt, start)
 
 

@@ -1,16 +1,17 @@
 """The small algebra of L-BFGS in compact form.
 
-With the pairs as columns of S and Y, `R` the upper triangle of `S'Y`, `D` its diagonal and gamma the scale of the
-initial matrix, the inverse BFGS matrix times g is (Byrd, Nocedal, Schnabel, theorem 2.2)
+With the pairs as columns of S and Y, `R` the upper triangle of `S'Y`, `D` its diagonal
+and gamma the scale of the initial matrix, the inverse BFGS matrix times g is (Byrd,
+Nocedal, Schnabel, theorem 2.2)
 
     H g = gamma g + S v - gamma Y u,    u = R^-1 S'g,    v = R^-T ((D + gamma Y'Y) u - gamma Y'g).
 
-`R^-1` is kept, not R: a new pair appends a column, `-R^-1 S'y / s.y` above `1 / s.y`, and the oldest one drops out with
-its row and column, so no system is ever solved. Pairs sit in slots, used in turn; what matrices hold for a slot without
-a pair is never used.
+`R^-1` is kept, not R: a new pair appends a column, `-R^-1 S'y / s.y` above `1 / s.y`,
+and the oldest one drops out with its row and column, so no system is ever solved. Pairs
+sit in slots, used in turn; what matrices hold for a slot without a pair is never used.
 
-Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices and their use in limited memory
-methods", Mathematical Programming 63, 1994.
+Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices and their
+use in limited memory methods", Mathematical Programming 63, 1994.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ from hessopt.typing import Matrix, Vector
 class Compact(NamedTuple):
     """The products among k slots."""
 
-    slot: jax.Array  # int32 scalar, the one that the next pair takes, from the oldest if all are used
+    # int32 scalar, the one that the next pair takes, from the oldest if all are used
+    slot: jax.Array
     used: jax.Array  # (k,) bools, which slots hold a pair
     R_inv: Matrix  # (k, k)
     YY: Matrix  # (k, k), Y'Y
@@ -35,11 +37,14 @@ def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
     """Shapes and dtypes; all zeros, it holds no pairs."""
     shape: Any = jax.ShapeDtypeStruct
     square = shape((slots, slots), dtype)
-    return Compact(shape((), jnp.int32), shape((slots,), bool), square, square, shape((), dtype))
+    return Compact(
+        shape((), jnp.int32), shape((slots,), bool), square, square, shape((), dtype)
+    )
 
 
 def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:
-    """Take in a pair, given its products `S'y` and `Y'y` with the pairs in their slots, itself among them."""
+    """Take in a pair, given its products `S'y` and `Y'y` with the pairs in their slots,
+    itself among them."""
     k, used, R_inv, YY, _ = compact
     new = jnp.arange(len(used)) == k
     inverse = 1.0 / S_y[k]
@@ -54,7 +59,9 @@ def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:
     )
 
 
-def coefficients(compact: Compact, S_g: Vector, Y_g: Vector, gamma: jax.Array) -> tuple[Vector, Vector]:
+def coefficients(
+    compact: Compact, S_g: Vector, Y_g: Vector, gamma: jax.Array
+) -> tuple[Vector, Vector]:
     """v and w of `H g = gamma g + S v + Y w`, given `S'g` and `Y'g`."""
     _, used, R_inv, YY, _ = compact
     u = jnp.where(used, (R_inv * jnp.where(used, S_g, 0.0)).sum(1), 0.0)

@@ -1,6 +1,8 @@
-"""Scales that bring the rows and columns of a symmetric matrix to size 1, by powers of two: they round nothing.
+"""Scales that bring the rows and columns of a symmetric matrix to size 1, by powers of
+two: they round nothing.
 
-Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in matrices", 2001.
+Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in
+matrices", 2001.
 """
 
 import jax
@@ -14,19 +16,25 @@ ROUNDS = 10
 
 
 def equilibration(H: Matrix) -> Vector:
-    """Return powers of two t for which every row of `t H t` has a largest entry near 1; 1 for a row of zeros."""
+    """Return powers of two t for which every row of `t H t` has a largest entry near 1;
+    1 for a row of zeros."""
 
     def improve(_: int, t: Vector) -> Vector:
-        return t * unit_power(jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0) ** 0.5)
+        return t * unit_power(
+            jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0) ** 0.5
+        )
 
     # from the diagonal on, since so begun they follow a change of units exactly
-    return jax.lax.fori_loop(0, ROUNDS, improve, unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H)))))
+    return jax.lax.fori_loop(
+        0, ROUNDS, improve, unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H))))
+    )
 
 
 def unit_power(sizes: Vector) -> Vector:
     """Return the powers of two that bring each of `sizes` near 1; 1 for zero."""
     exponent = -jnp.round(jnp.log2(or_one(sizes)))
-    return jnp.ldexp(jnp.ones_like(sizes), _held(exponent).astype(jnp.int32))  # exp2 rounds, even here
+    # exp2 rounds, even here
+    return jnp.ldexp(jnp.ones_like(sizes), _held(exponent).astype(jnp.int32))
 
 
 def power(exponent: jax.Array) -> jax.Array:

@@ -1,4 +1,5 @@
-"""A symmetric matrix, factorised as it is or made positive definite: what Newton's step is solved with."""
+"""A symmetric matrix, factorised as it is or made positive definite: what Newton's step
+is solved with."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,8 +19,11 @@ class Factorization(NamedTuple):
     """A symmetric `(n, n)` matrix A, ready for solves."""
 
     factor: Any  # pytree of arrays, what `Positivity.solve` takes
-    pivots: Vector  # (n,), magnitudes whose smallest tells how near to singular the factorised matrix is
-    shift: jax.Array  # scalar, added to the diagonal of A; handed to the next factorisation
+    # (n,), magnitudes whose smallest tells how near to singular the factorised matrix
+    # is
+    pivots: Vector
+    # scalar, added to the diagonal of A; handed to the next factorisation
+    shift: jax.Array
     attempts: jax.Array  # int32 scalar, factorisations tried
     indefinite: jax.Array  # bool scalar, A is known not to be positive definite
     ok: jax.Array  # bool scalar, the factor can be used
@@ -28,23 +32,34 @@ class Factorization(NamedTuple):
 class Positivity(NamedTuple):
     """A way to solve with a matrix that need not be positive definite."""
 
-    factorize: Callable[[Matrix, jax.Array], Factorization]  # of a matrix and the shift of the last factorisation
+    # of a matrix and the shift of the last factorisation
+    factorize: Callable[[Matrix, jax.Array], Factorization]
     solve: Callable[[Any, Vector], Vector]  # of its factor and a vector
 
 
 def _shift(matrix: Matrix, shift: jax.Array) -> Factorization:
     found = shifted_cholesky(matrix, shift)
-    indefinite = (found.attempts > 1) | jnp.any(jnp.diagonal(matrix) <= 0)  # what a remembered shift may hide
-    return Factorization(found.factor, found.pivots, found.shift, found.attempts, indefinite, found.ok)
+    # what a remembered shift may hide
+    indefinite = (found.attempts > 1) | jnp.any(jnp.diagonal(matrix) <= 0)
+    return Factorization(
+        found.factor, found.pivots, found.shift, found.attempts, indefinite, found.ok
+    )
 
 
 def _absolute(matrix: Matrix, shift: jax.Array) -> Factorization:
     eigenvalues, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
     magnitudes = jnp.abs(eigenvalues)
-    magnitudes = jnp.maximum(magnitudes, ABSOLUTE_FLOOR * jnp.max(magnitudes, initial=0.0))
+    magnitudes = jnp.maximum(
+        magnitudes, ABSOLUTE_FLOOR * jnp.max(magnitudes, initial=0.0)
+    )
     ok = jnp.all(jnp.isfinite(eigenvalues)) & jnp.all(magnitudes > 0)
     return Factorization(
-        (vectors, magnitudes), magnitudes, shift, jnp.ones((), jnp.int32), jnp.any(eigenvalues <= 0), ok
+        (vectors, magnitudes),
+        magnitudes,
+        shift,
+        jnp.ones((), jnp.int32),
+        jnp.any(eigenvalues <= 0),
+        ok,
     )
 
 
@@ -57,18 +72,25 @@ def _solve_absolute(factor: Any, vector: Vector) -> Vector:
 def _none(matrix: Matrix, shift: jax.Array) -> Factorization:
     lu, permutation = jax.scipy.linalg.lu_factor(matrix)
     pivots = jnp.abs(jnp.diagonal(lu))
-    definite = jnp.all(jnp.isfinite(jax.lax.linalg.cholesky(matrix, symmetrize_input=False)))
+    definite = jnp.all(
+        jnp.isfinite(jax.lax.linalg.cholesky(matrix, symmetrize_input=False))
+    )
     ok = jnp.all(jnp.isfinite(lu)) & jnp.all(pivots > 0)
-    return Factorization((lu, permutation), pivots, shift, jnp.ones((), jnp.int32), ~definite, ok)
+    return Factorization(
+        (lu, permutation), pivots, shift, jnp.ones((), jnp.int32), ~definite, ok
+    )
 
 
 SHIFT = Positivity(_shift, cholesky_solve)
-"""`A + s I` with a remembered s, halved or doubled until it serves; Cholesky, n^3/3 multiplications an attempt."""
+"""`A + s I` with a remembered s, halved or doubled until it serves; Cholesky, n^3/3
+multiplications an attempt."""
 
 ABSOLUTE = Positivity(_absolute, _solve_absolute)
-"""`|A|`, the eigenvalues by magnitude: no step is attracted by a saddle. `eigh`, about 9 n^3."""
+"""`|A|`, the eigenvalues by magnitude: no step is attracted by a saddle. `eigh`, about
+9 n^3."""
 
 NONE = Positivity(_none, jax.scipy.linalg.lu_solve)
-"""A itself, definite or not. LU, and a Cholesky that only tells whether it is definite: n^3."""
+"""A itself, definite or not. LU, and a Cholesky that only tells whether it is definite:
+n^3."""
 
 POSITIVITIES = {"shift": SHIFT, "absolute": ABSOLUTE, "none": NONE}

@@ -6,8 +6,16 @@ import jax.numpy as jnp
 from hessopt.numerics.guards import or_one
 
 
-def accepts(ss: jax.Array, sy: jax.Array, sg_old: jax.Array, gg: jax.Array, gg_old: jax.Array, eps: float) -> jax.Array:
-    """Whether `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, of inner products; not so for s = 0."""
+def accepts(
+    ss: jax.Array,
+    sy: jax.Array,
+    sg_old: jax.Array,
+    gg: jax.Array,
+    gg_old: jax.Array,
+    eps: float,
+) -> jax.Array:
+    """Whether `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, of inner
+    products; not so for s = 0."""
     noise = 10 * eps * jnp.sqrt(ss) * (jnp.sqrt(gg) + jnp.sqrt(gg_old))
     return (ss > 0) & (sy > 1e-8 * jnp.abs(sg_old)) & (sy > noise)
 
@@ -18,6 +26,7 @@ def to_unit_length(square: jax.Array) -> jax.Array:
 
 
 def first_scale(gamma: jax.Array, square: jax.Array) -> jax.Array:
-    """What stands in for H without pairs: gamma, where known, but at most what makes the step one of length 1."""
+    """What stands in for H without pairs: gamma, where known, but at most what makes
+    the step one of length 1."""
     unit = to_unit_length(square)
     return jnp.where(gamma > 0, jnp.minimum(gamma, unit), unit)

@@ -1,17 +1,22 @@
-"""Shifted systems `(H + kappa I) p = -g` with one scalar unknown, in the eigenvectors of H.
+"""Shifted systems `(H + kappa I) p = -g` with one scalar unknown, in the eigenvectors
+of H.
 
-With `H = Q diag(w) Q'`, `z = Q'g` and `p = Q y` every shift costs as many operations as there are eigenvalues:
+With `H = Q diag(w) Q'`, `z = Q'g` and `p = Q y` every shift costs as many operations as
+there are eigenvalues:
 
     y = -z / (w + kappa),    kappa >= max(0, -min(w)),
 
-and one scalar equation says which shift it is: `|y| = radius`, unless kappa = 0 has `|y| <= radius`, for the minimiser
-of the quadratic model within a ball; `kappa = sigma |y|` for that of the model with `sigma/3 |p|^3`. Both are global
-minimisers of models that need not be convex. The unknown is the distance from the singular shift, in which all terms
-are positive and nothing cancels. In the hard case, g orthogonal to the eigenvector of the lowest eigenvalue, z is
-changed there by less than rounding: the equation then completes the step along that vector by itself.
+and one scalar equation says which shift it is: `|y| = radius`, unless kappa = 0 has
+`|y| <= radius`, for the minimiser of the quadratic model within a ball; `kappa = sigma
+|y|` for that of the model with `sigma/3 |p|^3`. Both are global minimisers of models
+that need not be convex. The unknown is the distance from the singular shift, in which
+all terms are positive and nothing cancels. In the hard case, g orthogonal to the
+eigenvector of the lowest eigenvalue, z is changed there by less than rounding: the
+equation then completes the step along that vector by itself.
 
-Source: More and Sorensen, "Computing a trust region step", 1983; Cartis, Gould and Toint, "Adaptive cubic
-regularisation methods for unconstrained optimization", part I, 2011.
+Source: More and Sorensen, "Computing a trust region step", 1983; Cartis, Gould and
+Toint, "Adaptive cubic regularisation methods for unconstrained optimization", part I,
+2011.
 """
 
 from collections.abc import Callable
@@ -51,7 +56,9 @@ def within_radius(w: Vector, z: Vector, radius: jax.Array) -> Shifted:
     """
     inside = _step(w, z, jnp.zeros_like(w[0]))
     bounded = (w[0] >= 0) & (inside.length <= radius)
-    return _where(bounded, inside, _solve(w, z, lambda kappa: (radius, jnp.zeros_like(kappa))))
+    return _where(
+        bounded, inside, _solve(w, z, lambda kappa: (radius, jnp.zeros_like(kappa)))
+    )
 
 
 def with_cubic_term(w: Vector, z: Vector, sigma: jax.Array) -> Shifted:
@@ -59,12 +66,16 @@ def with_cubic_term(w: Vector, z: Vector, sigma: jax.Array) -> Shifted:
     return _solve(w, z, lambda kappa: (kappa / sigma, jnp.ones_like(kappa)))
 
 
-def _solve(w: Vector, z: Vector, length: Callable[[jax.Array], tuple[jax.Array, jax.Array]]) -> Shifted:
-    """The step for which `|y(kappa)|` is `length(kappa)`, given with its logarithmic derivative."""
+def _solve(
+    w: Vector, z: Vector, length: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+) -> Shifted:
+    """The step for which `|y(kappa)|` is `length(kappa)`, given with its logarithmic
+    derivative."""
     info = jnp.finfo(z.dtype)
     unit_w, unit_z = unit_scale(w), unit_scale(z)
     lowest = jnp.maximum(-w[0], 0.0)
-    gaps, lowest, z = (w + lowest) / unit_w, lowest / unit_w, z / unit_z  # the first gap is 0, however XLA divides
+    # the first gap is 0, however XLA divides
+    gaps, lowest, z = (w + lowest) / unit_w, lowest / unit_w, z / unit_z
     tiny = float(info.tiny) ** 0.5
     hard = (lowest > 0) & (jnp.abs(z[0]) < tiny)  # nothing there to stop at
     z = z.at[0].set(jnp.where(hard, jnp.where(z[0] < 0, -tiny, tiny), z[0]))
@@ -76,8 +87,12 @@ def _solve(w: Vector, z: Vector, length: Callable[[jax.Array], tuple[jax.Array, 
         squares = (y / largest) ** 2
         total = jnp.sum(squares)
         wanted, power = length((t + lowest) * unit_w)
-        value = jnp.log(largest) + jnp.log(total) / 2 - jnp.log(wanted * (unit_w / unit_z))
-        return value, -t * (jnp.sum(squares / (gaps + t)) / total + power / (t + lowest))
+        value = (
+            jnp.log(largest) + jnp.log(total) / 2 - jnp.log(wanted * (unit_w / unit_z))
+        )
+        return value, -t * (
+            jnp.sum(squares / (gaps + t)) / total + power / (t + lowest)
+        )
 
     ends = jnp.log(jnp.asarray([info.tiny, float(info.max) ** 0.5], z.dtype))
     u = decreasing_root(excess, ends[0], ends[1])
@@ -105,9 +120,12 @@ def _where(condition: jax.Array, a: Shifted, b: Shifted) -> Shifted:
 
 
 def decreasing_root(
-    excess: Callable[[jax.Array], tuple[jax.Array, jax.Array]], low: jax.Array, high: jax.Array
+    excess: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    low: jax.Array,
+    high: jax.Array,
 ) -> jax.Array:
-    """Return the root of a decreasing function, given with its derivative, by Newton's method kept within a bracket."""
+    """Return the root of a decreasing function, given with its derivative, by Newton's
+    method kept within a bracket."""
 
     def improve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         turn, low, high, u, _ = carry

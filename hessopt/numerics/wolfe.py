@@ -1,15 +1,19 @@
-"""The Wolfe search over scalars: a bracket of trial rates that shrinks, one trial at a time.
+"""The Wolfe search over scalars: a bracket of trial rates that shrinks, one trial at a
+time.
 
-In units of the start, `psi(t) = (phi(t) - phi(0)) / |phi'(0)|`, so that `psi(0) = 0` and `psi'(0) = -1`. A rate t is
-accepted by the strong Wolfe conditions; where the values differ by rounding alone, the slopes decide, as in Hager and
-Zhang's approximate conditions (for a parabola `psi(t) <= -c1 t` says the same as `psi'(t) <= 1 - 2 c1`):
+In units of the start, `psi(t) = (phi(t) - phi(0)) / |phi'(0)|`, so that `psi(0) = 0`
+and `psi'(0) = -1`. A rate t is accepted by the strong Wolfe conditions; where the
+values differ by rounding alone, the slopes decide, as in Hager and Zhang's approximate
+conditions (for a parabola `psi(t) <= -c1 t` says the same as `psi'(t) <= 1 - 2 c1`):
 
     |psi'(t)| <= c2  and  (psi(t) <= -c1 t  or  |psi(t)| <= noise).
 
-The bracket `[low, high]` contains a minimiser: psi falls at `low`, and at `high` it rises, is higher, or not finite.
+The bracket `[low, high]` contains a minimiser: psi falls at `low`, and at `high` it
+rises, is higher, or not finite.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.5; Hager and Zhang, "A new conjugate gradient
-method with guaranteed descent and an efficient line search", 2005, section 4.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.5; Hager and
+Zhang, "A new conjugate gradient method with guaranteed descent and an efficient line
+search", 2005, section 4.
 """
 
 from typing import Any, NamedTuple
@@ -23,11 +27,13 @@ from hessopt.typing import Vector
 SEARCHING, ACCEPTED, FAILED = 0, 1, 2
 
 NOISE = 0.5
-"""Values of the objective are trusted to its machine epsilon to this power, relative: sums of large terms cancel."""
+"""Values of the objective are trusted to its machine epsilon to this power, relative:
+sums of large terms cancel."""
 
 FAR = 4
-"""Trials that are all too far, after which the next one is a tenth as far at most: a first step may be in other units
-than the parameters, and where the objective is of high order beyond a minimiser, a cubic is a poor guide to it."""
+"""Trials that are all too far, after which the next one is a tenth as far at most: a
+first step may be in other units than the parameters, and where the objective is of high
+order beyond a minimiser, a cubic is a poor guide to it."""
 
 
 class Trial(NamedTuple):
@@ -43,7 +49,9 @@ class Bracket(NamedTuple):
 
     low: Trial
     high: Trial  # its rate is inf as long as nothing bounds the search
-    best: Trial  # the accepted trial, or the one of largest decrease so far; of rate 0 while there is none
+    # the accepted trial, or the one of largest decrease so far; of rate 0 while there
+    # is none
+    best: Trial
     trial: jax.Array  # rate to try next
     width: jax.Array  # of the bracket one trial ago
     older_width: jax.Array  # and two trials ago
@@ -66,10 +74,12 @@ _STRUCTURE = jax.tree.structure(Bracket(*[Trial(*_LEAVES[:3])] * 3, *_LEAVES))  
 
 
 def pack(bracket: Bracket) -> Vector:
-    """One vector of all scalars, for loops: they run a kernel for each array that they carry."""
+    """One vector of all scalars, for loops: they run a kernel for each array that they
+    carry."""
     leaves = jax.tree.leaves(bracket)
     index, packed = jnp.arange(len(leaves)), jnp.zeros(len(leaves), bracket.trial.dtype)
-    for i, leaf in enumerate(leaves):  # fused into one kernel, which a concatenation would not be
+    # fused into one kernel, which a concatenation would not be
+    for i, leaf in enumerate(leaves):
         packed = jnp.where(index == i, leaf.astype(packed.dtype), packed)
     return packed
 
@@ -77,7 +87,10 @@ def pack(bracket: Bracket) -> Vector:
 def unpack(packed: Vector) -> Bracket:
     """The inverse of `pack`."""
     bracket = jax.tree.unflatten(_STRUCTURE, [packed[i] for i in range(len(packed))])
-    return bracket._replace(trials=bracket.trials.astype(jnp.int32), outcome=bracket.outcome.astype(jnp.int32))
+    return bracket._replace(
+        trials=bracket.trials.astype(jnp.int32),
+        outcome=bracket.outcome.astype(jnp.int32),
+    )
 
 
 def begin(first: jax.Array, noise: jax.Array, max_rate: jax.Array) -> Bracket:
@@ -98,12 +111,16 @@ def begin(first: jax.Array, noise: jax.Array, max_rate: jax.Array) -> Bracket:
     )
 
 
-def advance(bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Conditions) -> Bracket:
+def advance(
+    bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Conditions
+) -> Bracket:
     """Take in psi and psi' at `bracket.trial`, and choose what to try next."""
     c1, c2, max_rate, max_steps = conditions
     low, high, noise, t = bracket.low, bracket.high, bracket.noise, bracket.trial
     finite = jnp.isfinite(value) & jnp.isfinite(slope)
-    here = Trial(t, jnp.where(finite, value, jnp.inf), jnp.where(finite, slope, jnp.inf))
+    here = Trial(
+        t, jnp.where(finite, value, jnp.inf), jnp.where(finite, slope, jnp.inf)
+    )
 
     decreased = here.value <= -c1 * t
     flat = jnp.abs(here.slope) <= c2
@@ -116,10 +133,16 @@ def advance(bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Co
     bounded = jnp.isfinite(width)
     trials = bracket.trials + 1
     far = (trials >= FAR) & (new_low.rate == 0)
-    inside = new_low.rate + width * jnp.minimum(_fraction(new_low, new_high, noise), jnp.where(far, 0.1, 1.0))
+    inside = new_low.rate + width * jnp.minimum(
+        _fraction(new_low, new_high, noise), jnp.where(far, 0.1, 1.0)
+    )
     middle = new_low.rate + 0.5 * width
     slow = width > 0.66 * bracket.older_width
-    trial = jnp.where(bounded, jnp.where(slow, middle, inside), jnp.minimum(_extrapolation(low, here), max_rate))
+    trial = jnp.where(
+        bounded,
+        jnp.where(slow, middle, inside),
+        jnp.minimum(_extrapolation(low, here), max_rate),
+    )
     collapsed = bounded & ((trial <= new_low.rate) | (trial >= new_high.rate))
 
     better = finite & (here.value < jnp.minimum(bracket.best.value, 0.0))
@@ -133,7 +156,9 @@ def advance(bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Co
         older_width=bracket.width,
         noise=noise,
         trials=trials,
-        outcome=jnp.where(accepted, ACCEPTED, jnp.where(failed, FAILED, SEARCHING)).astype(jnp.int32),
+        outcome=jnp.where(
+            accepted, ACCEPTED, jnp.where(failed, FAILED, SEARCHING)
+        ).astype(jnp.int32),
     )
 
 
@@ -142,17 +167,20 @@ def _where(condition: jax.Array, a: Trial, b: Trial) -> Trial:
 
 
 def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
-    """Where between the ends to try: the minimiser of the cubic that interpolates them, or what replaces it.
+    """Where between the ends to try: the minimiser of the cubic that interpolates them,
+    or what replaces it.
 
-    In `u = (t - low) / width` the cubic is `a u^3 + b u^2 + c u` above psi(low), and c < 0. Where the values differ by
-    rounding alone, the root of the line through the slopes.
+    In `u = (t - low) / width` the cubic is `a u^3 + b u^2 + c u` above psi(low), and c
+    < 0. Where the values differ by rounding alone, the root of the line through the
+    slopes.
     """
     width = jnp.where(jnp.isfinite(high.rate), high.rate - low.rate, 1.0)
     finite = jnp.isfinite(high.value)
     rise = jnp.where(finite, high.value - low.value, 1.0)
     c, e = low.slope * width, jnp.where(finite, high.slope, 1.0) * width
     largest = jnp.maximum(jnp.maximum(jnp.abs(rise), jnp.abs(e)), jnp.abs(c))
-    per_unit = 1.0 / jnp.maximum(largest, jnp.finfo(c.dtype).tiny)  # or squares overflow
+    # or squares overflow
+    per_unit = 1.0 / jnp.maximum(largest, jnp.finfo(c.dtype).tiny)
     rise, c, e, noise = rise * per_unit, c * per_unit, e * per_unit, noise * per_unit
     a, b = c + e - 2 * rise, 3 * rise - 2 * c - e
     root = jnp.sqrt(jnp.maximum(b * b - 3 * a * c, 0.0))
@@ -165,7 +193,8 @@ def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
 
 
 def _extrapolation(low: Trial, here: Trial) -> jax.Array:
-    """The root of the line through the slopes of two descending trials, 2 to 10 times as far as the second."""
+    """The root of the line through the slopes of two descending trials, 2 to 10 times
+    as far as the second."""
     bend = here.slope - low.slope
     ahead = -here.slope * (here.rate - low.rate) / or_one(bend)
     root = here.rate + jnp.where(bend > 0, ahead, jnp.inf)

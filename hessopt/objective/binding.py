@@ -1,4 +1,5 @@
-"""Binds the keyword arguments of `update` to the objective; what is missing gets a clear error."""
+"""Binds the keyword arguments of `update` to the objective; what is missing gets a
+clear error."""
 
 import dataclasses
 import functools
@@ -21,7 +22,8 @@ UPDATE = "tx.update(grads, state, params, value_fn={name}, {given})"
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
-    """The objective `loss_fn(model_fn(params))` with its two parts kept apart; see `composite`."""
+    """The objective `loss_fn(model_fn(params))` with its two parts kept apart; see
+    `composite`."""
 
     model_fn: Callable[..., Any]
     loss_fn: Callable[..., jax.Array]
@@ -37,31 +39,45 @@ class Composite:
         names = [name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD]
         every = [*_parameters(self.model_fn), *_parameters(self.loss_fn)]
         if args and any(p.kind is p.VAR_POSITIONAL for p in every):
-            raise TypeError("composite cannot place positional data where a part takes *args: pass the data by name")
+            raise TypeError(
+                "composite cannot place positional data where a part takes *args: pass the data by name"
+            )
         if len(args) > len(names):
-            raise TypeError(f"composite takes {len(names)} data arguments {names}, got {len(args)}")
+            raise TypeError(
+                f"composite takes {len(names)} data arguments {names}, got {len(args)}"
+            )
         placed = dict(zip(names, args, strict=False))
         twice = [name for name in data if name in placed]
-        unknown = [name for name in data if name not in names] if len(names) == len(taken) else []
+        unknown = (
+            [name for name in data if name not in names]
+            if len(names) == len(taken)
+            else []
+        )
         if twice or unknown:
-            raise TypeError(f"composite got {twice or unknown} {'twice' if twice else 'but takes only ' + str(names)}")
+            raise TypeError(
+                f"composite got {twice or unknown} {'twice' if twice else 'but takes only ' + str(names)}"
+            )
         return bind(self, placed | data, caller="composite")
 
 
-def composite(model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]) -> Composite:
+def composite(
+    model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]
+) -> Composite:
     """Compose an objective whose Gauss-Newton matrix can be formed.
 
-    Computes `f(params) = loss_fn(model_fn(params, ...), ...)`. With `J` the Jacobian of the model and `L` the
-    Hessian of the loss in the outputs, the Gauss-Newton matrix of f is `J' L J`, positive semi-definite for every
-    convex loss. A penalty on the parameters stays exact when the model returns them beside its outputs.
+    Computes `f(params) = loss_fn(model_fn(params, ...), ...)`. With `J` the Jacobian of
+    the model and `L` the Hessian of the loss in the outputs, the Gauss-Newton matrix of
+    f is `J' L J`, positive semi-definite for every convex loss. A penalty on the
+    parameters stays exact when the model returns them beside its outputs.
 
     Args:
       model_fn: `model_fn(params, ...)`, returning any pytree of floating arrays.
       loss_fn: `loss_fn(outputs, ...)`, returning a real scalar; convex in the outputs.
 
     Returns:
-      A callable `value_fn(params, ...)`. Each part receives the keyword data that it names. Positional data
-      is matched to the model's names first, then to those of the loss.
+      A callable `value_fn(params, ...)`. Each part receives the keyword data that it
+      names. Positional data is matched to the model's names first, then to those of the
+      loss.
 
     Raises:
       TypeError: when called without data that a part requires.
@@ -76,24 +92,37 @@ def composite(model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]) -
       >>> float(value_fn(jnp.ones(2), x=jnp.ones((3, 2)), y=jnp.zeros(3)))
       2.0
 
-    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", 2002.
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order
+    gradient descent", 2002.
     """
     return Composite(model_fn, loss_fn)
 
 
 def bind(
-    value_fn: ValueFn | None, data: Mapping[str, Any], *, caller: str, call: str = UPDATE, has_aux: bool = False
+    value_fn: ValueFn | None,
+    data: Mapping[str, Any],
+    *,
+    caller: str,
+    call: str = UPDATE,
+    has_aux: bool = False,
 ) -> Any:
-    """Return `value_fn` as a function of params alone, given the data that it names; a `Composite` stays one.
+    """Return `value_fn` as a function of params alone, given the data that it names; a
+    `Composite` stays one.
 
-    Data that it does not name is ignored, so that every transformation of a chain may find its own. Raises
-    `TypeError` naming `caller` and the call to write when value_fn is None, when data it requires is missing, or
-    when it returns no scalar (with has_aux: no pair of a scalar and something).
+    Data that it does not name is ignored, so that every transformation of a chain may
+    find its own. Raises `TypeError` naming `caller` and the call to write when value_fn
+    is None, when data it requires is missing, or when it returns no scalar (with
+    has_aux: no pair of a scalar and something).
     """
     if value_fn is None:
-        raise TypeError(f"{caller} needs the objective: call `tx.update(grads, state, params, value_fn=value_fn, ...)`")
+        raise TypeError(
+            f"{caller} needs the objective: call `tx.update(grads, state, params, value_fn=value_fn, ...)`"
+        )
     if isinstance(value_fn, Composite):
-        model_fn, loss_fn = (_bind(part, data, caller, call) for part in (value_fn.model_fn, value_fn.loss_fn))
+        model_fn, loss_fn = (
+            _bind(part, data, caller, call)
+            for part in (value_fn.model_fn, value_fn.loss_fn)
+        )
         return Composite(model_fn, _scalar(loss_fn, caller))
     bound = _bind(value_fn, data, caller, call)
     return _scalar_and_aux(bound, caller) if has_aux else _scalar(bound, caller)
@@ -101,17 +130,25 @@ def bind(
 
 def require_taken(value_fn: ValueFn, data: Mapping[str, Any], *, caller: str) -> None:
     """Raise `TypeError` when `data` has names that `value_fn` does not take."""
-    parts = [value_fn.model_fn, value_fn.loss_fn] if isinstance(value_fn, Composite) else [value_fn]
+    parts = (
+        [value_fn.model_fn, value_fn.loss_fn]
+        if isinstance(value_fn, Composite)
+        else [value_fn]
+    )
     taken = {name: p for part in parts for name, p in _data_names(part).items()}
     unknown = sorted(set(data) - set(taken))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
-        raise TypeError(f"{caller} got data {unknown}, but value_fn takes only {sorted(taken)}")
+        raise TypeError(
+            f"{caller} got data {unknown}, but value_fn takes only {sorted(taken)}"
+        )
 
 
 def require_params(params: Params | None, *, caller: str) -> None:
     """Raise `TypeError` when `params` was left out of a call to `update`."""
     if params is None:
-        raise TypeError(f"{caller} needs the parameters: call `tx.update(grads, state, params, ...)`")
+        raise TypeError(
+            f"{caller} needs the parameters: call `tx.update(grads, state, params, ...)`"
+        )
 
 
 def require_given(*, caller: str, **things: Any) -> None:
@@ -130,7 +167,10 @@ def informed_update(tx: Any) -> Callable[..., Any]:
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         return tx.update
     return lambda updates, state, params=None, **data: tx.update(
-        updates, state, params, **{name: thing for name, thing in data.items() if name in taken}
+        updates,
+        state,
+        params,
+        **{name: thing for name, thing in data.items() if name in taken},
     )
 
 
@@ -142,9 +182,16 @@ def precompose(value_fn: Any, inner: Callable[..., Params]) -> Any:
     return lambda x: value_fn(inner(x))
 
 
-def of_group(labels: Any, group: Any, params: Params, keywords: Mapping[str, Any], *, caller: str) -> dict[str, Any]:
-    """Return the keywords of `update` for the leaves of a group alone: an objective that holds the others."""
-    own = {name: thing for name, thing in keywords.items() if thing is not None or name not in PROTOCOL}
+def of_group(
+    labels: Any, group: Any, params: Params, keywords: Mapping[str, Any], *, caller: str
+) -> dict[str, Any]:
+    """Return the keywords of `update` for the leaves of a group alone: an objective
+    that holds the others."""
+    own = {
+        name: thing
+        for name, thing in keywords.items()
+        if thing is not None or name not in PROTOCOL
+    }
     if "grad" in own:
         own["grad"] = take(own["grad"], labels, group)
     if "value_fn" in own:
@@ -166,16 +213,22 @@ def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {p.name: p for p in _parameters(fn)[1:] if p.kind is not p.VAR_POSITIONAL}
 
 
-def _bind(fn: Callable[..., Any], data: Mapping[str, Any], caller: str, call: str) -> Callable[[Any], Any]:
+def _bind(
+    fn: Callable[..., Any], data: Mapping[str, Any], caller: str, call: str
+) -> Callable[[Any], Any]:
     names = _data_names(fn)
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return functools.partial(fn, **data)
-    missing = [p.name for p in names.values() if p.default is p.empty and p.name not in data]
+    missing = [
+        p.name for p in names.values() if p.default is p.empty and p.name not in data
+    ]
     if missing:
         name = getattr(fn, "__name__", "value_fn")
         given = ", ".join(f"{m}={m}" for m in missing)
         call = call.format(name=name, given=given)
-        raise TypeError(f"{caller} cannot evaluate {name}: it requires {missing}; call `{call}`")
+        raise TypeError(
+            f"{caller} cannot evaluate {name}: it requires {missing}; call `{call}`"
+        )
     return functools.partial(fn, **{name: data[name] for name in names if name in data})
 
 
@@ -192,11 +245,15 @@ def _scalar(fn: Callable[[Any], Any], caller: str) -> ValueFn:
     return checked
 
 
-def _scalar_and_aux(fn: Callable[[Any], Any], caller: str) -> Callable[[Any], tuple[jax.Array, Any]]:
+def _scalar_and_aux(
+    fn: Callable[[Any], Any], caller: str
+) -> Callable[[Any], tuple[jax.Array, Any]]:
     def checked(x: Any) -> tuple[jax.Array, Any]:
         pair = fn(x)
         if not isinstance(pair, tuple) or len(pair) != 2 or jnp.shape(pair[0]) != ():
-            raise TypeError(f"{caller} with has_aux=True needs value_fn to return (scalar, aux), got {type(pair)}")
+            raise TypeError(
+                f"{caller} with has_aux=True needs value_fn to return (scalar, aux), got {type(pair)}"
+            )
         return pair
 
     return checked

@@ -1,4 +1,5 @@
-"""What an objective holds: its identity as a static argument of `jax.jit`, and the traced values it closes over."""
+"""What an objective holds: its identity as a static argument of `jax.jit`, and the
+traced values it closes over."""
 
 import gc
 import inspect
@@ -34,7 +35,8 @@ class _Identified:
 
 
 def identified(value_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return value_fn, or a stand-in with its identity where it has no hash, as objects that hold arrays."""
+    """Return value_fn, or a stand-in with its identity where it has no hash, as objects
+    that hold arrays."""
     if isinstance(value_fn, Composite):
         return Composite(identified(value_fn.model_fn), identified(value_fn.loss_fn))
     try:
@@ -45,9 +47,13 @@ def identified(value_fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_closure(
-    value_fn: Callable[..., Any], bind_to: Callable[[Any], Any], params: Params, data: dict[str, Any]
+    value_fn: Callable[..., Any],
+    bind_to: Callable[[Any], Any],
+    params: Params,
+    data: dict[str, Any],
 ) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Turn the traced values that the objective closes over into data; else their derivatives would be lost.
+    """Turn the traced values that the objective closes over into data; else their
+    derivatives would be lost.
 
     Args:
       value_fn: the objective.
@@ -56,26 +62,38 @@ def open_closure(
       data: what `bind_to` takes.
 
     Returns:
-      `value_fn` and `data`, or an objective that takes the traced values too, and data that hold them.
+      `value_fn` and `data`, or an objective that takes the traced values too, and data
+      that hold them.
 
-    Cost: a walk over what the objective holds; one abstract evaluation of it where that meets a traced value.
+    Cost: a walk over what the objective holds; one abstract evaluation of it where that
+    meets a traced value.
     """
     if not _holds_tracers(value_fn):
         return value_fn, data
     if not isinstance(value_fn, Composite):
         opened, held, _ = _opened(lambda p, data: bind_to(data)(p), params, data)
     else:
-        model, of_model, outputs = _opened(lambda p, data: bind_to(data).model_fn(p), params, data)
-        loss, of_loss, _ = _opened(lambda x, data: bind_to(data).loss_fn(x), outputs, data)
-        opened = Composite(lambda p, data, held: model(p, data, held[0]), lambda x, data, held: loss(x, data, held[1]))
+        model, of_model, outputs = _opened(
+            lambda p, data: bind_to(data).model_fn(p), params, data
+        )
+        loss, of_loss, _ = _opened(
+            lambda x, data: bind_to(data).loss_fn(x), outputs, data
+        )
+        opened = Composite(
+            lambda p, data, held: model(p, data, held[0]),
+            lambda x, data, held: loss(x, data, held[1]),
+        )
         held = [of_model, of_loss]
     if not jax.tree.leaves(held):  # one program then serves all calls
         return value_fn, data
     return opened, {"data": data, "held": held}
 
 
-def _opened(fn: Callable[..., Any], x: Any, data: Any) -> tuple[Callable[..., Any], list[Any], Any]:
-    """`fn` as `opened(x, data, held)`, the traced values `held` that it closes over, and the shapes of its outputs."""
+def _opened(
+    fn: Callable[..., Any], x: Any, data: Any
+) -> tuple[Callable[..., Any], list[Any], Any]:
+    """`fn` as `opened(x, data, held)`, the traced values `held` that it closes over,
+    and the shapes of its outputs."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x, data)
     held = [const for const in closed.consts if isinstance(const, Tracer)]
     fixed = [None if isinstance(const, Tracer) else const for const in closed.consts]
@@ -90,17 +108,27 @@ def _opened(fn: Callable[..., Any], x: Any, data: Any) -> tuple[Callable[..., An
 
 
 def _holds_tracers(thing: Any) -> bool:
-    """Whether a traced value is reached from a callable, through whatever its objects hold; globals are not held."""
+    """Whether a traced value is reached from a callable, through whatever its objects
+    hold; globals are not held."""
     seen, reached = set(), [thing]
     while reached:
         thing = reached.pop()
         if isinstance(thing, Tracer):
             return True
-        if id(thing) in seen or not gc.is_tracked(thing) or isinstance(thing, _NO_HOLDERS):
+        if (
+            id(thing) in seen
+            or not gc.is_tracked(thing)
+            or isinstance(thing, _NO_HOLDERS)
+        ):
             continue
         seen.add(id(thing))
         if isinstance(thing, FunctionType):
-            reached += (thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing))
+            reached += (
+                thing.__closure__,
+                thing.__defaults__,
+                thing.__kwdefaults__,
+                vars(thing),
+            )
         else:
             reached += gc.get_referents(thing)
     return False

@@ -1,4 +1,5 @@
-"""The objective over a whole batch, evaluated a part at a time: any optimizer then sees all of it, in little memory."""
+"""The objective over a whole batch, evaluated a part at a time: any optimizer then sees
+all of it, in little memory."""
 
 import functools
 import inspect
@@ -13,27 +14,34 @@ from hessopt.objective.binding import Composite
 from hessopt.typing import ValueFn
 
 
-def microbatched(value_fn: ValueFn, count: int, *, over: Sequence[str] | None = None) -> ValueFn:
-    """Average an objective over equal parts of its data, in a loop that keeps the intermediates of one part only.
+def microbatched(
+    value_fn: ValueFn, count: int, *, over: Sequence[str] | None = None
+) -> ValueFn:
+    """Average an objective over equal parts of its data, in a loop that keeps the
+    intermediates of one part only.
 
-    The value, the gradient and all that an optimizer evaluates are those of the whole batch. `optax.MultiSteps` cannot
-    give that: it averages gradients, while a search or a rate sees the last microbatch alone.
+    The value, the gradient and all that an optimizer evaluates are those of the whole
+    batch. `optax.MultiSteps` cannot give that: it averages gradients, while a search or
+    a rate sees the last microbatch alone.
 
     Args:
-      value_fn: `value_fn(params, ...)`, a mean over the examples in its data, plus what does not depend on them.
+      value_fn: `value_fn(params, ...)`, a mean over the examples in its data, plus what
+        does not depend on them.
       count: parts, of which each has as many examples.
-      over: names of the data that are split along their first axis; by default all. The others go to every part whole.
+      over: names of the data that are split along their first axis; by default all. The
+        others go to every part whole.
 
     Returns:
       A function with the arguments of value_fn.
 
     Raises:
-      ValueError: for count < 1, a name in `over` that value_fn does not have; when called, for data of a length that
-        count does not divide.
+      ValueError: for count < 1, a name in `over` that value_fn does not have; when
+        called, for data of a length that count does not divide.
       TypeError: for a `composite`, whose outputs would be those of a part.
 
-    Cost: a gradient evaluates each part twice (`jax.checkpoint`). Products with the Hessian that are linearised once
-    keep the intermediates of all parts; `newton_cg(rematerialize=True)` does not.
+    Cost: a gradient evaluates each part twice (`jax.checkpoint`). Products with the
+    Hessian that are linearised once keep the intermediates of all parts;
+    `newton_cg(rematerialize=True)` does not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,11 +53,15 @@ def microbatched(value_fn: ValueFn, count: int, *, over: Sequence[str] | None = 
     """
     check_count("count", count)
     if isinstance(value_fn, Composite):
-        raise TypeError("microbatched cannot keep the parts of a composite apart: give it a plain function")
+        raise TypeError(
+            "microbatched cannot keep the parts of a composite apart: give it a plain function"
+        )
     signature = inspect.signature(value_fn)
     unknown = sorted(set(over or ()) - set(signature.parameters))
     if unknown:
-        raise ValueError(f"over must name arguments of value_fn, {list(signature.parameters)}, got {unknown}")
+        raise ValueError(
+            f"over must name arguments of value_fn, {list(signature.parameters)}, got {unknown}"
+        )
 
     @functools.wraps(value_fn)
     def whole(*args: Any, **kwargs: Any) -> jax.Array:
@@ -65,7 +77,12 @@ def microbatched(value_fn: ValueFn, count: int, *, over: Sequence[str] | None = 
 
         total = jax.eval_shape(one, params, jax.tree.map(lambda part: part[0], parts))
         zero = jnp.zeros(total.shape, total.dtype)
-        return jax.lax.scan(lambda total, part: (total + one(params, part), None), zero, parts)[0] / count
+        return (
+            jax.lax.scan(
+                lambda total, part: (total + one(params, part), None), zero, parts
+            )[0]
+            / count
+        )
 
     return whole
 

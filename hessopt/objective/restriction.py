@@ -1,6 +1,7 @@
 """The objective restricted to the span of a few updates: what the rates look at.
 
-`phi(eta) = f(params + sum_s eta_s u_s)`, one rate eta_s for each group s of leaves, u_s the updates of that group.
+`phi(eta) = f(params + sum_s eta_s u_s)`, one rate eta_s for each group s of leaves, u_s
+the updates of that group.
 """
 
 from collections.abc import Callable
@@ -16,20 +17,24 @@ from hessopt.typing import Params, ValueFn
 def restriction(
     value_fn: ValueFn, params: Params, updates: Params, *, groups: Groups | None = None
 ) -> Callable[[jax.Array], jax.Array]:
-    """Return `phi(eta) = value_fn(params + sum_s eta_s updates_s)` as a plain JAX function.
+    """Return `phi(eta) = value_fn(params + sum_s eta_s updates_s)` as a plain JAX
+    function.
 
     Args:
       value_fn: `value_fn(params)`, a real scalar.
-      params: pytree of arrays; leaves that are not floating or complex stay as they are.
+      params: pytree of arrays; leaves that are not floating or complex stay as they
+        are.
       updates: tree like `params`, same shapes.
       groups: as in `group_labels`; None for one group of all leaves.
 
     Returns:
-      A function of eta, `(S,)` in the order of the names that `group_labels` returns. Its tensors of any order come
-      from it by `jax.jacfwd`, a plot by `jax.vmap`; `taylor` gives the first three at eta = 0 much faster.
+      A function of eta, `(S,)` in the order of the names that `group_labels` returns.
+      Its tensors of any order come from it by `jax.jacfwd`, a plot by `jax.vmap`;
+      `taylor` gives the first three at eta = 0 much faster.
 
     Raises:
-      ValueError: when `updates` is not a tree like `params`, or for groups that do not fit.
+      ValueError: when `updates` is not a tree like `params`, or for groups that do not
+        fit.
 
     Cost: one value per call.
 
@@ -51,13 +56,24 @@ def restriction(
     return phi
 
 
-def grouped(params: Params, updates: Params, groups: Groups | None) -> tuple[Any, tuple[str, ...], Params]:
+def grouped(
+    params: Params, updates: Params, groups: Groups | None
+) -> tuple[Any, tuple[str, ...], Params]:
     """The labels, the names of the groups, and the updates in the dtypes of params."""
-    shapes, expected = ([jnp.shape(leaf) for leaf in jax.tree.leaves(tree)] for tree in (updates, params))
+    shapes, expected = (
+        [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+        for tree in (updates, params)
+    )
     if jax.tree.structure(updates) != jax.tree.structure(params) or shapes != expected:
-        raise ValueError(f"updates must be a tree like params, with leaves of shapes {expected}, got {shapes}")
+        raise ValueError(
+            f"updates must be a tree like params, with leaves of shapes {expected}, got {shapes}"
+        )
     labels, names = group_labels(params, "all" if groups is None else groups)
-    return labels, names, jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), updates, params)
+    return (
+        labels,
+        names,
+        jax.tree.map(lambda u, p: jnp.asarray(u, jnp.result_type(p)), updates, params),
+    )
 
 
 def as_arrays(params: Params) -> Params:

@@ -1,10 +1,13 @@
-"""BFGS and its relatives of the Broyden class, plain and self-scaled: H approximates the inverse Hessian, p = H g.
+"""BFGS and its relatives of the Broyden class, plain and self-scaled: H approximates
+the inverse Hessian, p = H g.
 
-H takes in the pairs `s = params - params_old`, `y = grad - grad_old` (`numerics/broyden.py`). What an update needs of
-it is `H y = H grad - H grad_old`, and the second term is the last direction: one product with H per step, no more.
+H takes in the pairs `s = params - params_old`, `y = grad - grad_old`
+(`numerics/broyden.py`). What an update needs of it is `H y = H grad - H grad_old`, and
+the second term is the last direction: one product with H per step, no more.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., chapter 6; Al-Baali, 1998; Urban, Stefanou and Pons,
-arXiv 2405.04230; Powell, "Algorithms for nonlinear constraints that use Lagrangian functions", 1978, for the damping.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., chapter 6; Al-Baali,
+1998; Urban, Stefanou and Pons, arXiv 2405.04230; Powell, "Algorithms for nonlinear
+constraints that use Lagrangian functions", 1978, for the damping.
 """
 
 from typing import Any, NamedTuple
@@ -32,8 +35,9 @@ SMALL = 128
 BENT = 1e-3
 """Squared sine of s to the last direction up to which s is taken as a multiple of it."""
 LONG = 10.0
-"""The first H, in units of the inverse curvature along the first step. BFGS soon shortens an H that is too long, and is
-slow to lengthen one that is too short. (A PINN, 2000 steps: an error of 5e-3 from `s.y / y.y`, of 1e-3 from this.)"""
+"""The first H, in units of the inverse curvature along the first step. BFGS soon
+shortens an H that is too long, and is slow to lengthen one that is too short. (A PINN,
+2000 steps: an error of 5e-3 from `s.y / y.y`, of 1e-3 from this.)"""
 DAMPED = 0.2
 """The part of s'Bs that s'y keeps at least when damped."""
 
@@ -43,52 +47,64 @@ class BfgsInfo(NamedTuple):
 
     status: jax.Array  # int32 scalar, StepStatus
     pairs: jax.Array  # int32 scalar, pairs taken in since H was last reset
-    pairs_skipped: jax.Array  # int32 scalar, pairs that failed the curvature test, since the start
+    # int32 scalar, pairs that failed the curvature test, since the start
+    pairs_skipped: jax.Array
     resets: jax.Array  # int32 scalar, since the start
 
 
 class BfgsState(NamedTuple):
-    """State of `scale_by_bfgs`; vectors have the n real entries of params, in the order of `jax.tree.leaves`."""
+    """State of `scale_by_bfgs`; vectors have the n real entries of params, in the order
+    of `jax.tree.leaves`."""
 
     count: jax.Array  # int32 scalar, iterates taken in
-    last: jax.Array  # (3, n), the last one: params x, gradient g, and H g (0 where H was not used)
-    gamma: jax.Array  # scalar, s.y / y.y of the newest pair, in units of params^2 / f; 0 before the first
-    inverse: broyden.InverseHessian  # H, of no use where info.pairs is 0: the next pair begins it anew
+    # (3, n), the last one: params x, gradient g, and H g (0 where H was not used)
+    last: jax.Array
+    # scalar, s.y / y.y of the newest pair, in units of params^2 / f; 0 before the first
+    gamma: jax.Array
+    # H, of no use where info.pairs is 0: the next pair begins it anew
+    inverse: broyden.InverseHessian
     info: BfgsInfo
 
 
 def scale_by_bfgs(
     formula: str | Formula = "bfgs", *, on_bad_curvature: str = "skip"
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiply the gradient by a dense quasi-Newton approximation H of the inverse Hessian.
+    """Multiply the gradient by a dense quasi-Newton approximation H of the inverse
+    Hessian.
 
     Args:
-      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or with a scaling of H at every update `"ssbfgs"`,
-        `"ssbroyden"`; or a callable `(b, h, n) -> (tau, phi)`, see `numerics/broyden.py`.
-      on_bad_curvature: what becomes of a pair that fails the curvature test: `"skip"`, or `"powell"`, which mixes y
-        with B s until `s.y = 0.2 s.Bs`.
+      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or with a scaling of
+        H at every update `"ssbfgs"`, `"ssbroyden"`; or a callable `(b, h, n) -> (tau,
+        phi)`, see `numerics/broyden.py`.
+      on_bad_curvature: what becomes of a pair that fails the curvature test: `"skip"`,
+        or `"powell"`, which mixes y with B s until `s.y = 0.2 s.Bs`.
 
     Returns:
-      A transformation, gradient in and `+H g` out. `update(grads, state, params, *, grad)` takes the pairs from `grad`
-      if given, else from `grads`. Its status is `state.info.status`.
+      A transformation, gradient in and `+H g` out. `update(grads, state, params, *,
+      grad)` takes the pairs from `grad` if given, else from `grads`. Its status is
+      `state.info.status`.
 
-      A pair is taken in iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`, else skipped and counted
-      (PAIR_SKIPPED), unless damped. The first one sets `H = 10 (s.s / s.y) I` beforehand. Before it the direction is
-      along the gradient, of unit length, or after a reset by the scale of the last pair where that is shorter.
-      Parameters that have not moved since the last update tell of a failed search, and reset H (MEMORY_RESET), as do
-      a direction that would not descend and an H that is no longer positive definite or finite. A value, or a squared
-      gradient, that is not finite gives an update of zero (NONFINITE). The state is then as before, but for info.
+      A pair is taken in iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| +
+      |g_old|)`, else skipped and counted (PAIR_SKIPPED), unless damped. The first one
+      sets `H = 10 (s.s / s.y) I` beforehand. Before it the direction is along the
+      gradient, of unit length, or after a reset by the scale of the last pair where
+      that is shorter. Parameters that have not moved since the last update tell of a
+      failed search, and reset H (MEMORY_RESET), as do a direction that would not
+      descend and an H that is no longer positive definite or finite. A value, or a
+      squared gradient, that is not finite gives an update of zero (NONFINITE). The
+      state is then as before, but for info.
 
-      Self-scaling and damping need s'Bs, known where s is a multiple of the last direction `H g_old`. Where clipping,
-      masking or momentum has turned it, the update is that of plain BFGS; a pair is then skipped rather than damped.
+      Self-scaling and damping need s'Bs, known where s is a multiple of the last
+      direction `H g_old`. Where clipping, masking or momentum has turned it, the update
+      is that of plain BFGS; a pair is then skipped rather than damped.
 
     Raises:
       ValueError: for a formula or an on_bad_curvature that is none of these.
       TypeError: in `update`, for missing params.
 
-    Cost per update: one product with an n by n matrix, two where `grads` is not `grad`, and every 16 updates a writing
-    of it, `32 n^2` multiplications (under vmap in every update; up to 128 parameters always, in `2 n^2`). No gradient.
-    Memory: `n^2 + 35 n`.
+    Cost per update: one product with an n by n matrix, two where `grads` is not `grad`,
+    and every 16 updates a writing of it, `32 n^2` multiplications (under vmap in every
+    update; up to 128 parameters always, in `2 n^2`). No gradient. Memory: `n^2 + 35 n`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -115,7 +131,12 @@ def scale_by_bfgs(
         scalar: Any = jax.ShapeDtypeStruct((), vector.dtype)
         inverse = broyden.shapes(vector.size, room, vector.dtype)
         last: Any = jax.ShapeDtypeStruct((3, vector.size), vector.dtype)
-        return zeros(BfgsState(count, last, scalar, inverse, BfgsInfo(count, count, count, count)), params)
+        return zeros(
+            BfgsState(
+                count, last, scalar, inverse, BfgsInfo(count, count, count, count)
+            ),
+            params,
+        )
 
     def update(
         updates: optax.Updates,
@@ -128,8 +149,12 @@ def scale_by_bfgs(
     ) -> tuple[optax.Updates, BfgsState]:
         require_params(params, caller=_NAME)
         grad = updates if grad is None else grad
-        same = all(a is b for a, b in zip(*map(jax.tree.leaves, (updates, grad)), strict=True))
-        x, g, v = (ravel(tree).astype(state.gamma.dtype) for tree in (params, grad, updates))
+        same = all(
+            a is b for a, b in zip(*map(jax.tree.leaves, (updates, grad)), strict=True)
+        )
+        x, g, v = (
+            ravel(tree).astype(state.gamma.dtype) for tree in (params, grad, updates)
+        )
         (x_old, g_old, p_old), H, info = state.last, state.inverse, state.info
 
         # the next pair, s and y, and H y
@@ -140,13 +165,18 @@ def scale_by_bfgs(
         yy, yg, yu = inners[1, [1, 2, 5]]
         gg, gu, gg_old, pp_old = inners[2, 2], inners[2, 5], inners[3, 3], inners[4, 4]
         vv = gg if same else inner(v, v)
-        finite = (value is None or jnp.isfinite(value)) & jnp.isfinite(vv) & jnp.all(jnp.isfinite(inners[:4, :4]))
+        finite = (
+            (value is None or jnp.isfinite(value))
+            & jnp.isfinite(vv)
+            & jnp.all(jnp.isfinite(inners[:4, :4]))
+        )
         known = finite & (state.count > 0)
         stuck = known & (ss == 0)
         good = known & accepts(ss, sy, sg_old, gg, gg_old, eps(grad)) & (yy > 0)
         gamma = jnp.where(good, sy / or_one(yy), state.gamma)
 
-        # without pairs, or where rounding has spoilt it, H begins as a multiple of the identity
+        # without pairs, or where rounding has spoilt it, H begins as a multiple of the
+        # identity
         sound = jnp.all(jnp.isfinite(inners[:, 4:])) & (~good | (yu > 0))
         spoilt = finite & (info.pairs > 0) & ~sound
         pairs = jnp.where(spoilt, 0, info.pairs)
@@ -157,29 +187,44 @@ def scale_by_bfgs(
 
         # s'Bs, by B s = -alpha g_old where s = -alpha H g_old
         sBs = jnp.where(fresh, ss / first, sp_old * sg_old / or_one(pp_old))
-        per_ss, per_pp = (sp_old / jnp.where(x > 0, x, jnp.inf) for x in (ss, pp_old))  # the product may underflow
+        # the product may underflow
+        per_ss, per_pp = (sp_old / jnp.where(x > 0, x, jnp.inf) for x in (ss, pp_old))
         turned = jnp.where(fresh, 0.0, 1 - per_ss * per_pp)
         straight = (turned <= BENT) & (sBs > 0)
 
         # Powell's damping: a mixture of y and B s in place of y
         exact = straight & (turned <= 100 * jnp.finfo(g.dtype).eps)
-        damped = known & (ss > 0) & ~good & exact & (sy < DAMPED * sBs) & (on_bad_curvature == "powell")
+        damped = (
+            known
+            & (ss > 0)
+            & ~good
+            & exact
+            & (sy < DAMPED * sBs)
+            & (on_bad_curvature == "powell")
+        )
         theta = divide((1 - DAMPED) * sBs, sBs - sy, damped, 1.0)
         yu = theta**2 * yu + 2 * theta * (1 - theta) * sy + (1 - theta) ** 2 * sBs
-        u, gu, sy = (theta * a + (1 - theta) * b for a, b in ((u, s), (gu, sg), (sy, sBs)))
+        u, gu, sy = (
+            theta * a + (1 - theta) * b for a, b in ((u, s), (gu, sg), (sy, sBs))
+        )
 
         # the update
         good = (good | damped) & (yu > 0)
         sy, yu = (jnp.where(good, a, 1.0) for a in (sy, yu))
         tau, phi = (
-            jnp.asarray(a, g.dtype) for a in factors(jnp.where(good & straight, sBs / sy, 1.0), yu / sy, x.size)
+            jnp.asarray(a, g.dtype)
+            for a in factors(jnp.where(good & straight, sBs / sy, 1.0), yu / sy, x.size)
         )
         r, terms = broyden.term(sy, yu, tau, phi)
         good &= (tau > 0) & jnp.isfinite(tau) & jnp.all(jnp.isfinite(terms))
         c, room = s - r * u, len(H.terms) // 2
         H = broyden.restarted(H, spoilt | (fresh & good), first)
-        H = broyden.updated(H, pairs % max(room, 1), jnp.stack([c, u]), terms, tau, good)
-        p = jnp.where(good, p / tau + terms[0] * (sg - r * gu) * c + terms[1] * gu * u, p)
+        H = broyden.updated(
+            H, pairs % max(room, 1), jnp.stack([c, u]), terms, tau, good
+        )
+        p = jnp.where(
+            good, p / tau + terms[0] * (sg - r * gu) * c + terms[1] * gu * u, p
+        )
         pairs += good
 
         # the direction
@@ -191,14 +236,22 @@ def scale_by_bfgs(
         # after a failed search H stays as it is, to be read, until the next pair
         H = broyden.restarted(H, lost, gamma)
         if room:
-            H = jax.lax.cond(good & ~plain & (pairs % room == 0), broyden.folded, lambda H: H, H)
+            H = jax.lax.cond(
+                good & ~plain & (pairs % room == 0), broyden.folded, lambda H: H, H
+            )
 
         reset = spoilt | lost | (stuck & (info.pairs > 0))
         skipped = known & (ss > 0) & ~good
-        status = {StepStatus.NONFINITE: ~finite, StepStatus.PAIR_SKIPPED: skipped, StepStatus.MEMORY_RESET: reset}
+        status = {
+            StepStatus.NONFINITE: ~finite,
+            StepStatus.PAIR_SKIPPED: skipped,
+            StepStatus.MEMORY_RESET: reset,
+        }
         return unravel(jnp.where(finite, direction, 0.0), updates), BfgsState(
             count=state.count + finite.astype(jnp.int32),
-            last=jnp.where(finite, jnp.stack([x, g, jnp.where(plain, 0.0, p)]), state.last),
+            last=jnp.where(
+                finite, jnp.stack([x, g, jnp.where(plain, 0.0, p)]), state.last
+            ),
             gamma=gamma,
             inverse=H,
             info=BfgsInfo(
@@ -219,14 +272,18 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
       state: of `scale_by_bfgs`, or of any optimizer that contains it once.
 
     Returns:
-      `(n, n)`, symmetric, in the order of the real entries of `jax.tree.leaves(params)`, real parts of a complex leaf
-      before imaginary ones, in units of params^2 / f. Positive definite, but for rounding; zero before the first pair.
-      After a failed search it is the one from before, until the next pair replaces it.
+      `(n, n)`, symmetric, in the order of the real entries of
+      `jax.tree.leaves(params)`, real parts of a complex leaf before imaginary ones, in
+      units of params^2 / f. Positive definite, but for rounding; zero before the first
+      pair. After a failed search it is the one from before, until the next pair
+      replaces it.
 
-      At a minimum of a negative log posterior H estimates its covariance (Laplace's approximation) along what the run
-      has moved through: exact for a quadratic after n steps, crude where few steps were taken, and scaled by its
-      formula where that is a self-scaled one. End the run by `gtol`: once searches fail in the noise of rounding, the
-      next pair begins H anew (`info.pairs` counts those in it). `hessopt.hessian` gives the exact curvature.
+      At a minimum of a negative log posterior H estimates its covariance (Laplace's
+      approximation) along what the run has moved through: exact for a quadratic after n
+      steps, crude where few steps were taken, and scaled by its formula where that is a
+      self-scaled one. End the run by `gtol`: once searches fail in the noise of
+      rounding, the next pair begins H anew (`info.pairs` counts those in it).
+      `hessopt.hessian` gives the exact curvature.
 
     Raises:
       ValueError: when the state has not exactly one part of `scale_by_bfgs`.

@@ -1,12 +1,15 @@
-"""The Wolfe line search: the rate t at which `phi(t) = f(params + t u)` has fallen enough and is flat enough.
+"""The Wolfe line search: the rate t at which `phi(t) = f(params + t u)` has fallen
+enough and is flat enough.
 
     phi(t) <= phi(0) + c1 t phi'(0),    |phi'(t)| <= c2 |phi'(0)|
 
-Near the minimum rounding drowns the first condition; there Hager and Zhang's approximate Wolfe conditions decide by
-slopes. Which rate is tried next is the business of `numerics/wolfe.py`.
+Near the minimum rounding drowns the first condition; there Hager and Zhang's
+approximate Wolfe conditions decide by slopes. Which rate is tried next is the business
+of `numerics/wolfe.py`.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1 and 3.5; Hager and Zhang, "A new conjugate
-gradient method with guaranteed descent and an efficient line search", 2005.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1 and 3.5;
+Hager and Zhang, "A new conjugate gradient method with guaranteed descent and an
+efficient line search", 2005.
 """
 
 import math
@@ -28,11 +31,13 @@ from hessopt.typing import Params, StepStatus, ValueFn, step_status
 _NAME = "scale_by_wolfe_linesearch"
 
 InitialGuess = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(fall, slope) -> rate`: what the objective fell by in the last step, and its slope now, negative."""
+"""`(fall, slope) -> rate`: what the objective fell by in the last step, and its slope
+now, negative."""
 
 
 def quadratic_guess(fall: jax.Array, slope: jax.Array) -> jax.Array:
-    """Where a parabola with this slope has fallen as much as the last step did, at most 1 (Nocedal, Wright: 3.60)."""
+    """Where a parabola with this slope has fallen as much as the last step did, at most
+    1 (Nocedal, Wright: 3.60)."""
     rate = -2.02 * fall / jnp.where(slope < 0, slope, -jnp.inf)
     return jnp.where((rate > 0) & (rate < 1), rate, 1.0)
 
@@ -59,28 +64,35 @@ def scale_by_wolfe_linesearch(
 
     Args:
       max_steps: trials at most.
-      slope_rtol: c1 in [0, 1/2], the part of the initial slope by which the objective falls per unit of t.
+      slope_rtol: c1 in [0, 1/2], the part of the initial slope by which the objective
+        falls per unit of t.
       curv_rtol: c2 in [c1, 1], the part of the initial slope that may remain.
       max_rate: largest t, unbounded by default.
-      initial_guess: the first t. `"one"`, for updates that know their length; `"quadratic"`, for those that do not:
-        from the fall of the last step, at most 1; or a callable `(fall, slope) -> t` of that fall (0 at the start) and
-        the slope, a negative scalar.
+      initial_guess: the first t. `"one"`, for updates that know their length;
+        `"quadratic"`, for those that do not: from the fall of the last step, at most 1;
+        or a callable `(fall, slope) -> t` of that fall (0 at the start) and the slope,
+        a negative scalar.
 
     Returns:
-      A transformation whose `update(updates, state, params, *, value, grad, value_fn, **data)` needs the objective,
-      and its value and gradient at params. Stands last in a chain: its state keeps value and gradient at the point
-      accepted for `value_and_grad_from_state` and `minimize`. Its status is `state.info.status`.
+      A transformation whose `update(updates, state, params, *, value, grad, value_fn,
+      **data)` needs the objective, and its value and gradient at params. Stands last in
+      a chain: its state keeps value and gradient at the point accepted for
+      `value_and_grad_from_state` and `minimize`. Its status is `state.info.status`.
 
-      Where no trial is accepted (SEARCH_FAILED) the step is the one of the largest decrease seen, else zero; a trial
-      that is not finite makes the rate smaller. An update that points uphill (NOT_DESCENT), or a value or gradient
-      that is not finite (NONFINITE), gives a step of zero. The state is then as before, but for count and info.
+      Where no trial is accepted (SEARCH_FAILED) the step is the one of the largest
+      decrease seen, else zero; a trial that is not finite makes the rate smaller. An
+      update that points uphill (NOT_DESCENT), or a value or gradient that is not finite
+      (NONFINITE), gives a step of zero. The state is then as before, but for count and
+      info.
 
     Raises:
-      ValueError: for max_steps < 1, c1 or c2 out of their ranges, max_rate <= 0 or an unknown word.
+      ValueError: for max_steps < 1, c1 or c2 out of their ranges, max_rate <= 0 or an
+        unknown word.
       TypeError: in `update`, for what is missing, naming it.
 
-    Cost per update: one value and gradient per trial, also under vmap: one trial mostly, where the update is
-    well scaled. One trace of the objective. Memory: one gradient and one step.
+    Cost per update: one value and gradient per trial, also under vmap: one trial
+    mostly, where the update is well scaled. One trace of the objective. Memory: one
+    gradient and one step.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -96,7 +108,11 @@ def scale_by_wolfe_linesearch(
     check_count("max_steps", max_steps)
     check_range("slope_rtol", slope_rtol, 0, 0.5)
     check_range("curv_rtol", curv_rtol, slope_rtol, 1)
-    check_range("max_rate", math.inf if max_rate is None else max_rate, float(jnp.finfo(jnp.float32).tiny))
+    check_range(
+        "max_rate",
+        math.inf if max_rate is None else max_rate,
+        float(jnp.finfo(jnp.float32).tiny),
+    )
     guess = choose("initial_guess", initial_guess, GUESSES)
 
     def init(params: Params) -> LinesearchState:
@@ -104,9 +120,13 @@ def scale_by_wolfe_linesearch(
         state = LinesearchState(
             count=jnp.zeros((), jnp.int32),
             value=jnp.full((), jnp.inf, dtype),
-            grad=jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.inf), strongly_typed(params)),
+            grad=jax.tree.map(
+                lambda leaf: jnp.full_like(leaf, jnp.inf), strongly_typed(params)
+            ),
             fall=jnp.zeros((), dtype),
-            info=LinesearchInfo(jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)),
+            info=LinesearchInfo(
+                jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+            ),
         )
         return beside(state, params)
 
@@ -144,18 +164,28 @@ def scale_by_wolfe_linesearch(
             pair = jax.value_and_grad(objective)(applied(params, step))
             change = jnp.asarray(pair[0], dtype) - value
             along = jnp.asarray(inner(jax.tree.map(jnp.conj, pair[1]), u), dtype)
-            bracket = wolfe.advance(bracket, change * per_unit, along * per_unit, conditions)
+            bracket = wolfe.advance(
+                bracket, change * per_unit, along * per_unit, conditions
+            )
             best = bracket.best.rate == t
             new = (step, *pair)
-            kept = jax.tree.map(lambda new, old: jnp.where(best, jnp.asarray(new, old.dtype), old), new, kept)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(best, jnp.asarray(new, old.dtype), old),
+                new,
+                kept,
+            )
             return wolfe.pack(bracket), kept
 
         eps = jnp.finfo(value_dtype).eps
         noise = eps**wolfe.NOISE * jnp.abs(value) * per_unit
-        first = jnp.asarray(guess(state.fall.astype(dtype), jnp.where(descends, slope, -1.0)), dtype)
+        first = jnp.asarray(
+            guess(state.fall.astype(dtype), jnp.where(descends, slope, -1.0)), dtype
+        )
         bracket = wolfe.pack(wolfe.begin(first, noise, limit))
         kept = (jax.tree.map(jnp.zeros_like, u), state.value, state.grad)
-        bracket, (step, new_value, new_grad) = jax.lax.while_loop(searching, try_next, (bracket, kept))
+        bracket, (step, new_value, new_grad) = jax.lax.while_loop(
+            searching, try_next, (bracket, kept)
+        )
         bracket = wolfe.unpack(bracket)
 
         rate = bracket.best.rate
@@ -168,8 +198,14 @@ def scale_by_wolfe_linesearch(
             count=jnp.asarray(optax.safe_increment(state.count)),
             value=new_value,
             grad=new_grad,
-            fall=jnp.where(rate > 0, (value - new_value.astype(dtype)).astype(state.fall.dtype), state.fall),
-            info=LinesearchInfo(step_status(status), rate.astype(state.fall.dtype), bracket.trials),
+            fall=jnp.where(
+                rate > 0,
+                (value - new_value.astype(dtype)).astype(state.fall.dtype),
+                state.fall,
+            ),
+            info=LinesearchInfo(
+                step_status(status), rate.astype(state.fall.dtype), bracket.trials
+            ),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,7 +1,9 @@
-"""A transformation on a part of the parameters, for which the others are constants of the objective.
+"""A transformation on a part of the parameters, for which the others are constants of
+the objective.
 
-`optax.masked` hands the inner transformation trees with holes, and the objective of the whole: a method that evaluates
-it then meets the holes. Here trees and objective are restricted together.
+`optax.masked` hands the inner transformation trees with holes, and the objective of the
+whole: a method that evaluates it then meets the holes. Here trees and objective are
+restricted together.
 """
 
 from collections.abc import Callable
@@ -32,12 +34,13 @@ def masked(
     """Apply `inner` to the leaves that `mask` has, and hold the others.
 
     Args:
-      inner: any transformation or chain, of any kind. It sees None in place of the leaves that are held, and
-        `value_fn` of the rest.
+      inner: any transformation or chain, of any kind. It sees None in place of the
+        leaves that are held, and `value_fn` of the rest.
       mask: tree of bools like params, or a callable `params -> tree of bools`.
 
     Returns:
-      A transformation that takes what `inner` takes, and gives updates of zero for the leaves that are held.
+      A transformation that takes what `inner` takes, and gives updates of zero for the
+      leaves that are held.
 
     Raises:
       ValueError: when the mask does not match params, naming the path.
@@ -70,12 +73,17 @@ def masked(
         return MaskedState(inner.init(take(params, chosen(params), True)))
 
     def update(
-        updates: optax.Updates, state: Any, params: Params | None = None, **keywords: Any
+        updates: optax.Updates,
+        state: Any,
+        params: Params | None = None,
+        **keywords: Any,
     ) -> tuple[optax.Updates, MaskedState]:
         require_params(params, caller=_NAME)
         labels = chosen(params)
         own = of_group(labels, True, params, keywords, caller=_NAME)
-        new, inner_state = inner.update(take(updates, labels, True), state.inner, take(params, labels, True), **own)
+        new, inner_state = inner.update(
+            take(updates, labels, True), state.inner, take(params, labels, True), **own
+        )
         still = jax.tree.map(_zeros, updates, params)
         return combine(new, still), MaskedState(inner_state)
 
@@ -83,5 +91,8 @@ def masked(
 
 
 def _zeros(update: Any, leaf: Any) -> jax.Array:
-    """Zeros like the update; like the leaf where that is an integer, whose gradient has no entries."""
-    return jnp.zeros_like(leaf if jnp.result_type(update) == jax.dtypes.float0 else update)
+    """Zeros like the update; like the leaf where that is an integer, whose gradient has
+    no entries."""
+    return jnp.zeros_like(
+        leaf if jnp.result_type(update) == jax.dtypes.float0 else update
+    )

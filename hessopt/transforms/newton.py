@@ -1,13 +1,17 @@
 """Damped Newton: solve `(H + lambda I) p = g`.
 
-H is the Hessian (or Gauss-Newton matrix) of the objective, whole or in diagonal blocks, and lambda a constant or a
-schedule. Away from a minimum H need not be positive definite, and p need not point downhill. Three answers:
+H is the Hessian (or Gauss-Newton matrix) of the objective, whole or in diagonal blocks,
+and lambda a constant or a schedule. Away from a minimum H need not be positive
+definite, and p need not point downhill. Three answers:
 
-- `"shift"`: a sufficient addition to lambda (`numerics/cholesky.py`), remembered between steps and halved at each;
-- `"absolute"`: |eigenvalues| in place of eigenvalues, which turns saddles into minima (Dauphin et al., 2014);
+- `"shift"`: a sufficient addition to lambda (`numerics/cholesky.py`), remembered
+  between steps and halved at each;
+- `"absolute"`: |eigenvalues| in place of eigenvalues, which turns saddles into minima
+  (Dauphin et al., 2014);
 - `"none"`: Newton's own step, to whatever stationary point is near.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.4; Dauphin et al., arXiv 1406.2572.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.4; Dauphin et
+al., arXiv 1406.2572.
 """
 
 import functools
@@ -30,7 +34,9 @@ from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_sta
 
 _NAME = "scale_by_newton"
 # what the next update tries again
-_NOT_REUSED = StepStatus.FACTORIZATION_FAILED | StepStatus.UNBOUNDED_MODEL | StepStatus.NONFINITE
+_NOT_REUSED = (
+    StepStatus.FACTORIZATION_FAILED | StepStatus.UNBOUNDED_MODEL | StepStatus.NONFINITE
+)
 
 
 class NewtonInfo(NamedTuple):
@@ -39,15 +45,18 @@ class NewtonInfo(NamedTuple):
     status: jax.Array  # int32 scalar, StepStatus
     damping: jax.Array  # scalar, lambda with the shift, in units of f / params^2
     smallest_pivot: jax.Array  # scalar, of the factorised matrix, same units
-    condition: jax.Array  # scalar, largest over smallest pivot: an estimate of the condition number
+    # scalar, largest over smallest pivot: an estimate of the condition number
+    condition: jax.Array
     attempts: jax.Array  # int32 scalar, factorisations tried, over all blocks
 
 
 class NewtonState(NamedTuple):
-    """State of `scale_by_newton`. Every array belongs to the curvature, none is shaped like params."""
+    """State of `scale_by_newton`. Every array belongs to the curvature, none is shaped
+    like params."""
 
     count: jax.Array  # int32 scalar, updates so far
-    shift: Vector  # (number of blocks,), shifts of the last factorisations that succeeded
+    # (number of blocks,), shifts of the last factorisations that succeeded
+    shift: Vector
     factors: Any  # with update_every > 1, the blocks' factors in use; None else
     info: NewtonInfo
 
@@ -66,31 +75,36 @@ def scale_by_newton(
 
     Args:
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
-      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`: add a sufficient multiple
-        of the identity, remembered between updates and halved at each; `"absolute"`: take eigenvalues by magnitude;
-        `"none"`: nothing, which may step towards a saddle or a maximum and says so in the status.
-      blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal blocks only, each computed
-        on its own.
-      update_every: number of updates for which a factorisation serves. Shapes the state, so under
-        `optax.inject_hyperparams` it stands in `static_args`.
-      curvature: `"hessian"`, or `"gauss_newton"` with `value_fn=hessopt.composite(model_fn, loss_fn)`.
+      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`:
+        add a sufficient multiple of the identity, remembered between updates and halved
+        at each; `"absolute"`: take eigenvalues by magnitude; `"none"`: nothing, which
+        may step towards a saddle or a maximum and says so in the status.
+      blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal
+        blocks only, each computed on its own.
+      update_every: number of updates for which a factorisation serves. Shapes the
+        state, so under `optax.inject_hyperparams` it stands in `static_args`.
+      curvature: `"hessian"`, or `"gauss_newton"` with
+        `value_fn=hessopt.composite(model_fn, loss_fn)`.
 
     Returns:
-      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *, value_fn, **data)` needs
-      the objective. Its status is `state.info.status`.
+      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *,
+      value_fn, **data)` needs the objective. Its status is `state.info.status`.
 
-      A block whose curvature is not finite keeps its older factor, or does not move (FACTORIZATION_FAILED); one
-      whose gradient is not finite does not move (NONFINITE), and none does where the value is given and not finite;
-      one without any curvature moves along its gradient by a unit length (UNBOUNDED_MODEL). The state is then as
-      before, but for count and info.
+      A block whose curvature is not finite keeps its older factor, or does not move
+      (FACTORIZATION_FAILED); one whose gradient is not finite does not move
+      (NONFINITE), and none does where the value is given and not finite; one without
+      any curvature moves along its gradient by a unit length (UNBOUNDED_MODEL). The
+      state is then as before, but for count and info.
 
     Raises:
       ValueError: for damping < 0, update_every < 1 or an unknown word.
-      TypeError: in `update`, when params or value_fn is missing, or data that value_fn requires.
+      TypeError: in `update`, when params or value_fn is missing, or data that value_fn
+        requires.
 
-    Cost per update: sum n_b products of about two gradients each and n_b^3/3 multiplications per attempted
-    factorisation (`"shift"`: 1.6 attempts on average), every `update_every` updates; n_b^2 in between. Memory during
-    an update: two to four times the sum of n_b^2; with update_every > 1 once between updates.
+    Cost per update: sum n_b products of about two gradients each and n_b^3/3
+    multiplications per attempted factorisation (`"shift"`: 1.6 attempts on average),
+    every `update_every` updates; n_b^2 in between. Memory during an update: two to four
+    times the sum of n_b^2; with update_every > 1 once between updates.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -114,8 +128,12 @@ def scale_by_newton(
         def empty(group: int) -> Any:
             size = jax.eval_shape(ravel, take(params, labels, group)).size
             matrix = jax.ShapeDtypeStruct((size, size), solve_dtype(params))
-            shapes = jax.eval_shape(method.factorize, matrix, jax.ShapeDtypeStruct((), matrix.dtype)).factor
-            return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+            shapes = jax.eval_shape(
+                method.factorize, matrix, jax.ShapeDtypeStruct((), matrix.dtype)
+            ).factor
+            return jax.tree.map(
+                lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes
+            )
 
         return [empty(group) for group in range(count)]
 
@@ -125,7 +143,9 @@ def scale_by_newton(
         state = NewtonState(
             count=jnp.zeros((), jnp.int32),
             shift=jnp.zeros(len(names), dtype),
-            factors=_per_block(empty_factors(params, labels, len(names))) if update_every > 1 else None,
+            factors=_per_block(empty_factors(params, labels, len(names)))
+            if update_every > 1
+            else None,
             info=_worst([], dtype),
         )
         return beside(state, params)
@@ -150,24 +170,35 @@ def scale_by_newton(
         lam = jnp.asarray(damping(state.count) if callable(damping) else damping, dtype)
 
         def factorize() -> tuple[Any, Vector, NewtonInfo]:
-            matrices = block_hessians(objective, params, labels, len(names), curvature=curvature)
-            old = empty_factors(params, labels, len(names)) if state.factors is None else state.factors
+            matrices = block_hessians(
+                objective, params, labels, len(names), curvature=curvature
+            )
+            old = (
+                empty_factors(params, labels, len(names))
+                if state.factors is None
+                else state.factors
+            )
             factors, shifts, infos = [], [], []
             for group, (H, g) in enumerate(zip(matrices, gradients, strict=True)):
-                factor, shift, info = _factorize_block(method, H, g, lam, old[group], state.shift[group])
+                factor, shift, info = _factorize_block(
+                    method, H, g, lam, old[group], state.shift[group]
+                )
                 factors.append(factor)
                 shifts.append(shift)
                 infos.append(info)
             return _per_block(factors), jnp.array(shifts, dtype), _worst(infos, dtype)
 
         def reuse() -> tuple[Any, Vector, NewtonInfo]:
-            status = state.info.status & StepStatus.NEGATIVE_CURVATURE  # true for as long as the factor is in use
+            # true for as long as the factor is in use
+            status = state.info.status & StepStatus.NEGATIVE_CURVATURE
             info = state.info._replace(status=status, attempts=jnp.zeros((), jnp.int32))
             return state.factors, state.shift, info
 
         if update_every > 1:
             again = (state.info.status & _NOT_REUSED) != 0
-            factors, shift, info = jax.lax.cond((state.count % update_every == 0) | again, factorize, reuse)
+            factors, shift, info = jax.lax.cond(
+                (state.count % update_every == 0) | again, factorize, reuse
+            )
         else:
             factors, shift, info = factorize()
 
@@ -175,8 +206,16 @@ def scale_by_newton(
         for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
             p = unravel(method.solve(factors[group], g), part)
             solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))
-            status |= step_status({StepStatus.NONFINITE: ~finite, StepStatus.FACTORIZATION_FAILED: finite & ~solved})
-            direction = combine(jax.tree.map(lambda leaf, ok=solved: jnp.where(ok, leaf, 0), p), direction)
+            status |= step_status(
+                {
+                    StepStatus.NONFINITE: ~finite,
+                    StepStatus.FACTORIZATION_FAILED: finite & ~solved,
+                }
+            )
+            direction = combine(
+                jax.tree.map(lambda leaf, ok=solved: jnp.where(ok, leaf, 0), p),
+                direction,
+            )
         p, g = ravel(direction), ravel(updates if grad is None else grad)
         g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
         slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
@@ -193,9 +232,15 @@ def scale_by_newton(
 
 
 def _factorize_block(
-    method: Positivity, H: Matrix, g: Vector, lam: jax.Array, old_factor: Any, old_shift: jax.Array
+    method: Positivity,
+    H: Matrix,
+    g: Vector,
+    lam: jax.Array,
+    old_factor: Any,
+    old_shift: jax.Array,
 ) -> tuple[Any, jax.Array, NewtonInfo]:
-    """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was there before."""
+    """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was
+    there before."""
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
     diagonal = jnp.where(flat, or_one(length), lam)
@@ -214,7 +259,9 @@ def _factorize_block(
         status=status,
         damping=diagonal + jnp.where(new.ok, new.shift, 0.0),
         smallest_pivot=jnp.where(new.ok, smallest, 0.0),
-        condition=jnp.where(new.ok, jnp.max(new.pivots, initial=0.0) / smallest, jnp.inf),
+        condition=jnp.where(
+            new.ok, jnp.max(new.pivots, initial=0.0) / smallest, jnp.inf
+        ),
         attempts=new.attempts,
     )
     sound = new.ok & jnp.isfinite(length)
@@ -223,10 +270,13 @@ def _factorize_block(
 
 
 def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
-    """The flags of all blocks, the extremes of their figures, the sum of their attempts; zeros for no block."""
+    """The flags of all blocks, the extremes of their figures, the sum of their
+    attempts; zeros for no block."""
     if not infos:
         info = NewtonInfo(*[jnp.zeros((), dtype) for _ in NewtonInfo._fields])
-        return info._replace(status=jnp.zeros((), jnp.int32), attempts=jnp.zeros((), jnp.int32))
+        return info._replace(
+            status=jnp.zeros((), jnp.int32), attempts=jnp.zeros((), jnp.int32)
+        )
     every = NewtonInfo(*(jnp.stack(field) for field in zip(*infos, strict=True)))
     return NewtonInfo(
         status=functools.reduce(jnp.bitwise_or, every.status),
@@ -238,5 +288,6 @@ def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
 
 
 def _per_block(items: list[Any]) -> Any:
-    """One item per block. Of no block a leaf, so that `optax.tree.map_params` sees a non-parameter there."""
+    """One item per block. Of no block a leaf, so that `optax.tree.map_params` sees a
+    non-parameter there."""
     return tuple(items) or jnp.zeros(())

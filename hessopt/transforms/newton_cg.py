@@ -1,11 +1,14 @@
-"""Newton-CG: `H p = g` by conjugate gradients, as far as it is worth it, and no farther than to negative curvature.
+"""Newton-CG: `H p = g` by conjugate gradients, as far as it is worth it, and no farther
+than to negative curvature.
 
-Products with H come from one linearisation of the gradient; H is never formed and vectors stay trees. The residual may
-be `min(1/2, sqrt(|g|/|g_0|)) |g|`, so that little work goes into early steps and the last ones converge superlinearly.
-A direction of negative curvature ends the iteration and is part of p: a step along it is what leaves a saddle.
+Products with H come from one linearisation of the gradient; H is never formed and
+vectors stay trees. The residual may be `min(1/2, sqrt(|g|/|g_0|)) |g|`, so that little
+work goes into early steps and the last ones converge superlinearly. A direction of
+negative curvature ends the iteration and is part of p: a step along it is what leaves a
+saddle.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 7.1; Martens, "Deep learning via Hessian-free
-optimization", 2010, for the warm start.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 7.1; Martens,
+"Deep learning via Hessian-free optimization", 2010, for the warm start.
 """
 
 import functools
@@ -27,7 +30,8 @@ from hessopt.trees.vectors import gram, inner, real_leaves, solve_dtype
 from hessopt.typing import Params, StepStatus, step_status
 
 Preconditioner = Callable[[Params, Params], Params]
-"""`(residual, params) -> tree like residual`: near `H^-1 residual`, linear, symmetric and positive definite."""
+"""`(residual, params) -> tree like residual`: near `H^-1 residual`, linear, symmetric
+and positive definite."""
 
 
 Leaves = list[jax.Array]
@@ -47,7 +51,8 @@ class NewtonCgState(NamedTuple):
 
     count: jax.Array  # int32 scalar, updates so far
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
-    direction: Any  # with warm_start, p of the last update, a tree like params; None else
+    # with warm_start, p of the last update, a tree like params; None else
+    direction: Any
     info: NewtonCgInfo
 
 
@@ -59,29 +64,38 @@ def scale_by_newton_cg(
     warm_start: bool = False,
     rematerialize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiply the gradient by the inverse of the Hessian, approximately, by conjugate gradients.
+    """Multiply the gradient by the inverse of the Hessian, approximately, by conjugate
+    gradients.
 
     Args:
-      curvature: `"hessian"`, or `"gauss_newton"` with `value_fn=hessopt.composite(model_fn, loss_fn)`.
+      curvature: `"hessian"`, or `"gauss_newton"` with
+        `value_fn=hessopt.composite(model_fn, loss_fn)`.
       max_iterations: products with H at most, per update.
-      preconditioner: `(residual, params) -> tree`, near `H^-1 residual`, linear, symmetric and positive definite.
-      warm_start: whether to begin with the last direction, at the length that suits this gradient; one more product.
-      rematerialize: whether to linearise the gradient anew in every product: less memory, more time.
+      preconditioner: `(residual, params) -> tree`, near `H^-1 residual`, linear,
+        symmetric and positive definite.
+      warm_start: whether to begin with the last direction, at the length that suits
+        this gradient; one more product.
+      rematerialize: whether to linearise the gradient anew in every product: less
+        memory, more time.
 
     Returns:
-      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *, value_fn, **data)` needs
-      the objective. Its status is `state.info.status`.
+      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *,
+      value_fn, **data)` needs the objective. Its status is `state.info.status`.
 
-      NEGATIVE_CURVATURE: p ends with a step along a direction without positive curvature. A gradient or product that
-      is not finite (NONFINITE) ends the iteration, with what it had, or zero; state is then as before, but for count
-      and info. Where p would not point downhill (NOT_DESCENT), which takes rounding, it is the gradient.
+      NEGATIVE_CURVATURE: p ends with a step along a direction without positive
+      curvature. A gradient or product that is not finite (NONFINITE) ends the
+      iteration, with what it had, or zero; state is then as before, but for count and
+      info. Where p would not point downhill (NOT_DESCENT), which takes rounding, it is
+      the gradient.
 
     Raises:
       ValueError: for max_iterations < 1 or an unknown word.
-      TypeError: in `update`, when params or value_fn is missing, or data that value_fn requires.
+      TypeError: in `update`, when params or value_fn is missing, or data that value_fn
+        requires.
 
-    Cost per update: one gradient, and about two per product. Memory: the intermediates of the gradient and of its
-    tangent, and five vectors like params; with rematerialize the intermediates are held only during a product.
+    Cost per update: one gradient, and about two per product. Memory: the intermediates
+    of the gradient and of its tangent, and five vectors like params; with rematerialize
+    the intermediates are held only during a product.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -100,7 +114,9 @@ def scale_by_newton_cg(
     """
     check_count("max_iterations", max_iterations)
     linearize = choose("curvature", curvature, CURVATURES)
-    options = _Options(linearize, max_iterations, preconditioner, warm_start, rematerialize)
+    options = _Options(
+        linearize, max_iterations, preconditioner, warm_start, rematerialize
+    )
     init, step = functools.partial(_init, options), functools.partial(_step, options)
     return transformation("scale_by_newton_cg", init, step, needs=("value_fn",))
 
@@ -118,24 +134,34 @@ class _Options(NamedTuple):
 def _init(options: _Options, params: Params) -> NewtonCgState:
     shape: Any = jax.ShapeDtypeStruct
     scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
-    state = zeros(NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)), params)
+    state = zeros(
+        NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)), params
+    )
     direction = jax.tree.map(jnp.zeros_like, params) if options.warm_start else None
     return state._replace(direction=direction)
 
 
-def _step(options: _Options, call: Call, state: NewtonCgState) -> tuple[optax.Updates, NewtonCgState]:
+def _step(
+    options: _Options, call: Call, state: NewtonCgState
+) -> tuple[optax.Updates, NewtonCgState]:
     # the system H p = g over real leaves, in at least float32
     multiply, precondition = _products(options, call)
     g = _wide(call.updates, call.params)
     length = jnp.sqrt(inner(g, g))
     first_length = jnp.where(state.first_length > 0, state.first_length, length)
 
-    # a value or a gradient that is not finite leaves nothing to solve: g = 0 ends the iteration at once
+    # a value or a gradient that is not finite leaves nothing to solve: g = 0 ends the
+    # iteration at once
     known = jnp.isfinite(length) & call.finite
-    start = _warm(_wide(state.direction, call.params), multiply, g) if options.warm_start else None
+    start = (
+        _warm(_wide(state.direction, call.params), multiply, g)
+        if options.warm_start
+        else None
+    )
     g = [jnp.where(known, leaf, 0.0) for leaf in g]
 
-    # algorithm 7.1: conjugate gradients to the forcing term, or to a direction of negative curvature
+    # algorithm 7.1: conjugate gradients to the forcing term, or to a direction of
+    # negative curvature
     found = conjugate_gradients(
         multiply,
         g,
@@ -146,10 +172,14 @@ def _step(options: _Options, call: Call, state: NewtonCgState) -> tuple[optax.Up
         max_iterations=options.max_iterations,
     )
 
-    # p is the gradient where rounding has turned it uphill, and stays at the last iterate before trouble
+    # p is the gradient where rounding has turned it uphill, and stays at the last
+    # iterate before trouble
     sound = known & found.finite
     downhill = inner(g, found.x) > 0
-    p = [jnp.where(downhill, x, jnp.where(found.finite, leaf, 0.0)) for x, leaf in zip(found.x, g, strict=True)]
+    p = [
+        jnp.where(downhill, x, jnp.where(found.finite, leaf, 0.0))
+        for x, leaf in zip(found.x, g, strict=True)
+    ]
     direction = _restored(p, call.updates)
     status = {
         StepStatus.NONFINITE: ~sound,
@@ -168,7 +198,9 @@ def _step(options: _Options, call: Call, state: NewtonCgState) -> tuple[optax.Up
     )
 
 
-def _products(options: _Options, call: Call) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
+def _products(
+    options: _Options, call: Call
+) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
     """`v -> H v` and `r -> M r` at params, over real leaves in at least float32."""
     params = call.params
     parts, restore = real_leaves(params)
@@ -183,7 +215,8 @@ def _products(options: _Options, call: Call) -> tuple[Callable[[Leaves], Leaves]
         v = [x.astype(p.dtype) for x, p in zip(v, parts, strict=True)]
         if once is not None:
             return _wide(once(v), params)
-        # at params that seem to depend on v, or XLA would move the linearisation out of the loop
+        # at params that seem to depend on v, or XLA would move the linearisation out of
+        # the loop
         point, v = jax.lax.optimization_barrier((parts, v))
         return _wide(product_at(point)(v), params)
 
@@ -207,15 +240,20 @@ def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
     return restore([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
 
 
-def _kept(options: _Options, sound: jax.Array, direction: optax.Updates, old: Any) -> Any:
+def _kept(
+    options: _Options, sound: jax.Array, direction: optax.Updates, old: Any
+) -> Any:
     """The direction that a warm start begins with, of the last step that was sound."""
     if not options.warm_start:
         return None
     return optax.tree.cast_like(select(sound, direction, old), old)
 
 
-def _warm(p: Leaves, multiply: Callable[[Leaves], Leaves], g: Leaves) -> tuple[Leaves, Leaves]:
-    """The multiple of p that minimises the model, and H times it; zero where p has no positive curvature."""
+def _warm(
+    p: Leaves, multiply: Callable[[Leaves], Leaves], g: Leaves
+) -> tuple[Leaves, Leaves]:
+    """The multiple of p that minimises the model, and H times it; zero where p has no
+    positive curvature."""
     q = multiply(p)
     (_, pq, _), (_, _, _), (pg, _, _) = gram(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)

@@ -1,10 +1,12 @@
 """Second-order steps for a random part of the blocks, first-order steps for the rest.
 
-At every update each block b of the parameters draws whether it gets the direction of `inner`, computed on the
-objective restricted to the block, or the gradient. A block that is not drawn costs nothing: its branch of a
-`lax.cond` does not run. (Under `vmap` both branches run.)
+At every update each block b of the parameters draws whether it gets the direction of
+`inner`, computed on the objective restricted to the block, or the gradient. A block
+that is not drawn costs nothing: its branch of a `lax.cond` does not run. (Under `vmap`
+both branches run.)
 
-Source: block sub-sampling as in randomised block Newton methods, Qu, Richtarik, Takac and Fercoq, arXiv 1502.02268.
+Source: block sub-sampling as in randomised block Newton methods, Qu, Richtarik, Takac
+and Fercoq, arXiv 1502.02268.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +28,8 @@ _NAME = "subsampled"
 
 
 class SubsampledInfo(NamedTuple):
-    """What the last update drew; what the blocks' own steps found is in their inner states."""
+    """What the last update drew; what the blocks' own steps found is in their inner
+    states."""
 
     status: jax.Array  # int32 scalar, StepStatus
     drawn: jax.Array  # int32 scalar, blocks that got the inner direction
@@ -36,8 +39,11 @@ class SubsampledState(NamedTuple):
     """State of `subsampled`."""
 
     count: jax.Array  # int32 scalar, updates so far; with `seed` it determines the draw
-    ratio: jax.Array  # scalar, |step| / |gradient| averaged over the blocks of the last update that drew one
-    inner: Any  # {label: state of `inner` for that block}, each as of the block's last draw
+    # scalar, |step| / |gradient| averaged over the blocks of the last update that drew
+    # one
+    ratio: jax.Array
+    # {label: state of `inner` for that block}, each as of the block's last draw
+    inner: Any
     info: SubsampledInfo
 
 
@@ -49,29 +55,31 @@ def subsampled(
     rest: str = "gradient",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Give `inner`'s direction to randomly drawn blocks of the parameters, and the gradient to the rest.
+    """Give `inner`'s direction to randomly drawn blocks of the parameters, and the
+    gradient to the rest.
 
     Args:
-      inner: a direction such as `scale_by_newton()`. It sees each block as a problem of its own: the block's leaves
-        (None in place of the others), and `value_fn` with the other parameters held fixed. Its state, counters
-        and schedules included, advances only when the block is drawn.
+      inner: a direction such as `scale_by_newton()`. It sees each block as a problem of
+        its own: the block's leaves (None in place of the others), and `value_fn` with
+        the other parameters held fixed. Its state, counters and schedules included,
+        advances only when the block is drawn.
       probability: of drawing a block, in [0, 1], independently per block and update.
       blocks: groups as in `hessopt.group_labels`.
-      rest: what the other blocks get: `"gradient"`, or `"norm_matched"`, the gradient times the mean ratio
-        |step| / |gradient| of the drawn blocks (of the last update that drew one; 1 before the first), so that
-        all blocks move alike.
+      rest: what the other blocks get: `"gradient"`, or `"norm_matched"`, the gradient
+        times the mean ratio |step| / |gradient| of the drawn blocks (of the last update
+        that drew one; 1 before the first), so that all blocks move alike.
       seed: of the draws; update number t draws with `fold_in(key(seed), t)`.
 
     Returns:
-      A transformation, gradient in and direction out, that takes what `inner` takes. A block whose update is not
-      finite does not move (status NONFINITE).
+      A transformation, gradient in and direction out, that takes what `inner` takes. A
+      block whose update is not finite does not move (status NONFINITE).
 
     Raises:
       ValueError: for a probability outside [0, 1] or an unknown word.
       TypeError: in `update`, when params is missing.
 
-    Cost per update: that of `inner` on the drawn blocks; nothing else is evaluated. Memory: a state of `inner` per
-    block.
+    Cost per update: that of `inner` on the drawn blocks; nothing else is evaluated.
+    Memory: a state of `inner` per block.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -94,11 +102,15 @@ def subsampled(
 
     def init(params: Params) -> SubsampledState:
         labels, names = group_labels(params, blocks)
-        states = {name: inner.init(take(params, labels, group)) for group, name in enumerate(names)}
+        states = {
+            name: inner.init(take(params, labels, group))
+            for group, name in enumerate(names)
+        }
         state = SubsampledState(
             count=jnp.zeros((), jnp.int32),
             ratio=jnp.ones((), solve_dtype(params)),
-            # of no block a leaf, so that `optax.tree.map_params` sees a non-parameter there
+            # of no block a leaf, so that `optax.tree.map_params` sees a non-parameter
+            # there
             inner=states or jnp.zeros(()),
             info=SubsampledInfo(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
         )
@@ -112,15 +124,22 @@ def subsampled(
     ) -> tuple[optax.Updates, SubsampledState]:
         require_params(params, caller=_NAME)
         labels, names = group_labels(params, blocks)
-        drawn = jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), state.count), probability, (len(names),))
+        drawn = jax.random.bernoulli(
+            jax.random.fold_in(jax.random.key(seed), state.count),
+            probability,
+            (len(names),),
+        )
 
         def step(group: int) -> tuple[Any, Any]:
-            """The block's update, and the state of `inner` for it: both as they were if the block is not drawn."""
+            """The block's update, and the state of `inner` for it: both as they were if
+            the block is not drawn."""
             part, kept_state = take(updates, labels, group), state.inner[names[group]]
             own = of_group(labels, group, params, keywords, caller=_NAME)
 
             def inner_step() -> tuple[Any, Any]:
-                new, new_state = inner.update(part, kept_state, take(params, labels, group), **own)
+                new, new_state = inner.update(
+                    part, kept_state, take(params, labels, group), **own
+                )
                 new = optax.tree.cast_like(new, part)
                 finite = jnp.isfinite(norm(ravel(new)))
                 return new, select(finite, new_state, kept_state)
@@ -130,24 +149,42 @@ def subsampled(
         steps = [step(group) for group in range(len(names))]
         dtype = state.ratio.dtype
         lengths = jnp.array([norm(ravel(part)) for part, _ in steps], dtype)
-        before = jnp.array([norm(ravel(take(updates, labels, group))) for group in range(len(names))], dtype)
-        usable = drawn & (before > 0) & (lengths > 0) & jnp.isfinite(before) & jnp.isfinite(lengths)
+        before = jnp.array(
+            [norm(ravel(take(updates, labels, group))) for group in range(len(names))],
+            dtype,
+        )
+        usable = (
+            drawn
+            & (before > 0)
+            & (lengths > 0)
+            & jnp.isfinite(before)
+            & jnp.isfinite(lengths)
+        )
         ratios = divide(lengths, before, usable)
-        ratio = jnp.where(usable.any(), ratios.sum() / jnp.maximum(usable.sum(), 1), state.ratio)
+        ratio = jnp.where(
+            usable.any(), ratios.sum() / jnp.maximum(usable.sum(), 1), state.ratio
+        )
 
         factor = jnp.where(drawn | (rest == "gradient"), 1.0, ratio)
         direction = updates
         for group, (part, _) in enumerate(steps):
-            scaled = jax.tree.map(lambda u, r=factor[group]: (r * u).astype(u.dtype), part)
+            scaled = jax.tree.map(
+                lambda u, r=factor[group]: (r * u).astype(u.dtype), part
+            )
             finite = jnp.isfinite(lengths[group])
-            direction = combine(jax.tree.map(lambda u, f=finite: jnp.where(f, u, 0), scaled), direction)
+            direction = combine(
+                jax.tree.map(lambda u, f=finite: jnp.where(f, u, 0), scaled), direction
+            )
 
         return direction, SubsampledState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             ratio=ratio,
-            inner={name: s for name, (_, s) in zip(names, steps, strict=True)} or state.inner,
+            inner={name: s for name, (_, s) in zip(names, steps, strict=True)}
+            or state.inner,
             info=SubsampledInfo(
-                status=step_status({StepStatus.NONFINITE: ~jnp.all(jnp.isfinite(lengths))}),
+                status=step_status(
+                    {StepStatus.NONFINITE: ~jnp.all(jnp.isfinite(lengths))}
+                ),
                 drawn=jnp.sum(drawn, dtype=jnp.int32),
             ),
         )

@@ -1,20 +1,26 @@
-"""Trust-region Newton: the global minimiser of a quadratic model, kept to where the model is good.
+"""Trust-region Newton: the global minimiser of a quadratic model, kept to where the
+model is good.
 
-With g and H the gradient and the Hessian (or Gauss-Newton matrix) at params, the step minimises one of
+With g and H the gradient and the Hessian (or Gauss-Newton matrix) at params, the step
+minimises one of
 
     g.p + p.H p / 2  over  |D p| <= radius,        g.p + p.H p / 2 + (sigma/3) |D p|^3,
 
-and is taken if the objective falls. How much it falls, over how much the quadratic promised, sets the radius, or sigma,
-for the next one. Indefinite H is welcome: both minimisers go along negative curvature. D equilibrates H, with the
-largest of each of its entries so far: units of parameters do not matter, and a parameter that has lost its influence,
-as that of a saturated neuron, does not run away for it. One eigendecomposition of `D^-1 H D^-1` serves for all trials.
+and is taken if the objective falls. How much it falls, over how much the quadratic
+promised, sets the radius, or sigma, for the next one. Indefinite H is welcome: both
+minimisers go along negative curvature. D equilibrates H, with the largest of each of
+its entries so far: units of parameters do not matter, and a parameter that has lost its
+influence, as that of a saturated neuron, does not run away for it. One
+eigendecomposition of `D^-1 H D^-1` serves for all trials.
 
-Geodesic acceleration bends the step: along `p t + a t^2 / 2`, `a = -(J'LJ + kappa D^2)^-1 J'L r''`, with r'' the second
-derivative of the model's outputs along p, outputs change in a straight line to second order.
+Geodesic acceleration bends the step: along `p t + a t^2 / 2`, `a = -(J'LJ + kappa
+D^2)^-1 J'L r''`, with r'' the second derivative of the model's outputs along p, outputs
+change in a straight line to second order.
 
-Source: Conn, Gould and Toint, "Trust-Region Methods", 2000; Cartis, Gould and Toint, "Adaptive cubic regularisation
-methods for unconstrained optimization", 2011; Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using
-the Lanczos method", 1999; Transtrum and Sethna, arXiv 1201.5885.
+Source: Conn, Gould and Toint, "Trust-Region Methods", 2000; Cartis, Gould and Toint,
+"Adaptive cubic regularisation methods for unconstrained optimization", 2011; Gould,
+Lucidi, Roma and Toint, "Solving the trust-region subproblem using the Lanczos method",
+1999; Transtrum and Sethna, arXiv 1201.5885.
 """
 
 from typing import Any, NamedTuple
@@ -33,20 +39,29 @@ from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.objective.binding import bind, precompose, require_params
 from hessopt.trees.sharding import zeros
-from hessopt.trees.vectors import all_finite, applied, ravel, real_leaves, solve_dtype, tree_norm
+from hessopt.trees.vectors import (
+    all_finite,
+    applied,
+    ravel,
+    real_leaves,
+    solve_dtype,
+    tree_norm,
+)
 from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "trust_region_newton"
 
 BEND = 0.75
-"""Largest length of an acceleration in that of its step: beyond, the series in t means nothing, and p is not bent."""
+"""Largest length of an acceleration in that of its step: beyond, the series in t means
+nothing, and p is not bent."""
 
 
 class TrustRegionInfo(NamedTuple):
     """What the last update found."""
 
     status: jax.Array  # int32 scalar, StepStatus
-    ratio: jax.Array  # scalar, what the objective fell by over what the model promised, at the last trial
+    # scalar, what the objective fell by over what the model promised, at the last trial
+    ratio: jax.Array
     shift: jax.Array  # scalar, kappa of the last trial, in the scaled parameters
     lowest: jax.Array  # scalar, smallest eigenvalue of the scaled curvature
     trials: jax.Array  # int32 scalar, values evaluated at trial points
@@ -57,9 +72,11 @@ class TrustRegionState(NamedTuple):
     """State of `trust_region_newton`."""
 
     count: jax.Array  # int32 scalar, updates so far
-    size: jax.Array  # scalar, the radius or sigma for the next update; 0 before the first
+    # scalar, the radius or sigma for the next update; 0 before the first
+    size: jax.Array
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
-    scales: Any  # (n,), the diagonal of D, 0 where no curvature was seen; None where D = 1
+    # (n,), the diagonal of D, 0 where no curvature was seen; None where D = 1
+    scales: Any
     info: TrustRegionInfo
 
 
@@ -76,36 +93,44 @@ def trust_region_newton(
 
     Args:
       model: `"cubic"`, with `sigma/3 |D p|^3`, or `"radius"`, with `|D p| <= radius`.
-      subproblem: `"exact"`, by an eigendecomposition, with a D that makes units of parameters irrelevant, or `"cg"`, in
-        the space that conjugate gradients span (at most 50 products with the curvature, D = 1), until the residual is
-        at most `min(1/2, sqrt(|g|/|g_0|)) |g|`, g_0 being the first gradient.
-      curvature: `"hessian"`, or `"gauss_newton"` with `value_fn=hessopt.composite(model_fn, loss_fn)`; with
-        `"exact"` that is the method of Levenberg and Marquardt. A loss whose Hessian in the outputs is diagonal, such
-        as a sum of squares, is solved by the singular values of its Jacobian, which does not square their ratio; the
-        gradient is then that of value_fn itself, whatever updates are.
-      initial_radius: length of the first trial step, in units of D p; Cauchy's by default.
+      subproblem: `"exact"`, by an eigendecomposition, with a D that makes units of
+        parameters irrelevant, or `"cg"`, in the space that conjugate gradients span (at
+        most 50 products with the curvature, D = 1), until the residual is at most
+        `min(1/2, sqrt(|g|/|g_0|)) |g|`, g_0 being the first gradient.
+      curvature: `"hessian"`, or `"gauss_newton"` with
+        `value_fn=hessopt.composite(model_fn, loss_fn)`; with `"exact"` that is the
+        method of Levenberg and Marquardt. A loss whose Hessian in the outputs is
+        diagonal, such as a sum of squares, is solved by the singular values of its
+        Jacobian, which does not square their ratio; the gradient is then that of
+        value_fn itself, whatever updates are.
+      initial_radius: length of the first trial step, in units of D p; Cauchy's by
+        default.
       max_trials: at most, per update; each poor one makes the next one shorter.
-      geodesic_acceleration: whether to bend steps by the second derivative of the outputs; for `"gauss_newton"` and
-        `"exact"`.
+      geodesic_acceleration: whether to bend steps by the second derivative of the
+        outputs; for `"gauss_newton"` and `"exact"`.
 
     Returns:
-      An optimizer, alone in its chain: gradient in, additive update out. Its `update(grads, state, params, *, value,
-      value_fn, **data)` needs the objective, and evaluates it at params where value is missing. Its status is
+      An optimizer, alone in its chain: gradient in, additive update out. Its
+      `update(grads, state, params, *, value, value_fn, **data)` needs the objective,
+      and evaluates it at params where value is missing. Its status is
       `state.info.status`.
 
-      Where no trial is taken (STEP_REJECTED) the step is zero, and the next update begins with a shorter one; with a
-      longer one, if the last trial promised less than the value's rounding and its value was finite. A value, gradient
-      or curvature that is not finite (NONFINITE) gives a step of zero; the state is then as before, but for count and
-      info. NEGATIVE_CURVATURE says that H has a negative eigenvalue.
+      Where no trial is taken (STEP_REJECTED) the step is zero, and the next update
+      begins with a shorter one; with a longer one, if the last trial promised less than
+      the value's rounding and its value was finite. A value, gradient or curvature that
+      is not finite (NONFINITE) gives a step of zero; the state is then as before, but
+      for count and info. NEGATIVE_CURVATURE says that H has a negative eigenvalue.
 
     Raises:
-      ValueError: for max_trials < 1, initial_radius <= 0, an unknown word, or geodesic_acceleration without what it
-        is for.
-      TypeError: in `update`, when params or value_fn is missing, or data that value_fn requires.
+      ValueError: for max_trials < 1, initial_radius <= 0, an unknown word, or
+        geodesic_acceleration without what it is for.
+      TypeError: in `update`, when params or value_fn is missing, or data that value_fn
+        requires.
 
-    Cost per update: n products of about two gradients each (with a diagonal loss: tangents of the model and
-    `2 m n^2` multiplications, m outputs) and about `9 n^3` multiplications; per trial one value and `n^2`. With `"cg"`
-    one such product and `4 k n` multiplications for the k-th dimension. Memory: `n^2` three times; m n; 50 n.
+    Cost per update: n products of about two gradients each (with a diagonal loss:
+    tangents of the model and `2 m n^2` multiplications, m outputs) and about `9 n^3`
+    multiplications; per trial one value and `n^2`. With `"cg"` one such product and `4
+    k n` multiplications for the k-th dimension. Memory: `n^2` three times; m n; 50 n.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -119,7 +144,9 @@ def trust_region_newton(
     """
     check_count("max_trials", max_trials)
     if initial_radius is not None:
-        check_range("initial_radius", initial_radius, float(jnp.finfo(jnp.float32).tiny))
+        check_range(
+            "initial_radius", initial_radius, float(jnp.finfo(jnp.float32).tiny)
+        )
     bound = choose("model", model, MODELS)
     solve, scaled = choose("subproblem", subproblem, SUBPROBLEMS)
     choose("curvature", curvature, CURVATURES)
@@ -159,8 +186,16 @@ def trust_region_newton(
         value = value.astype(solve_dtype((params, value)))
 
         def sized(w: Vector, z: Vector) -> jax.Array:
-            radius = _cauchy(w, z) if initial_radius is None else jnp.asarray(initial_radius, dtype)
-            return jnp.where(state.size > 0, state.size, bound.first(w, secular.within_radius(w, z, radius)))
+            radius = (
+                _cauchy(w, z)
+                if initial_radius is None
+                else jnp.asarray(initial_radius, dtype)
+            )
+            return jnp.where(
+                state.size > 0,
+                state.size,
+                bound.first(w, secular.within_radius(w, z, radius)),
+            )
 
         length = tree_norm(gradient)
         first_length = jnp.where(state.first_length > 0, state.first_length, length)
@@ -176,36 +211,67 @@ def trust_region_newton(
             step = bound.minimize(w, z, last.size)
             p, sound = lift(step.y), jnp.isfinite(step.length)
             if geodesic_acceleration:
-                a = secular.divided(w, project(_bending(objective, parts, p)), step.shift)
+                a = secular.divided(
+                    w, project(_bending(objective, parts, p)), step.shift
+                )
                 p = lift(step.y + jnp.where(norm(a) <= BEND * step.length, a / 2, 0.0))
-            p = jax.tree.map(lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts)
-            fall = jnp.where(sound, value - jnp.asarray(objective(applied(parts, p)), value.dtype), jnp.nan)
+            p = jax.tree.map(
+                lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts
+            )
+            fall = jnp.where(
+                sound,
+                value - jnp.asarray(objective(applied(parts, p)), value.dtype),
+                jnp.nan,
+            )
             ratio = gain_ratio(fall, step.decrease, noise).astype(dtype)
-            told = step.decrease > noise  # else the ratio says nothing of the model, but that it promises too little
-            size = bound.adapt(w, z, last.size, jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0), step)
+            # else the ratio says nothing of the model, but that it promises too little
+            told = step.decrease > noise
+            size = bound.adapt(
+                w, z, last.size, jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0), step
+            )
             return _Trial(p, size, ratio, step.shift, told, last.count + 1)
 
         def goes_on(last: _Trial) -> jax.Array:
-            return finite & last.told & (last.count < max_trials) & ~(last.ratio >= TAKEN)
+            return (
+                finite & last.told & (last.count < max_trials) & ~(last.ratio >= TAKEN)
+            )
 
         zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-        begin = _Trial(jax.tree.map(jnp.zeros_like, parts), sized(w, z), zero, zero, jnp.ones((), bool), none)
+        begin = _Trial(
+            jax.tree.map(jnp.zeros_like, parts),
+            sized(w, z),
+            zero,
+            zero,
+            jnp.ones((), bool),
+            none,
+        )
         last = jax.lax.while_loop(goes_on, attempt, begin)
 
         taken = last.ratio >= TAKEN
         status = {
             StepStatus.NONFINITE: ~finite,
             StepStatus.STEP_REJECTED: finite & ~taken,
-            StepStatus.NEGATIVE_CURVATURE: w[0] < -jnp.finfo(dtype).eps * len(w) * jnp.max(jnp.abs(w)),
+            StepStatus.NEGATIVE_CURVATURE: w[0]
+            < -jnp.finfo(dtype).eps * len(w) * jnp.max(jnp.abs(w)),
         }
-        step = restore_step([jnp.where(taken, p, 0.0).astype(g.dtype) for p, g in zip(last.p, gradient, strict=True)])
+        step = restore_step(
+            [
+                jnp.where(taken, p, 0.0).astype(g.dtype)
+                for p, g in zip(last.p, gradient, strict=True)
+            ]
+        )
         return step, TrustRegionState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             size=jnp.where(finite, last.size, state.size),
             first_length=jnp.where(finite, first_length, state.first_length),
             scales=select(finite, scales, state.scales),
             info=TrustRegionInfo(
-                step_status(status), last.ratio, last.shift, w[0], last.count, jnp.asarray(products, jnp.int32)
+                step_status(status),
+                last.ratio,
+                last.shift,
+                w[0],
+                last.count,
+                jnp.asarray(products, jnp.int32),
             ),
         )
 
@@ -233,7 +299,8 @@ def _bending(objective: Any, parts: list[jax.Array], p: list[jax.Array]) -> Any:
 
 
 def _cauchy(w: Vector, z: Vector) -> jax.Array:
-    """The length of the step to the minimum along the gradient, of curvature by magnitude; without any, 1."""
+    """The length of the step to the minimum along the gradient, of curvature by
+    magnitude; without any, 1."""
     scale = unit_scale(z)
     z = z / scale
     along, curved = jnp.sum(z**2), jnp.sum(jnp.abs(w) * z**2)

@@ -18,16 +18,18 @@ def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
 
     Args:
       params: pytree of arrays.
-      groups: `"all"` (one group), `"leaf"` (one per leaf), `"layer"` (leaves with the same parent path),
-        `"weights_biases"` (leaves of rank 2 and more; the others), a tree of labels with the structure of
-        `params` or a prefix of it, or a callable `path, leaf -> label` with JAX's key path.
+      groups: `"all"` (one group), `"leaf"` (one per leaf), `"layer"` (leaves with the
+        same parent path), `"weights_biases"` (leaves of rank 2 and more; the others), a
+        tree of labels with the structure of `params` or a prefix of it, or a callable
+        `path, leaf -> label` with JAX's key path.
 
     Returns:
-      `(labels, names)`: a tree like `params` of ints, and the names of the groups, in the order in which
-      their first leaves stand in `params`; `labels` index `names`.
+      `(labels, names)`: a tree like `params` of ints, and the names of the groups, in
+      the order in which their first leaves stand in `params`; `labels` index `names`.
 
     Raises:
-      ValueError: for an unknown word, or labels that do not match `params`, naming the path.
+      ValueError: for an unknown word, or labels that do not match `params`, naming the
+        path.
 
     Example:
       >>> import jax.numpy as jnp
@@ -46,20 +48,29 @@ def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
         check_word("groups", groups, WORDS)
         labels = [WORDS[groups](path, leaf) for path, leaf in leaves]
     names = tuple(dict.fromkeys(map(str, labels)))
-    return jax.tree.unflatten(treedef, [names.index(str(label)) for label in labels]), names
+    return jax.tree.unflatten(
+        treedef, [names.index(str(label)) for label in labels]
+    ), names
 
 
 ABSENT: Any = object()
 
 
 def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
-    """The labels, leaf by leaf of params, of a tree that has their structure or a prefix of it."""
+    """The labels, leaf by leaf of params, of a tree that has their structure or a
+    prefix of it."""
     given = dict(jax.tree_util.tree_leaves_with_path(tree))
     unused, found = set(given), []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: leaf is None):
-        above = next((path[:n] for n in range(len(path) + 1) if path[:n] in given), ABSENT)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        params, is_leaf=lambda leaf: leaf is None
+    ):
+        above = next(
+            (path[:n] for n in range(len(path) + 1) if path[:n] in given), ABSENT
+        )
         if above is ABSENT and leaf is not None:
-            raise ValueError(f"{name} must be a tree like params: {_name(path)!r} has no label")
+            raise ValueError(
+                f"{name} must be a tree like params: {_name(path)!r} has no label"
+            )
         unused.discard(above)
         if leaf is not None:  # a hole, where another part of the parameters was
             found.append(given[above])
@@ -71,19 +82,26 @@ def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
 
 
 def check_groups(name: str, groups: Groups) -> None:
-    """Raise `ValueError` for an unknown word, as soon as there are no parameters yet to match labels with."""
+    """Raise `ValueError` for an unknown word, as soon as there are no parameters yet to
+    match labels with."""
     if isinstance(groups, str):
         check_word(name, groups, WORDS)
 
 
 def take(tree: Any, labels: Any, group: int) -> Any:
-    """Return `tree` with None in place of every leaf outside `group`: same paths, fewer leaves."""
-    return jax.tree.map(lambda label, leaf: leaf if label == group else None, labels, tree)
+    """Return `tree` with None in place of every leaf outside `group`: same paths, fewer
+    leaves."""
+    return jax.tree.map(
+        lambda label, leaf: leaf if label == group else None, labels, tree
+    )
 
 
 def combine(part: Any, tree: Any) -> Any:
-    """Return `tree` with those leaves replaced that are not None in `part`; the inverse of `take`."""
-    return jax.tree.map(lambda p, t: t if p is None else p, part, tree, is_leaf=lambda p: p is None)
+    """Return `tree` with those leaves replaced that are not None in `part`; the inverse
+    of `take`."""
+    return jax.tree.map(
+        lambda p, t: t if p is None else p, part, tree, is_leaf=lambda p: p is None
+    )
 
 
 def _name(path: Any) -> str:
@@ -91,7 +109,8 @@ def _name(path: Any) -> str:
 
 
 def _unboxed(path: Any) -> Any:
-    """Drop the last key of a boxed parameter (`flax.nnx.Param`, `flax.linen.Partitioned`), which is its value."""
+    """Drop the last key of a boxed parameter (`flax.nnx.Param`,
+    `flax.linen.Partitioned`), which is its value."""
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 

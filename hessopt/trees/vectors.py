@@ -1,4 +1,5 @@
-"""A pytree of parameters as one real vector; a complex leaf counts as its real and imaginary parts."""
+"""A pytree of parameters as one real vector; a complex leaf counts as its real and
+imaginary parts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,19 +13,26 @@ from hessopt.trees.sharding import contract, gathered, placed
 from hessopt.typing import Matrix, Params, Vector
 
 
-def real_leaves(tree: Params) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Params]]:
-    """Return the leaves as real arrays and the function that makes the tree of them again.
+def real_leaves(
+    tree: Params,
+) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Params]]:
+    """Return the leaves as real arrays and the function that makes the tree of them
+    again.
 
-    A complex leaf of shape `s` becomes one of shape `(2, *s)`: real parts, then imaginary parts. In these
-    coordinates the gradient is that of optax's convention, `df/dx + i df/dy`, the conjugate of what
-    `jax.grad` returns.
+    A complex leaf of shape `s` becomes one of shape `(2, *s)`: real parts, then
+    imaginary parts. In these coordinates the gradient is that of optax's convention,
+    `df/dx + i df/dy`, the conjugate of what `jax.grad` returns.
     """
     leaves, treedef = jax.tree.flatten(tree)
     is_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
 
     def restore(parts: Sequence[jax.Array]) -> Params:
         return jax.tree.unflatten(
-            treedef, [jax.lax.complex(p[0], p[1]) if c else p for p, c in zip(parts, is_complex, strict=True)]
+            treedef,
+            [
+                jax.lax.complex(p[0], p[1]) if c else p
+                for p, c in zip(parts, is_complex, strict=True)
+            ],
         )
 
     parts = [
@@ -35,21 +43,28 @@ def real_leaves(tree: Params) -> tuple[list[jax.Array], Callable[[Sequence[jax.A
 
 
 def solve_dtype(tree: Params) -> Any:
-    """The real dtype of inner products and solves over `tree`: that of its leaves, at least float32."""
-    dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)]  # a weakly typed leaf counts like any other
+    """The real dtype of inner products and solves over `tree`: that of its leaves, at
+    least float32."""
+    # a weakly typed leaf counts like any other
+    dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)]
     return jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
 
 
 def eps(tree: Params) -> float:
     """The coarsest rounding unit among the leaves of `tree`; 0 without any."""
-    return max((float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(tree)), default=0.0)
+    return max(
+        (float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(tree)),
+        default=0.0,
+    )
 
 
 def ravel(tree: Params) -> Vector:
     """Concatenate the real leaves of `tree` into one vector `(n,)` of `solve_dtype`."""
     parts, _ = real_leaves(tree)
     dtype = solve_dtype(tree)
-    return jnp.concatenate([jnp.zeros(0, dtype)] + [gathered(part).ravel().astype(dtype) for part in parts])
+    return jnp.concatenate(
+        [jnp.zeros(0, dtype)] + [gathered(part).ravel().astype(dtype) for part in parts]
+    )
 
 
 def unravel(vector: Vector, like: Params) -> Params:
@@ -68,19 +83,29 @@ LARGE = 2**16
 
 
 def gram(*vectors: Params) -> Matrix:
-    """The real inner products among k trees, `(k, k)`, leaf by leaf as they lie, in `solve_dtype`."""
+    """The real inner products among k trees, `(k, k)`, leaf by leaf as they lie, in
+    `solve_dtype`."""
     k, dtype = len(vectors), solve_dtype(vectors)
 
     def products(*xs: jax.Array) -> jax.Array:
         wide = jnp.promote_types(dtype, jnp.result_type(*xs))
         xs = tuple(jnp.asarray(x, wide) for x in xs)
         if xs[0].size >= LARGE:
-            upper = {(i, j): _dot(xs[i], xs[j], xs[i].ndim) for i in range(k) for j in range(i, k)}
-            return jnp.stack([upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]).reshape(k, k)
-        X = jnp.stack(xs)  # a matrix product costs less to compile than sums of products
+            upper = {
+                (i, j): _dot(xs[i], xs[j], xs[i].ndim)
+                for i in range(k)
+                for j in range(i, k)
+            }
+            return jnp.stack(
+                [upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]
+            ).reshape(k, k)
+        # a matrix product costs less to compile than sums of products
+        X = jnp.stack(xs)
         return _dot(X, X, X.ndim - 1)
 
-    return sum(jax.tree.leaves(jax.tree.map(products, *vectors)), jnp.zeros((k, k), dtype))
+    return sum(
+        jax.tree.leaves(jax.tree.map(products, *vectors)), jnp.zeros((k, k), dtype)
+    )
 
 
 def inner(a: Params, b: Params) -> jax.Array:
@@ -97,9 +122,15 @@ def inner(a: Params, b: Params) -> jax.Array:
 def tree_norm(tree: Params) -> jax.Array:
     """The norm of a tree, in `solve_dtype`; inf or NaN only where it has such entries."""
     dtype = solve_dtype(tree)
-    sizes = [jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    sizes = [
+        jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype)
+        for leaf in jax.tree.leaves(tree)
+    ]
     scale = unit_scale(jnp.stack(sizes)) if sizes else jnp.ones((), dtype)
-    unit = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.promote_types(dtype, leaf.dtype)) / scale, tree)
+    unit = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.promote_types(dtype, leaf.dtype)) / scale,
+        tree,
+    )
     return scale * jnp.sqrt(inner(unit, unit))
 
 
@@ -110,20 +141,25 @@ def _dot(x: jax.Array, y: jax.Array, axes: int) -> jax.Array:
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether no entry of any leaf is inf or NaN."""
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    return jnp.all(
+        jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+    )
 
 
 def applied(params: Params, updates: Params) -> Params:
-    """Return `params + updates`, rounded to the dtypes of params: XLA by itself goes on with the unrounded sum."""
+    """Return `params + updates`, rounded to the dtypes of params: XLA by itself goes on
+    with the unrounded sum."""
     return jax.lax.optimization_barrier(optax.apply_updates(params, updates))
 
 
 def strongly_typed(tree: Any) -> Any:
-    """Return `tree` with arrays for leaves, whose dtypes no longer yield to those of what they meet."""
+    """Return `tree` with arrays for leaves, whose dtypes no longer yield to those of
+    what they meet."""
 
     def strong(leaf: Any) -> jax.Array:
         array = jnp.asarray(leaf)
-        weak = getattr(array, "weak_type", False)  # arrays of random keys do not have the attribute
+        # arrays of random keys do not have the attribute
+        weak = getattr(array, "weak_type", False)
         return jax.lax.convert_element_type(array, array.dtype) if weak else array
 
     return jax.tree.map(strong, tree)

@@ -58,7 +58,9 @@ def attention(params):
     x = data(2, 5, 6)
     weights = jax.nn.softmax(jnp.einsum("bid,bjd->bij", x @ Q, x @ K) / 6**0.5)
     x = x + jnp.einsum("bij,bjd->bid", weights, x @ V) @ out
-    x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
+    x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(
+        x.var(-1, keepdims=True) + 1e-5
+    ) * scale + bias
     return jnp.mean(jnp.sin(x) ** 2)
 
 
@@ -75,19 +77,32 @@ def pieces(params):
     """What is not smooth, and what is not arithmetic."""
     a, b, c = params
     h = jnp.where(a > 0, jnp.exp(a), jnp.sin(a) * b)
-    h = jnp.abs(h) + jax.nn.relu(b) + jnp.sort(a * c, axis=0) + jnp.maximum(h, c) * jnp.minimum(b, c)
+    h = (
+        jnp.abs(h)
+        + jax.nn.relu(b)
+        + jnp.sort(a * c, axis=0)
+        + jnp.maximum(h, c) * jnp.minimum(b, c)
+    )
     h = h.at[jnp.array([2, 0])].add(c[:2] ** 2)
     h = h.at[jnp.array([1])].set(jnp.cumsum(h, axis=0)[3])
     picked = jax.nn.logsumexp(h[jnp.array([0, 3, 3])], axis=0) / (1.0 + jnp.sum(h**2))
-    return jnp.sum(picked * jnp.clip(c[1:4], -0.4, 0.4)) + jnp.prod(jnp.max(jnp.exp(b), axis=1)) + jnp.linalg.norm(h)
+    return (
+        jnp.sum(picked * jnp.clip(c[1:4], -0.4, 0.4))
+        + jnp.prod(jnp.max(jnp.exp(b), axis=1))
+        + jnp.linalg.norm(h)
+    )
 
 
 def shared(params):
-    """One tensor in two places, one variable on both sides of a product, a constant factor, a group without effect."""
+    """One tensor in two places, one variable on both sides of a product, a constant
+    factor, a group without effect."""
     a, b, unused = params
     h = jnp.tanh(data(5, 4) @ a) @ a.T
     return (
-        jnp.sum(h * h) + jnp.vdot(b, b) * jnp.sum(h[0]) + jnp.sum(jax.lax.stop_gradient(b) * b) + 0.0 * jnp.sum(unused)
+        jnp.sum(h * h)
+        + jnp.vdot(b, b) * jnp.sum(h[0])
+        + jnp.sum(jax.lax.stop_gradient(b) * b)
+        + 0.0 * jnp.sum(unused)
     )
 
 
@@ -104,13 +119,25 @@ def calls(params):
     a, b = params
     inner = jax.jit(lambda x, y: jnp.sin(x) * y)
     kept = jax.checkpoint(lambda x: jnp.exp(inner(x, x)))
-    h = kept(a) + straight_through(3 * b) * inner(a, b) + jax.jit(jnp.tanh)(jax.jit(jnp.tanh)(a))
-    h = jax.lax.cond(jnp.sum(b) > 0, lambda x: jnp.sin(x) * b, lambda x: jnp.cos(x) ** 2, h)
+    h = (
+        kept(a)
+        + straight_through(3 * b) * inner(a, b)
+        + jax.jit(jnp.tanh)(jax.jit(jnp.tanh)(a))
+    )
+    h = jax.lax.cond(
+        jnp.sum(b) > 0, lambda x: jnp.sin(x) * b, lambda x: jnp.cos(x) ** 2, h
+    )
     # a loop off the differentiated path
     count = jax.lax.while_loop(lambda n: n < 3, lambda n: n + 1, jnp.sum(a > 100))
-    held = jax.lax.while_loop(lambda x: x < 3, lambda x: 2 * x + 1, jax.lax.stop_gradient(jnp.sum(a**2)))
-    turns = jax.lax.while_loop(lambda x: x[0] < jnp.sum(a**2), lambda x: (x[0] + 1, 2 * x[1]), (0.0, 1.0))[1]
-    return jnp.sum(h) * count * held * turns + jnp.sum(jnp.real(jnp.fft.fft(a + 1j * b[:4]) ** 2))
+    held = jax.lax.while_loop(
+        lambda x: x < 3, lambda x: 2 * x + 1, jax.lax.stop_gradient(jnp.sum(a**2))
+    )
+    turns = jax.lax.while_loop(
+        lambda x: x[0] < jnp.sum(a**2), lambda x: (x[0] + 1, 2 * x[1]), (0.0, 1.0)
+    )[1]
+    return jnp.sum(h) * count * held * turns + jnp.sum(
+        jnp.real(jnp.fft.fft(a + 1j * b[:4]) ** 2)
+    )
 
 
 def implicit(params):
@@ -173,8 +200,15 @@ def test_it_equals_the_derivatives_of_the_restriction(name):
 def test_rows_a_few_at_a_time_are_the_same(name):
     value_fn, params = MODELS[name]
     exact = oracle(value_fn, params, steps(params), "leaf")
-    assert_same(taylor(value_fn, params, steps(params), groups="leaf", chunk_size=3), exact)
-    assert_same(taylor(value_fn, params, steps(params), groups="leaf", chunk_size=1, order=2)[:3], exact[:3])
+    assert_same(
+        taylor(value_fn, params, steps(params), groups="leaf", chunk_size=3), exact
+    )
+    assert_same(
+        taylor(value_fn, params, steps(params), groups="leaf", chunk_size=1, order=2)[
+            :3
+        ],
+        exact[:3],
+    )
 
 
 def test_lower_orders_are_parts_of_higher_ones():
@@ -195,7 +229,9 @@ def test_groups_are_sums_of_leaves():
     np.testing.assert_allclose(terms.gradient, gradient @ sums, rtol=1e-11)
     np.testing.assert_allclose(terms.hessian, sums.T @ hessian @ sums, rtol=1e-11)
     phi = restriction(value_fn, params, steps(params), groups=labels)
-    third = jnp.diagonal(jnp.diagonal(jax.jit(jax.jacfwd(jax.hessian(phi)))(jnp.zeros(2))))
+    third = jnp.diagonal(
+        jnp.diagonal(jax.jit(jax.jacfwd(jax.hessian(phi)))(jnp.zeros(2)))
+    )
     np.testing.assert_allclose(terms.third, third, rtol=1e-10)
 
 
@@ -230,32 +266,58 @@ def test_half_precision_is_right_to_its_rounding():
 
 def test_sharded_parameters_and_data_give_the_same():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
-    place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    place = lambda x, *axes: jax.device_put(
+        x, NamedSharding(mesh, PartitionSpec(*axes))
+    )
     x, params = data(8, 4), tree((4, 6), (6,), (6,))
 
     def value_fn(params, x):
         return jnp.mean(jnp.tanh(x @ params[0] + params[1]) @ params[2] ** 2)
 
-    fun = jax.jit(lambda p, x: taylor(lambda p: value_fn(p, x), p, steps(p), groups="leaf"))
-    spread = [place(params[0], None, "model"), place(params[1], "model"), place(params[2], "model")]
-    chex.assert_trees_all_close(fun(spread, place(x, "data")), fun(params, x), rtol=1e-12)
+    fun = jax.jit(
+        lambda p, x: taylor(lambda p: value_fn(p, x), p, steps(p), groups="leaf")
+    )
+    spread = [
+        place(params[0], None, "model"),
+        place(params[1], "model"),
+        place(params[2], "model"),
+    ]
+    chex.assert_trees_all_close(
+        fun(spread, place(x, "data")), fun(params, x), rtol=1e-12
+    )
 
 
-@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding")
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding"
+)
 @pytest.mark.parametrize("split", [None, "model"])
 def test_explicit_sharding_gives_the_same(split):
     explicit = (jax.sharding.AxisType.Explicit,) * 2
-    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=explicit, devices=jax.devices()[:4])
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "model"), axis_types=explicit, devices=jax.devices()[:4]
+    )
     x, params = data(8, 4), tree((4, 6), (6,), (6,))
 
     def value_fn(params, x):
-        return jnp.mean(jnp.sum(jnp.tanh(x @ params[0] + params[1]) * params[2] ** 2, axis=1) ** 2)
+        return jnp.mean(
+            jnp.sum(jnp.tanh(x @ params[0] + params[1]) * params[2] ** 2, axis=1) ** 2
+        )
 
-    fun = jax.jit(lambda p, x: taylor(lambda p: value_fn(p, x), p, steps(p), groups="leaf"))
-    place = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+    fun = jax.jit(
+        lambda p, x: taylor(lambda p: value_fn(p, x), p, steps(p), groups="leaf")
+    )
+    place = lambda x, *axes: jax.device_put(
+        x, NamedSharding(mesh, PartitionSpec(*axes))
+    )
     with jax.set_mesh(mesh):
-        spread = [place(params[0], None, split), place(params[1], split), place(params[2], split)]
-        chex.assert_trees_all_close(fun(spread, place(x, "data")), fun(params, x), rtol=1e-12)
+        spread = [
+            place(params[0], None, split),
+            place(params[1], split),
+            place(params[2], split),
+        ]
+        chex.assert_trees_all_close(
+            fun(spread, place(x, "data")), fun(params, x), rtol=1e-12
+        )
 
 
 @jax.custom_vjp
@@ -268,7 +330,9 @@ reversed_only.defvjp(lambda x: (jnp.sin(x), x), lambda x, g: (g * jnp.cos(x) * 1
 
 def test_a_reverse_rule_of_its_own_is_good_for_two_orders():
     def inside(params):
-        h, _ = jax.lax.scan(lambda h, x: (reversed_only(h + x), None), params[0], data(3, 4))
+        h, _ = jax.lax.scan(
+            lambda h, x: (reversed_only(h + x), None), params[0], data(3, 4)
+        )
         return jnp.sum(reversed_only(h * params[1]) ** 2)
 
     def plain(params):
@@ -277,7 +341,9 @@ def test_a_reverse_rule_of_its_own_is_good_for_two_orders():
 
     params = tree((4,), (4,))
     exact = oracle(plain, params, steps(params), "leaf")
-    assert_same(taylor(inside, params, steps(params), groups="leaf", order=2)[:3], exact[:3])
+    assert_same(
+        taylor(inside, params, steps(params), groups="leaf", order=2)[:3], exact[:3]
+    )
     with pytest.raises(TypeError, match=r"reversed_only has a jax.custom_vjp"):
         taylor(inside, params, steps(params), groups="leaf")
 
@@ -292,15 +358,24 @@ clipped_backwards.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -1, 1),)
 
 def test_a_reverse_rule_need_not_be_linear():
     params = tree((4,), (4,))
-    value_fn = lambda p: jnp.sum(clipped_backwards(p[0]) * jnp.sin(p[1]) ** 2)  # never clipped
-    exact = oracle(lambda p: jnp.sum(p[0] * jnp.sin(p[1]) ** 2), params, steps(params), "leaf")
-    assert_same(taylor(value_fn, params, steps(params), groups="leaf", order=2)[:3], exact[:3])
+    # never clipped
+    value_fn = lambda p: jnp.sum(clipped_backwards(p[0]) * jnp.sin(p[1]) ** 2)
+    exact = oracle(
+        lambda p: jnp.sum(p[0] * jnp.sin(p[1]) ** 2), params, steps(params), "leaf"
+    )
+    assert_same(
+        taylor(value_fn, params, steps(params), groups="leaf", order=2)[:3], exact[:3]
+    )
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])
 def test_leaves_that_are_not_floating_are_constants(chunk_size):
     value_fn = lambda p: jnp.sum(jnp.where(p["mask"], p["x"] ** 3, 0.0)) * p["count"]
-    params = {"count": jnp.array(2), "mask": jnp.array([True, False]), "x": jnp.array([0.5, 2.0])}
+    params = {
+        "count": jnp.array(2),
+        "mask": jnp.array([True, False]),
+        "x": jnp.array([0.5, 2.0]),
+    }
     updates = {"count": jnp.array(1), "mask": jnp.array([True, True]), "x": jnp.ones(2)}
     terms = taylor(value_fn, params, updates, groups="leaf", chunk_size=chunk_size)
     np.testing.assert_allclose(terms.gradient, [0, 0, 1.5])
@@ -330,13 +405,17 @@ def test_parameters_may_be_of_any_class():
 
 def test_no_parameters_give_no_terms():
     for chunk_size in (None, 1):
-        value, *terms = taylor(lambda p: jnp.asarray(3.0), {}, {}, groups="leaf", chunk_size=chunk_size)
+        value, *terms = taylor(
+            lambda p: jnp.asarray(3.0), {}, {}, groups="leaf", chunk_size=chunk_size
+        )
         assert value == 3.0
         assert [term.shape for term in terms] == [(0,), (0, 0), (0,)]
 
 
 def test_a_constant_objective_has_no_terms():
-    terms = taylor(lambda p: jnp.asarray(2.0), tree((2,), (3,)), tree((2,), (3,)), groups="leaf")
+    terms = taylor(
+        lambda p: jnp.asarray(2.0), tree((2,), (3,)), tree((2,), (3,)), groups="leaf"
+    )
     assert terms.value == 2.0
     assert not any(np.any(term) for term in terms[1:])
 
@@ -346,11 +425,15 @@ def test_wrong_arguments_are_named():
     quadratic = lambda p: sum(jnp.vdot(x, x) for x in p)
     with pytest.raises(ValueError, match="order must be 1, 2 or 3, got 4"):
         taylor(quadratic, params, params, order=4)
-    with pytest.raises(ValueError, match="chunk_size must be an int, at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="chunk_size must be an int, at least 1, got 0"
+    ):
         taylor(quadratic, params, params, chunk_size=0)
     with pytest.raises(ValueError, match="updates must be a tree like params"):
         taylor(quadratic, params, tree((2,), (4,)))
-    with pytest.raises(TypeError, match=r"value_fn must return a real scalar, got float64\[2\]"):
+    with pytest.raises(
+        TypeError, match=r"value_fn must return a real scalar, got float64\[2\]"
+    ):
         taylor(lambda p: p[0], params, params)
     with pytest.raises(ValueError, match="groups must be one of"):
         restriction(quadratic, params, params, groups="leaves")
@@ -373,14 +456,20 @@ def deep(layers):
 
 def lowered(layers, order):
     value_fn, params = deep(layers)
-    return jax.jit(lambda p, u: taylor(value_fn, p, u, groups="leaf", order=order)).lower(params, steps(params))
+    return jax.jit(
+        lambda p, u: taylor(value_fn, p, u, groups="leaf", order=order)
+    ).lower(params, steps(params))
 
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_the_sweep_forgets_as_it_goes(order):
-    """Memory is that of a few stacks of tangents at the last layer, not of all layers, and programs grow linearly."""
+    """Memory is that of a few stacks of tangents at the last layer, not of all layers,
+    and programs grow linearly."""
     programs = {layers: lowered(layers, order) for layers in (4, 12)}
-    lines = {layers: len(program.as_text().splitlines()) for layers, program in programs.items()}
+    lines = {
+        layers: len(program.as_text().splitlines())
+        for layers, program in programs.items()
+    }
     assert lines[12] < 3.3 * lines[4]
     stack = 24 * 64 * 16 * 4
     memory = programs[12].compile().memory_analysis()

@@ -19,23 +19,40 @@ def loss(params):
 def test_every_info_is_reported_under_its_transformations_name():
     tx = hessopt.newton()
     grad = jax.grad(loss)(PARAMS)
-    _, state = tx.update(grad, tx.init(PARAMS), PARAMS, value=loss(PARAMS), grad=grad, value_fn=loss)
+    _, state = tx.update(
+        grad, tx.init(PARAMS), PARAMS, value=loss(PARAMS), grad=grad, value_fn=loss
+    )
     found = diagnostics(state)
     assert found["newton.status"] == hessopt.StepStatus.OK
     assert (found["newton.count"], found["newton.attempts"]) == (1, 1)
-    assert (found["linesearch.status"], found["linesearch.rate"]) == (hessopt.StepStatus.OK, 1.0)
+    assert (found["linesearch.status"], found["linesearch.rate"]) == (
+        hessopt.StepStatus.OK,
+        1.0,
+    )
     assert all(jnp.shape(x) == () for x in found.values())
 
 
 def test_wrapped_nested_and_repeated_states_keep_distinct_names():
-    inner = hessopt.subsampled(hessopt.scale_by_newton(), probability=1.0, blocks="leaf")
+    inner = hessopt.subsampled(
+        hessopt.scale_by_newton(), probability=1.0, blocks="leaf"
+    )
     tx = optax.named_chain(
-        ("first", optax.scale_by_adam()), ("second", optax.inject_hyperparams(optax.sgd)(0.1)), ("third", inner)
+        ("first", optax.scale_by_adam()),
+        ("second", optax.inject_hyperparams(optax.sgd)(0.1)),
+        ("third", inner),
     )
     found = diagnostics(tx.init(PARAMS))
-    assert {"first.adam.count", "third.subsampled.drawn", "third.subsampled.a.newton.status"} <= set(found)
-    assert float(next(x for name, x in found.items() if name.endswith("learning_rate"))) == pytest.approx(0.1)
-    twice = diagnostics(optax.chain(optax.scale_by_adam(), optax.scale_by_adam()).init(PARAMS))
+    assert {
+        "first.adam.count",
+        "third.subsampled.drawn",
+        "third.subsampled.a.newton.status",
+    } <= set(found)
+    assert float(
+        next(x for name, x in found.items() if name.endswith("learning_rate"))
+    ) == pytest.approx(0.1)
+    twice = diagnostics(
+        optax.chain(optax.scale_by_adam(), optax.scale_by_adam()).init(PARAMS)
+    )
     assert set(twice) == {"adam.count", "adam_2.count"}
 
 
@@ -49,10 +66,15 @@ def test_works_on_anything_under_jit_and_on_batches():
 
 
 def test_rates_of_groups_are_numbered_unless_there_is_one():
-    one, many = (diagnostics(hessopt.scale_by_generalized_newton(groups=g).init(PARAMS)) for g in (None, "leaf"))
+    one, many = (
+        diagnostics(hessopt.scale_by_generalized_newton(groups=g).init(PARAMS))
+        for g in (None, "leaf")
+    )
     count = len(jax.tree.leaves(PARAMS))
     assert one["generalized_newton.rate"].shape == ()
-    assert [f"generalized_newton.rate.{i}" in many for i in range(count)] == [True] * count
+    assert [f"generalized_newton.rate.{i}" in many for i in range(count)] == [
+        True
+    ] * count
     lanes = jax.vmap(hessopt.scale_by_generalized_newton(groups="leaf").init)(
         jax.tree.map(lambda x: jnp.stack([x, x]), PARAMS)
     )
@@ -65,5 +87,7 @@ def test_of_a_train_state_its_optimizers_state_is_reported():
     expected = diagnostics(linen.opt_state)
     for state in (linen, module):
         found = diagnostics(state)
-        assert {name: float(x) for name, x in found.items()} == {name: float(x) for name, x in expected.items()}
+        assert {name: float(x) for name, x in found.items()} == {
+            name: float(x) for name, x in expected.items()
+        }
         assert all(isinstance(x, jax.Array) for x in found.values())

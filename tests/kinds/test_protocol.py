@@ -8,7 +8,9 @@ from hessopt.kinds.protocol import transformation
 
 
 def echo(*needs):
-    return transformation("echo", lambda params: (), lambda call, state: (call, state), needs=needs)
+    return transformation(
+        "echo", lambda params: (), lambda call, state: (call, state), needs=needs
+    )
 
 
 X, G = {"a": jnp.array([1.0, 2.0])}, {"a": jnp.array([3.0, 4.0])}
@@ -19,19 +21,27 @@ def value_fn(params, scale):
 
 
 def test_the_objective_comes_bound_to_its_data_and_nothing_else_comes_through():
-    call, _ = echo("value_fn").update(G, (), X, value_fn=value_fn, scale=2.0, nobody_knows=1)
+    call, _ = echo("value_fn").update(
+        G, (), X, value_fn=value_fn, scale=2.0, nobody_knows=1
+    )
     assert call.objective(X) == 10.0
     assert (call.updates, call.params, call.grad, call.value) == (G, X, None, None)
 
 
-@pytest.mark.parametrize(("value", "finite"), [(None, True), (1.0, True), (np.inf, False), (np.nan, False)])
+@pytest.mark.parametrize(
+    ("value", "finite"), [(None, True), (1.0, True), (np.inf, False), (np.nan, False)]
+)
 def test_only_a_value_that_was_given_can_be_not_finite(value, finite):
     assert bool(echo().update(G, (), X, value=value)[0].finite) is finite
 
 
 def test_updates_are_the_gradient_where_none_is_given_or_the_same_leaves_are():
     other = {"a": 2 * G["a"]}
-    for grad, gradient, same in ((None, G, True), (dict(G), G, True), (other, other, False)):
+    for grad, gradient, same in (
+        (None, G, True),
+        (dict(G), G, True),
+        (other, other, False),
+    ):
         call, _ = echo().update(G, (), X, grad=grad)
         assert call.gradient == gradient
         assert call.is_gradient is same

@@ -11,9 +11,16 @@ W, Z = jnp.array([1.0, 4.0]), jnp.array([3.0, 1.0])
 
 @pytest.mark.parametrize(
     ("actual", "predicted", "noise", "ratio"),
-    [(1.0, 2.0, 0.0, 0.5), (-3e-17, 1e-17, 1e-15, 0.96), (jnp.nan, 1.0, 0.0, -jnp.inf), (-jnp.inf, 1.0, 0.0, -jnp.inf)],
+    [
+        (1.0, 2.0, 0.0, 0.5),
+        (-3e-17, 1e-17, 1e-15, 0.96),
+        (jnp.nan, 1.0, 0.0, -jnp.inf),
+        (-jnp.inf, 1.0, 0.0, -jnp.inf),
+    ],
 )
-def test_it_is_actual_over_predicted_unless_both_are_noise(actual, predicted, noise, ratio):
+def test_it_is_actual_over_predicted_unless_both_are_noise(
+    actual, predicted, noise, ratio
+):
     found = gain_ratio(jnp.asarray(actual), jnp.asarray(predicted), jnp.asarray(noise))
     np.testing.assert_allclose(found, ratio, rtol=1e-2)
 
@@ -27,14 +34,19 @@ def test_a_poor_trial_shortens_the_next_and_a_good_one_lengthens_it(name):
     model = MODELS[name]
     size = model.first(W, within_radius(W, Z, jnp.asarray(0.1)))
     step = model.minimize(W, Z, size)
-    lengths = [model.minimize(W, Z, model.adapt(W, Z, size, jnp.asarray(r), step)).length for r in (POOR / 2, 0.3, 1.0)]
+    lengths = [
+        model.minimize(W, Z, model.adapt(W, Z, size, jnp.asarray(r), step)).length
+        for r in (POOR / 2, 0.3, 1.0)
+    ]
     assert lengths[0] < lengths[1] < lengths[2]
     assert lengths[1] == step.length
     assert GOOD > POOR
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_poor_trial_halves_the_step_at_least_also_after_any_number_of_good_ones(name):
+def test_every_poor_trial_halves_the_step_at_least_also_after_any_number_of_good_ones(
+    name,
+):
     model = MODELS[name]
     step = jax.jit(lambda size: model.minimize(W, Z, size))
     after = jax.jit(lambda size, ratio: model.adapt(W, Z, size, ratio, step(size)))

@@ -27,7 +27,9 @@ def of(base, room=4):
 def factors(formula, H, s, y):
     """tau and phi, with b by a solve."""
     b, h = s @ np.linalg.solve(H, s) / (s @ y), y @ H @ y / (s @ y)
-    return tuple(map(float, broyden.FORMULAS[formula](jnp.asarray(b), jnp.asarray(h), len(s))))
+    return tuple(
+        map(float, broyden.FORMULAS[formula](jnp.asarray(b), jnp.asarray(h), len(s)))
+    )
 
 
 def textbook(H, s, y, tau, phi):
@@ -35,23 +37,36 @@ def textbook(H, s, y, tau, phi):
     Hy, sy = H @ y, s @ y
     yHy = y @ Hy
     v = np.sqrt(yHy) * (s / sy - Hy / yHy)
-    return (H - np.outer(Hy, Hy) / yHy + phi * np.outer(v, v)) / tau + np.outer(s, s) / sy
+    return (H - np.outer(Hy, Hy) / yHy + phi * np.outer(v, v)) / tau + np.outer(
+        s, s
+    ) / sy
 
 
 def ours(H, s, y, tau, phi):
     r, terms = broyden.term(*map(jnp.asarray, (s @ y, y @ H @ y, tau, phi)))
     columns = jnp.stack([s - r * (H @ y), H @ y])
     aside, direct = (
-        broyden.updated(of(H, room), jnp.array(room // 2), columns, terms, jnp.asarray(tau), jnp.array(True))
+        broyden.updated(
+            of(H, room),
+            jnp.array(room // 2),
+            columns,
+            terms,
+            jnp.asarray(tau),
+            jnp.array(True),
+        )
         for room in (3, 0)
     )
     np.testing.assert_array_equal(broyden.dense(aside), direct.base)
     return np.asarray(direct.base)
 
 
-@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 6), formula=st.sampled_from(EVERY))
+@given(
+    seed=st.integers(0, 2**32 - 1), n=st.integers(1, 6), formula=st.sampled_from(EVERY)
+)
 @settings(max_examples=100, deadline=None)
-def test_the_secant_equation_holds_and_the_matrix_stays_symmetric_and_positive_definite(seed, n, formula):
+def test_the_secant_equation_holds_and_the_matrix_stays_symmetric_and_positive_definite(
+    seed, n, formula
+):
     rng = np.random.default_rng(seed)
     H, s, y = spd(rng, n), rng.normal(size=n), rng.normal(size=n)
     y = y * np.sign(s @ y)
@@ -60,11 +75,16 @@ def test_the_secant_equation_holds_and_the_matrix_stays_symmetric_and_positive_d
     np.testing.assert_allclose(new @ y, s, atol=1e-10 * size)
     np.testing.assert_array_equal(new, new.T)
     assert np.linalg.eigvalsh(new).min() > -1e-13 * np.linalg.norm(new)
-    np.testing.assert_allclose(new, textbook(H, s, y, *factors(formula, H, s, y)), atol=1e-9 * np.linalg.norm(new))
+    np.testing.assert_allclose(
+        new,
+        textbook(H, s, y, *factors(formula, H, s, y)),
+        atol=1e-9 * np.linalg.norm(new),
+    )
 
 
 def least_change(H, W, s, y):
-    """The symmetric matrix nearest to H in the norm of W that maps y to s, by the equations of the minimum."""
+    """The symmetric matrix nearest to H in the norm of W that maps y to s, by the
+    equations of the minimum."""
     n = len(s)
     root = np.linalg.cholesky(W).T
     basis = []
@@ -77,7 +97,9 @@ def least_change(H, W, s, y):
     C = np.stack([E @ y for E in basis], 1)
     k = len(basis)
     kkt = np.block([[A.T @ A, C.T], [C, np.zeros((n, n))]])
-    change = np.linalg.lstsq(kkt, np.concatenate([np.zeros(k), s - H @ y]), rcond=None)[0][:k]
+    change = np.linalg.lstsq(kkt, np.concatenate([np.zeros(k), s - H @ y]), rcond=None)[
+        0
+    ][:k]
     return H + sum(c * E for c, E in zip(change, basis, strict=True))
 
 
@@ -86,9 +108,13 @@ def test_bfgs_changes_the_inverse_least_and_dfp_the_matrix(seed):
     rng = np.random.default_rng(seed)
     W, H, s = spd(rng, 4, 0.5), spd(rng, 4, 0.5), rng.normal(size=4)
     y = W @ s  # any W with W s = y gives the same
-    np.testing.assert_allclose(ours(H, s, y, 1.0, 1.0), least_change(H, W, s, y), rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(
+        ours(H, s, y, 1.0, 1.0), least_change(H, W, s, y), rtol=1e-8, atol=1e-9
+    )
     B = least_change(np.linalg.inv(H), np.linalg.inv(W), y, s)
-    np.testing.assert_allclose(ours(H, s, y, 1.0, 0.0), np.linalg.inv(B), rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(
+        ours(H, s, y, 1.0, 0.0), np.linalg.inv(B), rtol=1e-7, atol=1e-8
+    )
 
 
 def test_self_scaling_is_the_literature_s():
@@ -104,12 +130,16 @@ def test_self_scaling_is_the_literature_s():
         theta = np.where(b <= 0.5, 1.0, theta)
     sigma = 1 + a * theta
     root, plain = sigma ** (-1 / (n - 1)), np.minimum(1, 1 / b)
-    tau = np.where(theta > 0, plain * np.minimum(root, 1 / np.where(theta > 0, theta, 1)), 0)
+    tau = np.where(
+        theta > 0, plain * np.minimum(root, 1 / np.where(theta > 0, theta, 1)), 0
+    )
     tau = np.where(theta > 0, tau, np.minimum(plain * root, sigma))
     ours = broyden.ssbroyden(jnp.asarray(b), jnp.asarray(h), n)
     sound = a > 1e-5  # below, the literature's form cancels
     np.testing.assert_allclose(ours[0][sound], tau[sound], rtol=1e-6)
-    np.testing.assert_allclose(ours[1][sound], ((1 - theta) / sigma)[sound], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(
+        ours[1][sound], ((1 - theta) / sigma)[sound], rtol=1e-5, atol=1e-9
+    )
     tau, phi = broyden.ssbfgs(jnp.asarray(b), jnp.asarray(h), n)
     np.testing.assert_allclose(tau, np.minimum(1, 1 / b))
     np.testing.assert_array_equal(phi, 1)
@@ -128,9 +158,15 @@ def test_self_scaling_has_its_limits(b, n):
 
 def test_a_fold_changes_how_the_matrix_is_held_and_nothing_else():
     rng = np.random.default_rng(0)
-    H = broyden.InverseHessian(*(jnp.asarray(rng.normal(size=s)) for s in [(2,), (7, 7), (6, 7), (6,)]))
+    H = broyden.InverseHessian(
+        *(jnp.asarray(rng.normal(size=s)) for s in [(2,), (7, 7), (6, 7), (6,)])
+    )
     H = H._replace(base=H.base + H.base.T)
-    full = H.weights[0] * np.eye(7) + H.weights[1] * H.base + H.columns.T @ jnp.diag(H.terms) @ H.columns
+    full = (
+        H.weights[0] * np.eye(7)
+        + H.weights[1] * H.base
+        + H.columns.T @ jnp.diag(H.terms) @ H.columns
+    )
     new = broyden.folded(H)
     assert not new.terms.any()
     np.testing.assert_array_equal(new.weights, [0.0, 1.0])
@@ -144,7 +180,9 @@ def test_a_fold_changes_how_the_matrix_is_held_and_nothing_else():
 @pytest.mark.parametrize("room", [0, 3])
 def test_a_restart_forgets_even_what_is_not_finite(room):
     H = of(np.full((5, 5), np.nan), room)
-    H = broyden.restarted(H._replace(terms=H.terms + np.inf), jnp.array(True), jnp.array(3.0))
+    H = broyden.restarted(
+        H._replace(terms=H.terms + np.inf), jnp.array(True), jnp.array(3.0)
+    )
     g = jnp.arange(5.0)
     np.testing.assert_array_equal(broyden.product(H, g), 3.0 * g)
     np.testing.assert_array_equal(broyden.dense(H), 3.0 * np.eye(5))
@@ -155,7 +193,9 @@ def test_a_compiled_fold_keeps_the_matrix_exactly_symmetric(n):
     rng = np.random.default_rng(0)
     H = of(spd(rng, n), 8)
     H = H._replace(
-        base=H.base + H.base.T, columns=jnp.asarray(rng.normal(size=(16, n))), terms=jnp.asarray(rng.normal(size=16))
+        base=H.base + H.base.T,
+        columns=jnp.asarray(rng.normal(size=(16, n))),
+        terms=jnp.asarray(rng.normal(size=16)),
     )
     for _ in range(3):
         base = jax.jit(broyden.folded)(H).base

@@ -45,12 +45,18 @@ H = spectrum_of(np.linspace(1, 30, N))
 def test_the_iterates_are_those_of_the_textbook(steps):
     found = solve(H, G, max_iterations=steps)
     np.testing.assert_allclose(found.x, textbook(H, G, steps), rtol=1e-11)
-    np.testing.assert_allclose(found.residual, np.linalg.norm(G - H @ found.x), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.residual, np.linalg.norm(G - H @ found.x), rtol=1e-9
+    )
     assert found.products == steps
 
 
 def test_as_many_products_as_there_are_distinct_eigenvalues():
-    found = solve(spectrum_of(np.repeat([1.0, 5.0, 20.0], N // 3)), G, tolerance=1e-10 * np.linalg.norm(G))
+    found = solve(
+        spectrum_of(np.repeat([1.0, 5.0, 20.0], N // 3)),
+        G,
+        tolerance=1e-10 * np.linalg.norm(G),
+    )
     assert found.products == 3
     assert not found.negative
 
@@ -76,7 +82,8 @@ def test_a_direction_of_negative_curvature_is_taken_by_its_magnitude():
     before = textbook(spectrum_of(values), G, int(found.products) - 1)
     d = np.asarray(found.x) - before
     assert d @ spectrum_of(values) @ d <= 0 < d @ G
-    # along an eigenvector it is the step that the curvature would ask for with the other sign
+    # along an eigenvector it is the step that the curvature would ask for with the
+    # other sign
     np.testing.assert_allclose(solve(-2 * np.eye(N), G).x, G / 2, rtol=1e-12)
 
 
@@ -89,13 +96,25 @@ def test_without_curvature_the_step_has_unit_length():
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_product_that_is_not_finite_ends_it_with_what_came_before(at):
     def multiply(v):
-        return jnp.where(jnp.abs(v - G).max() == 0 if at == 0 else jnp.abs(v - G).max() > 1, jnp.nan, H @ v)
+        return jnp.where(
+            jnp.abs(v - G).max() == 0 if at == 0 else jnp.abs(v - G).max() > 1,
+            jnp.nan,
+            H @ v,
+        )
 
     found = conjugate_gradients(
-        multiply, jnp.asarray(G), None, gram=gram, precondition=lambda r: r, tolerance=jnp.zeros(()), max_iterations=N
+        multiply,
+        jnp.asarray(G),
+        None,
+        gram=gram,
+        precondition=lambda r: r,
+        tolerance=jnp.zeros(()),
+        max_iterations=N,
     )
     assert not found.finite
-    np.testing.assert_allclose(found.x, textbook(H, G, int(found.products) - 1), rtol=1e-10)
+    np.testing.assert_allclose(
+        found.x, textbook(H, G, int(found.products) - 1), rtol=1e-10
+    )
 
 
 def test_the_forcing_term_falls_with_the_gradient_and_is_at_most_a_half():
@@ -116,4 +135,6 @@ def test_trees_are_solved_leaf_by_leaf():
         tolerance=jnp.asarray(1e-10),
         max_iterations=2 * N,
     )
-    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(found.x)[0], np.linalg.solve(H, flat), rtol=1e-9)
+    np.testing.assert_allclose(
+        jax.flatten_util.ravel_pytree(found.x)[0], np.linalg.solve(H, flat), rtol=1e-9
+    )

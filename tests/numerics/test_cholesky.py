@@ -35,8 +35,14 @@ def test_a_positive_definite_matrix_is_factorised_as_it_is():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.floats(-10, 10), min_size=4, max_size=4), st.integers(0, 99), st.floats(0, 100))
-def test_the_shift_makes_the_matrix_positive_definite_and_is_not_much_too_large(eigenvalues, seed, remembered):
+@given(
+    st.lists(st.floats(-10, 10), min_size=4, max_size=4),
+    st.integers(0, 99),
+    st.floats(0, 100),
+)
+def test_the_shift_makes_the_matrix_positive_definite_and_is_not_much_too_large(
+    eigenvalues, seed, remembered
+):
     matrix = symmetric(eigenvalues, seed)
     norm = np.linalg.norm(matrix)
     if norm < 1e-6:
@@ -51,7 +57,11 @@ def test_the_shift_makes_the_matrix_positive_definite_and_is_not_much_too_large(
 
 def test_the_remembered_shift_is_tried_at_half_then_whole_then_doubled():
     matrix = symmetric([-1.0, 1.0, 2.0])
-    assert [float(factorize(matrix, s).shift) for s in (4.0, 1.5, 0.8)] == [2.0, 1.5, 1.6]
+    assert [float(factorize(matrix, s).shift) for s in (4.0, 1.5, 0.8)] == [
+        2.0,
+        1.5,
+        1.6,
+    ]
     assert [int(factorize(matrix, s).attempts) for s in (4.0, 1.5, 0.8)] == [1, 2, 3]
     np.testing.assert_allclose(factorize(matrix, 1e9).shift, np.linalg.norm(matrix))
 
@@ -68,7 +78,10 @@ def test_a_remembered_shift_ends_at_zero_on_a_positive_definite_matrix():
 def test_scaling_the_matrix_scales_the_shift_and_changes_no_decision(exponent, seed):
     matrix = symmetric([-3.0, -1.0, 0.5, 2.0], seed, np.float32)
     scale = np.float32(2.0) ** exponent
-    one, other = factorize(matrix, np.float32(0)), factorize(matrix * scale, np.float32(0))
+    one, other = (
+        factorize(matrix, np.float32(0)),
+        factorize(matrix * scale, np.float32(0)),
+    )
     assert other.ok
     assert one.attempts == other.attempts
     np.testing.assert_allclose(other.shift, one.shift * scale, rtol=1e-6)
@@ -93,9 +106,13 @@ def test_a_zero_matrix_is_not_ok_and_an_empty_one_is():
 
 
 def test_vmap_equals_a_loop():
-    matrices = jnp.stack([symmetric([-1.0, 2.0]), symmetric([1.0, 2.0]), symmetric([-5.0, -4.0])])
+    matrices = jnp.stack(
+        [symmetric([-1.0, 2.0]), symmetric([1.0, 2.0]), symmetric([-5.0, -4.0])]
+    )
     batched = jax.jit(jax.vmap(shifted_cholesky))(matrices, jnp.zeros(3))
     for lane, matrix in enumerate(matrices):
         alone = factorize(matrix, 0.0)
-        np.testing.assert_allclose(batched.factor[lane], alone.factor, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(
+            batched.factor[lane], alone.factor, rtol=1e-12, atol=1e-15
+        )
         assert batched.attempts[lane] == alone.attempts

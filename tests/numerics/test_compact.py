@@ -27,7 +27,11 @@ def inverse_bfgs(pairs, gamma):
 
 def filled(pairs, memory):
     """The compact form after these pairs, and its slots."""
-    small, S, Y = zeros(compact.shapes(memory, float)), np.zeros((memory, 6)), np.zeros((memory, 6))
+    small, S, Y = (
+        zeros(compact.shapes(memory, float)),
+        np.zeros((memory, 6)),
+        np.zeros((memory, 6)),
+    )
     for s, y in pairs:
         S[small.slot], Y[small.slot] = s, y
         small = compact.append(small, jnp.asarray(S @ y), jnp.asarray(Y @ y))
@@ -39,9 +43,15 @@ def filled(pairs, memory):
 def test_the_product_is_that_of_the_product_form_over_the_last_pairs(memory, count):
     pairs, g = curved_pairs(count), np.arange(1.0, 7.0)
     small, S, Y = filled(pairs, memory)
-    gamma = pairs[-1][0] @ pairs[-1][1] / (pairs[-1][1] @ pairs[-1][1]) if pairs else 0.3
-    v, w = compact.coefficients(small, jnp.asarray(S @ g), jnp.asarray(Y @ g), jnp.asarray(gamma))
-    np.testing.assert_allclose(gamma * g + v @ S + w @ Y, inverse_bfgs(pairs[-memory:], gamma) @ g, rtol=1e-10)
+    gamma = (
+        pairs[-1][0] @ pairs[-1][1] / (pairs[-1][1] @ pairs[-1][1]) if pairs else 0.3
+    )
+    v, w = compact.coefficients(
+        small, jnp.asarray(S @ g), jnp.asarray(Y @ g), jnp.asarray(gamma)
+    )
+    np.testing.assert_allclose(
+        gamma * g + v @ S + w @ Y, inverse_bfgs(pairs[-memory:], gamma) @ g, rtol=1e-10
+    )
     assert int(small.used.sum()) == min(memory, count)
     if count:
         np.testing.assert_allclose(small.gamma, gamma)
@@ -52,7 +62,9 @@ def test_an_emptied_memory_keeps_its_scale():
     empty = compact.emptied(small)
     assert not empty.used.any()
     assert empty.gamma == small.gamma
-    v, w = compact.coefficients(empty, jnp.asarray(S @ S[0]), jnp.asarray(Y @ S[0]), empty.gamma)
+    v, w = compact.coefficients(
+        empty, jnp.asarray(S @ S[0]), jnp.asarray(Y @ S[0]), empty.gamma
+    )
     assert not v.any()
     assert not w.any()
 
@@ -60,6 +72,8 @@ def test_an_emptied_memory_keeps_its_scale():
 def test_what_stands_in_a_free_slot_is_ignored():
     small, S, Y = filled(curved_pairs(2), 3)
     garbage = jnp.where(small.used, 1.0, jnp.inf)
-    v, w = compact.coefficients(small, garbage * (S @ S[0]), garbage * (Y @ S[0]), small.gamma)
+    v, w = compact.coefficients(
+        small, garbage * (S @ S[0]), garbage * (Y @ S[0]), small.gamma
+    )
     assert np.isfinite(v).all()
     assert np.isfinite(w).all()

@@ -22,11 +22,19 @@ def symmetric(rng, spectrum):
 
 
 def definite(rng):
-    return rng.normal(size=SIZE), symmetric(rng, 10 ** rng.uniform(-2, 1, SIZE))[0], 10 ** rng.uniform(-1, 1, SIZE)
+    return (
+        rng.normal(size=SIZE),
+        symmetric(rng, 10 ** rng.uniform(-2, 1, SIZE))[0],
+        10 ** rng.uniform(-1, 1, SIZE),
+    )
 
 
 def indefinite(rng):
-    return rng.normal(size=SIZE), symmetric(rng, rng.normal(size=SIZE))[0], 10 ** rng.uniform(-1, 1, SIZE)
+    return (
+        rng.normal(size=SIZE),
+        symmetric(rng, rng.normal(size=SIZE))[0],
+        10 ** rng.uniform(-1, 1, SIZE),
+    )
 
 
 def zero_scale_with_definite_complement(rng):
@@ -44,7 +52,8 @@ def zero_scale_with_indefinite_complement(rng):
 
 
 def hard(rng):
-    """The gradient is orthogonal to the lowest eigenvector of the pencil, exactly so: a block of its own."""
+    """The gradient is orthogonal to the lowest eigenvector of the pencil, exactly so: a
+    block of its own."""
     g, H, d = indefinite(rng)
     g[0], H[0], H[:, 0] = 0, 0, 0
     H[0, 0] = -(10 ** rng.uniform(0, 2)) * d[0] ** 2
@@ -72,7 +81,11 @@ def one_scale(rng):
 
 
 def nearly_singular(rng):
-    return rng.normal(size=SIZE), symmetric(rng, np.array([1e-5, 1, 1, 2, 3, 4]))[0], 10 ** rng.uniform(-1, 1, SIZE)
+    return (
+        rng.normal(size=SIZE),
+        symmetric(rng, np.array([1e-5, 1, 1, 2, 3, 4]))[0],
+        10 ** rng.uniform(-1, 1, SIZE),
+    )
 
 
 def no_curvature(rng):
@@ -117,7 +130,12 @@ def case(kind, spread, seed):
     rng = np.random.default_rng(seed)
     g, H, d, *damping = kind(rng)
     stretch = 2.0 ** np.round(rng.uniform(-spread / 2, spread / 2, SIZE) * np.log2(10))
-    return g * stretch, H * stretch * stretch[:, None], d * stretch, damping[0] if damping else 10 ** rng.uniform(-3, 2)
+    return (
+        g * stretch,
+        H * stretch * stretch[:, None],
+        d * stretch,
+        damping[0] if damping else 10 ** rng.uniform(-3, 2),
+    )
 
 
 def value(g, H, d, lam, eta):
@@ -125,32 +143,47 @@ def value(g, H, d, lam, eta):
     g, d, eta, H = (mp.matrix(np.asarray(a, float).tolist()) for a in (g, d, eta, H))
     rows = range(len(g))
     radius = mp.sqrt(sum((d[i] * eta[i]) ** 2 for i in rows))
-    return (g.T * eta)[0] + (eta.T * H * eta)[0] / 2 + mp.mpf(float(lam)) * radius**3 / 6
+    return (
+        (g.T * eta)[0] + (eta.T * H * eta)[0] / 2 + mp.mpf(float(lam)) * radius**3 / 6
+    )
 
 
 @functools.cache
 def lowest(kind, spread, seed):
-    """The global minimum of a case, None where there is none; and whether H is positive definite."""
+    """The global minimum of a case, None where there is none; and whether H is positive
+    definite."""
     with mp.workdps(DIGITS):
         g, H, d, lam = case(kind, spread, seed)
         keep = [i for i in range(SIZE) if d[i] or g[i] or H[i].any()]
         free, tied = [i for i in keep if not d[i]], [i for i in keep if d[i]]
         H, g = mp.matrix(H.tolist()), mp.matrix(g.tolist())
-        block = lambda rows, columns: mp.matrix([[H[i, j] for j in columns] for i in rows])
+        block = lambda rows, columns: mp.matrix(
+            [[H[i, j] for j in columns] for i in rows]
+        )
         convex = len(keep) == SIZE and min(mp.eigsy(H, eigvals_only=True)) > 0
         A, b, constant = block(tied, tied), mp.matrix([g[i] for i in tied]), mp.mpf(0)
         if free:
-            F, C, f = block(free, free), block(free, tied), mp.matrix([g[i] for i in free])
+            F, C, f = (
+                block(free, free),
+                block(free, tied),
+                mp.matrix([g[i] for i in free]),
+            )
             if min(mp.eigsy(F, eigvals_only=True)) <= 0:
                 return None, convex
-            A, b, constant = A - C.T * (F**-1) * C, b - C.T * (F**-1) * f, -(f.T * (F**-1) * f)[0] / 2
+            A, b, constant = (
+                A - C.T * (F**-1) * C,
+                b - C.T * (F**-1) * f,
+                -(f.T * (F**-1) * f)[0] / 2,
+            )
         if not lam:
             return (-(b.T * (A**-1) * b)[0] / 2 if convex else None), convex
         D = mp.diag([1 / mp.mpf(d[i]) for i in tied])
         E, Q = mp.eigsy(D * A * D)
         z, lam, rows = Q.T * (D * b), mp.mpf(float(lam)), range(len(tied))
         # r = |y| with y = -(E + lam r / 2)^-1 z, from the right of the singularity
-        size = lambda r: mp.sqrt(sum((z[i] / (E[i] + lam * r / 2)) ** 2 for i in rows if z[i]))
+        size = lambda r: mp.sqrt(
+            sum((z[i] / (E[i] + lam * r / 2)) ** 2 for i in rows if z[i])
+        )
         pole = max(mp.mpf(0), -2 * min(E) / lam)
         low, high = pole, pole + 2 * mp.sqrt(2 * mp.norm(z) / lam) + mp.mpf(10) ** -60
         for _ in range(300):
@@ -158,7 +191,11 @@ def lowest(kind, spread, seed):
             low, high = (r, high) if size(r) > r else (low, r)
         r = high
         # -z'(E + lam r / 2)^-1 z / 2 - lam r^3 / 12 also holds in the hard case
-        terms = (z[i] ** 2 / (E[i] + lam * r / 2) for i in rows if abs(E[i] + lam * r / 2) > mp.mpf(10) ** -50)
+        terms = (
+            z[i] ** 2 / (E[i] + lam * r / 2)
+            for i in rows
+            if abs(E[i] + lam * r / 2) > mp.mpf(10) ** -50
+        )
         best = constant - sum(terms) / 2 - lam * r**3 / 12
         return (best if abs(best) > mp.mpf(10) ** -DIGITS else mp.mpf(0)), convex
 
@@ -171,13 +208,22 @@ solve = jax.jit(jax.vmap(solve_cubic))
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_it_is_the_global_minimum(kind, spread, dtype):
     cases = [case(kind, spread, seed) for seed in range(COUNT)]
-    solutions = solve(*(jnp.asarray(np.stack(a), dtype) for a in zip(*cases, strict=True)))
+    solutions = solve(
+        *(jnp.asarray(np.stack(a), dtype) for a in zip(*cases, strict=True))
+    )
     for seed in range(COUNT):
         best, convex = lowest(kind, spread, seed)
-        eta, status = np.asarray(solutions.eta[seed], float), StepStatus(int(solutions.status[seed]))
+        eta, status = (
+            np.asarray(solutions.eta[seed], float),
+            StepStatus(int(solutions.status[seed])),
+        )
         expected = StepStatus.OK if convex else StepStatus.NEGATIVE_CURVATURE
-        assert status == (expected | StepStatus.UNBOUNDED_MODEL if best is None else expected)
-        np.testing.assert_allclose(solutions.radius[seed], np.linalg.norm(cases[seed][2] * eta), rtol=1e-6)
+        assert status == (
+            expected | StepStatus.UNBOUNDED_MODEL if best is None else expected
+        )
+        np.testing.assert_allclose(
+            solutions.radius[seed], np.linalg.norm(cases[seed][2] * eta), rtol=1e-6
+        )
         if best is None:
             assert not eta.any()
             continue
@@ -196,7 +242,11 @@ def test_one_group_has_a_closed_form(dtype):
     r = np.where(h > 0, 2 * np.abs(g) / (np.abs(h) + root), (root - h) / c)
     arrays = (g[:, None], h[:, None, None], d[:, None], lam)
     solutions = solve(*(jnp.asarray(a, dtype) for a in arrays))
-    np.testing.assert_allclose(solutions.eta[:, 0], -np.sign(g) * r, rtol=1e-12 if dtype == np.float64 else 1e-5)
+    np.testing.assert_allclose(
+        solutions.eta[:, 0],
+        -np.sign(g) * r,
+        rtol=1e-12 if dtype == np.float64 else 1e-5,
+    )
 
 
 def test_many_groups_in_single_precision():
@@ -208,8 +258,16 @@ def test_many_groups_in_single_precision():
     z = rng.normal(size=size)
     H, g = (Q * E) @ Q.T * d * d[:, None], d * (Q @ z)
     y = lambda r: -z / (E + lam * r / 2)
-    exact = y(brentq(lambda r: np.linalg.norm(y(r)) - r, -2 * E.min() / lam + 1e-9, 1e3))
-    found = Q.T @ (d * np.asarray(solve_cubic(*(jnp.asarray(a, jnp.float32) for a in (g, H, d, lam))).eta, float))
+    exact = y(
+        brentq(lambda r: np.linalg.norm(y(r)) - r, -2 * E.min() / lam + 1e-9, 1e3)
+    )
+    found = Q.T @ (
+        d
+        * np.asarray(
+            solve_cubic(*(jnp.asarray(a, jnp.float32) for a in (g, H, d, lam))).eta,
+            float,
+        )
+    )
     model = lambda y: z @ y + E @ y**2 / 2 + lam * np.linalg.norm(y) ** 3 / 6
     np.testing.assert_allclose(model(found), model(exact), rtol=1e-6)
 
@@ -239,19 +297,25 @@ def test_what_is_not_finite_is_named_and_gives_no_step():
 def test_single_precision_has_room_for_small_and_large(g, h, d, lam):
     c = lam * d**3
     r = 2 * g / (h + np.sqrt(h**2 + 2 * c * g))
-    eta, radius, status = solve_cubic(*(jnp.asarray(a, jnp.float32) for a in ([g], [[h]], [d], lam)))
+    eta, radius, status = solve_cubic(
+        *(jnp.asarray(a, jnp.float32) for a in ([g], [[h]], [d], lam))
+    )
     np.testing.assert_allclose(eta, [-r], rtol=1e-4)
     np.testing.assert_allclose(radius, d * r, rtol=1e-4)
     assert status == 0
 
 
 def test_no_groups_give_no_rates():
-    eta, radius, status = solve_cubic(jnp.zeros(0), jnp.zeros((0, 0)), jnp.zeros(0), 1.0)
+    eta, radius, status = solve_cubic(
+        jnp.zeros(0), jnp.zeros((0, 0)), jnp.zeros(0), 1.0
+    )
     assert (eta.shape, float(radius), int(status)) == ((0,), 0.0, 0)
 
 
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="damping must be at least 0, got -1"):
         solve_cubic(jnp.ones(2), jnp.eye(2), jnp.ones(2), -1.0)
-    with pytest.raises(ValueError, match=r"must be .*, got \(2,\), \(3, 3\), \(2,\) and \(\)"):
+    with pytest.raises(
+        ValueError, match=r"must be .*, got \(2,\), \(3, 3\), \(2,\) and \(\)"
+    ):
         solve_cubic(jnp.ones(2), jnp.eye(3), jnp.ones(2), 1.0)

@@ -12,7 +12,9 @@ from hessopt.numerics.equilibration import equilibration, unit_power
 def test_scales_are_exact_powers_of_two(dtype):
     exponents = np.arange(jnp.finfo(dtype).minexp + 3, jnp.finfo(dtype).maxexp - 3)
     sizes = jnp.asarray(2.0 ** exponents.astype(float), dtype)
-    np.testing.assert_array_equal(jax.jit(unit_power)(sizes), 2.0 ** -exponents.astype(float))
+    np.testing.assert_array_equal(
+        jax.jit(unit_power)(sizes), 2.0 ** -exponents.astype(float)
+    )
     np.testing.assert_array_equal(unit_power(jnp.zeros(2, dtype)), 1.0)
 
 

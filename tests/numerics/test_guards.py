@@ -23,4 +23,8 @@ def test_or_one_keeps_what_is_positive():
 def test_select_chooses_whole_trees():
     new, old = {"a": X, "b": jnp.int32(1)}, {"a": Y, "b": jnp.int32(2)}
     for condition, expected in ((True, new), (False, old)):
-        jax.tree.map(np.testing.assert_array_equal, select(jnp.asarray(condition), new, old), expected)
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            select(jnp.asarray(condition), new, old),
+            expected,
+        )

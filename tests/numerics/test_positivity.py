@@ -33,12 +33,16 @@ def test_an_indefinite_matrix_becomes_what_the_word_says():
         np.testing.assert_allclose(x, np.linalg.solve(expected, VECTOR), rtol=1e-12)
         assert found.indefinite
     found, x = solve("shift", MATRIX)
-    np.testing.assert_allclose(x, np.linalg.solve(MATRIX + found.shift * np.eye(3), VECTOR), rtol=1e-12)
+    np.testing.assert_allclose(
+        x, np.linalg.solve(MATRIX + found.shift * np.eye(3), VECTOR), rtol=1e-12
+    )
     assert found.indefinite
 
 
 def test_a_remembered_shift_does_not_hide_a_negative_diagonal():
-    found = POSITIVITIES["shift"].factorize(jnp.diag(jnp.array([1.0, -0.01])), jnp.asarray(1.0))
+    found = POSITIVITIES["shift"].factorize(
+        jnp.diag(jnp.array([1.0, -0.01])), jnp.asarray(1.0)
+    )
     assert (found.attempts, found.indefinite) == (1, True)
 
 

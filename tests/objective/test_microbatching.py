@@ -16,7 +16,9 @@ PARAMS = init_mlp(0, (5, 6, 2))
 
 
 def loss(params, x, y, weight=1.0, *, penalty):
-    return weight * jnp.mean((mlp(params, x) - y) ** 2) + penalty * optax.tree.norm(params, squared=True)
+    return weight * jnp.mean((mlp(params, x) - y) ** 2) + penalty * optax.tree.norm(
+        params, squared=True
+    )
 
 
 OPTIMIZERS = {
@@ -50,7 +52,10 @@ def test_memory_is_that_of_a_part():
 
 
 def test_data_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"count must divide the length of the data to split .*, got 5 and"):
+    with pytest.raises(
+        ValueError,
+        match=r"count must divide the length of the data to split .*, got 5 and",
+    ):
         microbatched(loss, 5, over=("x", "y"))(PARAMS, X, Y, penalty=0.0)
     with pytest.raises(ValueError, match="count must be an int, at least 1, got 0"):
         microbatched(loss, 0)

@@ -20,9 +20,14 @@ def recursion(H, s, y, formula):
     """The textbook update, dense, with b by a solve."""
     Hy, sy = H @ y, s @ y
     yHy = y @ Hy
-    tau, phi = map(float, broyden.FORMULAS[formula](s @ np.linalg.solve(H, s) / sy, yHy / sy, len(s)))
+    tau, phi = map(
+        float,
+        broyden.FORMULAS[formula](s @ np.linalg.solve(H, s) / sy, yHy / sy, len(s)),
+    )
     v = np.sqrt(yHy) * (s / sy - Hy / yHy)
-    return (H - np.outer(Hy, Hy) / yHy + phi * np.outer(v, v)) / tau + np.outer(s, s) / sy
+    return (H - np.outer(Hy, Hy) / yHy + phi * np.outer(v, v)) / tau + np.outer(
+        s, s
+    ) / sy
 
 
 def status(state):
@@ -56,7 +61,9 @@ def test_directions_are_those_of_the_dense_recursion(formula):
         g = np.asarray(gradient(x))
         if old is not None:
             s, y = x - old[0], g - old[1]
-            H = recursion(10 * (s @ s) / (s @ y) * np.eye(30) if H is None else H, s, y, formula)
+            H = recursion(
+                10 * (s @ s) / (s @ y) * np.eye(30) if H is None else H, s, y, formula
+            )
         p, state = update(jnp.asarray(g), state, jnp.asarray(x))
         exact = g / np.linalg.norm(g) if H is None else H @ g
         worst, old = max(worst, relative(p, exact)), (x, g)
@@ -65,7 +72,9 @@ def test_directions_are_those_of_the_dense_recursion(formula):
     assert worst < 1e-10
     assert int(state.info.pairs) == 39
     assert status(state) == StepStatus.OK
-    np.testing.assert_allclose(inverse_hessian(state), H, rtol=1e-8, atol=1e-10 * np.abs(H).max())
+    np.testing.assert_allclose(
+        inverse_hessian(state), H, rtol=1e-8, atol=1e-10 * np.abs(H).max()
+    )
 
 
 @pytest.mark.parametrize("formula", EVERY)
@@ -82,7 +91,9 @@ def test_on_a_quadratic_with_an_exact_search_it_ends_in_n_steps(formula):
             x = x - (g @ p) / (p @ A @ p) * p
     assert jnp.linalg.norm(A @ x) < 1e-9 * start
     if formula in ("bfgs", "dfp"):
-        np.testing.assert_allclose(inverse_hessian(state), jnp.linalg.inv(A), rtol=1e-7, atol=1e-9)
+        np.testing.assert_allclose(
+            inverse_hessian(state), jnp.linalg.inv(A), rtol=1e-7, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("formula", ["ssbfgs", "ssbroyden"])
@@ -95,7 +106,9 @@ def test_self_scaling_knows_the_step_that_was_taken(formula):
         g = np.asarray(gradient(x))
         if old is not None:
             s, y = x - old[0], g - old[1]
-            H = recursion(10 * (s @ s) / (s @ y) * np.eye(4) if H is None else H, s, y, formula)
+            H = recursion(
+                10 * (s @ s) / (s @ y) * np.eye(4) if H is None else H, s, y, formula
+            )
         p, state = tx.update(jnp.asarray(g), state, jnp.asarray(x))
         if H is not None:
             np.testing.assert_allclose(p, H @ g, rtol=1e-9)
@@ -108,11 +121,17 @@ def test_a_step_that_left_the_direction_is_not_self_scaled(formula):
     state = tx.init(x)
     for _ in range(3):
         p, state = tx.update(jax.grad(valley)(x), state, x)
-        H, old, x = np.asarray(inverse_hessian(state)), x, x - 0.1 * p / jnp.linalg.norm(p)
+        H, old, x = (
+            np.asarray(inverse_hessian(state)),
+            x,
+            x - 0.1 * p / jnp.linalg.norm(p),
+        )
     x = old - jnp.clip(10 * p, -0.05, 0.05)  # not a multiple of p
     s, y = np.asarray(x - old), np.asarray(jax.grad(valley)(x) - jax.grad(valley)(old))
     _, state = tx.update(jax.grad(valley)(x), state, x)
-    np.testing.assert_allclose(inverse_hessian(state), recursion(H, s, y, "bfgs"), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        inverse_hessian(state), recursion(H, s, y, "bfgs"), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_the_pairs_come_from_grad_and_the_direction_is_applied_to_the_updates():
@@ -142,7 +161,10 @@ def test_bad_curvature_is_skipped_and_counted_or_damped():
         assert int(state.info.pairs) == 3 - skipped
         if word == "powell":
             s, g = state.last[0] - old.last[0], jax.grad(well)
-            y, Bs = g(state.last[0]) - g(old.last[0]), jnp.linalg.solve(inverse_hessian(old), s)
+            y, Bs = (
+                g(state.last[0]) - g(old.last[0]),
+                jnp.linalg.solve(inverse_hessian(old), s),
+            )
             theta = 0.8 * (s @ Bs) / (s @ Bs - s @ y)
             damped = theta * y + (1 - theta) * Bs
             np.testing.assert_allclose(s @ damped, 0.2 * s @ Bs, rtol=1e-9)
@@ -158,9 +180,11 @@ def test_parameters_that_have_not_moved_reset_the_matrix():
     p, state = tx.update(0.2 * x, state, 0.2 * x)
     assert status(state) == StepStatus.MEMORY_RESET
     assert (int(state.info.pairs), int(state.info.resets)) == (0, 1)
-    np.testing.assert_allclose(p, float(state.gamma) * 0.2 * x)  # the scale is still the best guess
+    # the scale is still the best guess
+    np.testing.assert_allclose(p, float(state.gamma) * 0.2 * x)
     p, state = tx.update(5.0 * x, state, 0.2 * x)
-    np.testing.assert_allclose(jnp.linalg.norm(p), 1.0)  # but a long step is cut to unit length
+    # but a long step is cut to unit length
+    np.testing.assert_allclose(jnp.linalg.norm(p), 1.0)
     assert status(state) == StepStatus.OK
     p, state = tx.update(0.1 * x, state, 0.1 * x)
     assert int(state.info.pairs) == 1
@@ -190,25 +214,37 @@ def test_a_matrix_that_is_no_longer_positive_definite_begins_anew(factor):
     state = tx.init(x)
     for scale in (1.0, 0.5):
         _, state = tx.update(scale * x, state, scale * x)
-    (weights, base, columns, terms), last = state.inverse, state.last.at[2].multiply(factor)
-    spoilt = broyden.InverseHessian(factor * weights, factor * base, columns, factor * terms)
+    (weights, base, columns, terms), last = (
+        state.inverse,
+        state.last.at[2].multiply(factor),
+    )
+    spoilt = broyden.InverseHessian(
+        factor * weights, factor * base, columns, factor * terms
+    )
     p, state = tx.update(0.4 * x, state._replace(inverse=spoilt, last=last), 0.4 * x)
     assert StepStatus.MEMORY_RESET in status(state)
-    assert (int(state.info.pairs), int(state.info.resets)) == (1, 1)  # the pair itself is sound
+    # the pair itself is sound
+    assert (int(state.info.pairs), int(state.info.resets)) == (1, 1)
     s = -0.1 * x
-    np.testing.assert_allclose(inverse_hessian(state), recursion(10 * np.eye(2), s, s, "bfgs"), rtol=1e-12)
+    np.testing.assert_allclose(
+        inverse_hessian(state), recursion(10 * np.eye(2), s, s, "bfgs"), rtol=1e-12
+    )
     assert x @ p > 0
 
 
 def test_a_curvature_that_vanishes_never_ends_the_run():
     """H overflows on separable data, again and again."""
-    value_fn = lambda w: jnp.sum(jnp.logaddexp(0.0, -jnp.array([1.0, 0.01, 100.0], jnp.float32) * w))
+    value_fn = lambda w: jnp.sum(
+        jnp.logaddexp(0.0, -jnp.array([1.0, 0.01, 100.0], jnp.float32) * w)
+    )
     tx, w = hessopt.bfgs(1.0, linesearch=None), jnp.zeros(3, jnp.float32)
 
     def step(carry, _):
         w, state = carry
         updates, state = tx.update(jax.grad(value_fn)(w), state, w)
-        return (optax.apply_updates(w, updates), state), hessopt.diagnostics(state)["bfgs.status"]
+        return (optax.apply_updates(w, updates), state), hessopt.diagnostics(state)[
+            "bfgs.status"
+        ]
 
     (w, _), statuses = jax.lax.scan(step, (w, tx.init(w)), length=400)
     assert jnp.isfinite(w).all()
@@ -217,7 +253,10 @@ def test_a_curvature_that_vanishes_never_ends_the_run():
 
 
 def test_damping_keeps_the_matrix_positive_definite_where_the_step_is_slightly_turned():
-    well, tx = lambda x: jnp.sum(jnp.cos(x) + 10.0 * jnp.cos(3.0 * x)), scale_by_bfgs(on_bad_curvature="powell")
+    well, tx = (
+        lambda x: jnp.sum(jnp.cos(x) + 10.0 * jnp.cos(3.0 * x)),
+        scale_by_bfgs(on_bad_curvature="powell"),
+    )
     rng = np.random.default_rng(0)
     for turn in (0.0, 1e-9, 1e-4, 0.02):
         x = jnp.asarray(rng.normal(size=4))
@@ -228,7 +267,11 @@ def test_damping_keeps_the_matrix_positive_definite_where_the_step_is_slightly_t
             H = inverse_hessian(state)
             assert jnp.linalg.eigvalsh(H).min() >= -1e-12 * jnp.abs(H).max()
             across = rng.normal(size=4)
-            x = x - 0.3 * p / jnp.linalg.norm(p) + 0.3 * turn * across / np.linalg.norm(across)
+            x = (
+                x
+                - 0.3 * p / jnp.linalg.norm(p)
+                + 0.3 * turn * across / np.linalg.norm(across)
+            )
 
 
 def test_a_gradient_may_be_a_number_or_wider_than_the_params():
@@ -247,7 +290,10 @@ def test_a_gradient_may_be_a_number_or_wider_than_the_params():
 
 def test_a_converged_run_without_a_search_stays_where_it_is():
     center = jnp.array([1.0, -1.0, 1.0], jnp.float32)
-    tx, x = hessopt.bfgs(0.3, linesearch=None), jnp.array([-1.0, 10.0, 1.0], jnp.float32)
+    tx, x = (
+        hessopt.bfgs(0.3, linesearch=None),
+        jnp.array([-1.0, 10.0, 1.0], jnp.float32),
+    )
 
     def step(carry, _):
         x, state = carry
@@ -274,14 +320,19 @@ def test_what_is_not_finite_leaves_the_state_alone():
 def test_a_step_copies_nothing_of_the_size_of_the_matrix():
     n = 300
     tx, x = scale_by_bfgs(), jnp.arange(1.0, n + 1)
-    step = jax.jit(lambda state, x: tx.update(2.0 * x, state, x)[::-1], donate_argnums=0)
+    step = jax.jit(
+        lambda state, x: tx.update(2.0 * x, state, x)[::-1], donate_argnums=0
+    )
     program = step.lower(tx.init(x), x).compile()
     blocks = re.split(r"\n(?=\S)", program.as_text())
     bodies = [block for block in blocks if not re.match(r"%?fused", block)]
     written = [
-        line for line in "\n".join(bodies).splitlines() if re.search(rf"= f64\[{n},{n}\]\S* (?!param|get-t)", line)
+        line
+        for line in "\n".join(bodies).splitlines()
+        if re.search(rf"= f64\[{n},{n}\]\S* (?!param|get-t)", line)
     ]
-    assert [re.search(r" (\w+)\(", line)[1] for line in written] == ["fusion"]  # the fold
+    # the fold
+    assert [re.search(r" (\w+)\(", line)[1] for line in written] == ["fusion"]
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 8 * n * n
     assert memory.temp_size_in_bytes < 8 * 8 * module.ROOM * n
@@ -289,8 +340,15 @@ def test_a_step_copies_nothing_of_the_size_of_the_matrix():
 
 @pytest.mark.parametrize("formula", EVERY)
 def test_it_minimizes_and_the_inverse_hessian_is_there_for_laplace(formula):
-    rosenbrock = lambda x: jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
-    solution = minimize(rosenbrock, jnp.zeros(6), hessopt.bfgs(formula=formula, linesearch=SEARCH), gtol=1e-9)
+    rosenbrock = lambda x: jnp.sum(
+        100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2
+    )
+    solution = minimize(
+        rosenbrock,
+        jnp.zeros(6),
+        hessopt.bfgs(formula=formula, linesearch=SEARCH),
+        gtol=1e-9,
+    )
     assert solution.reason == "GRADIENT"
     np.testing.assert_allclose(solution.params, 1.0, rtol=1e-6)
     H = inverse_hessian(solution.state)
@@ -302,9 +360,14 @@ def test_it_minimizes_and_the_inverse_hessian_is_there_for_laplace(formula):
 
 def test_the_inverse_hessian_wants_one_state_of_bfgs():
     x = {"a": jnp.ones(2), "b": jnp.ones((1, 3), complex)}
-    tx = optax.chain(optax.clip(1.0), optax.inject_hyperparams(hessopt.bfgs)(learning_rate=1.0))
+    tx = optax.chain(
+        optax.clip(1.0), optax.inject_hyperparams(hessopt.bfgs)(learning_rate=1.0)
+    )
     np.testing.assert_array_equal(inverse_hessian(tx.init(x)), np.zeros((8, 8)))
-    for state, count in ((optax.adam(0.1).init(x), 0), (optax.chain(tx, tx).init(x), 2)):
+    for state, count in (
+        (optax.adam(0.1).init(x), 0),
+        (optax.chain(tx, tx).init(x), 2),
+    ):
         with pytest.raises(ValueError, match=f"one part of scale_by_bfgs, got {count}"):
             inverse_hessian(state)
 

@@ -35,9 +35,16 @@ def gradient(x):
 
 
 def walk(tx, dtype, steps, memory, **extra):
-    """Directions of tx beside those of the recursion in float64 and in dtype, along an ill-conditioned descent."""
+    """Directions of tx beside those of the recursion in float64 and in dtype, along an
+    ill-conditioned descent."""
     x = np.random.default_rng(0).normal(size=50).astype(dtype)
-    state, update, pairs, old, rows = tx.init(jnp.asarray(x)), jax.jit(tx.update), [], None, []
+    state, update, pairs, old, rows = (
+        tx.init(jnp.asarray(x)),
+        jax.jit(tx.update),
+        [],
+        None,
+        [],
+    )
     for _ in range(steps):
         g = gradient(x.astype(np.float64)).astype(dtype)
         if old is not None:
@@ -98,7 +105,15 @@ def test_in_single_precision_they_err_no_more_than_the_recursion_does():
 def test_pairs_may_be_kept_in_half_precision():
     rows, state = walk(scale_by_lbfgs(7, memory_dtype=jnp.bfloat16), np.float32, 20, 7)
     assert state.pairs.dtype == jnp.bfloat16
-    assert np.median([p @ exact / np.linalg.norm(p) / np.linalg.norm(exact) for p, exact, _ in rows]) > 0.9
+    assert (
+        np.median(
+            [
+                p @ exact / np.linalg.norm(p) / np.linalg.norm(exact)
+                for p, exact, _ in rows
+            ]
+        )
+        > 0.9
+    )
     loss = lambda x: 0.5 * jnp.sum(jnp.logspace(0, 3, 30) * x**2)
     solution = minimize(loss, jnp.ones(30), hessopt.lbfgs(memory_dtype=jnp.bfloat16))
     assert solution.reason == "GRADIENT"
@@ -113,7 +128,8 @@ def test_the_pairs_come_from_grad_and_the_direction_is_applied_to_the_updates():
         x = x - 0.3 * p
     g, u = H @ x, jnp.array([1.0, 1.0, 1.0])
     apart, _ = tx.update(u, state, x, grad=g)
-    as_one = jax.vmap(lambda e: tx.update(e, state, x, grad=g)[0])(jnp.eye(3))  # linear in the updates
+    # linear in the updates
+    as_one = jax.vmap(lambda e: tx.update(e, state, x, grad=g)[0])(jnp.eye(3))
     np.testing.assert_allclose(apart, u @ as_one, rtol=1e-10)
     np.testing.assert_allclose(as_one, as_one.T, rtol=1e-10, atol=1e-14)
     assert (np.linalg.eigvalsh(as_one) > 0).all()
@@ -145,12 +161,16 @@ def test_parameters_that_have_not_moved_empty_the_memory():
     assert int(state.info.pairs) == 0
     np.testing.assert_allclose(p, scale * 0.2 * x)  # the scale is still the best guess
     p, state = tx.update(5.0 * x, state, 0.2 * x)
-    np.testing.assert_allclose(jnp.linalg.norm(p), 1.0)  # but a long step is cut to unit length
+    # but a long step is cut to unit length
+    np.testing.assert_allclose(jnp.linalg.norm(p), 1.0)
 
 
 def test_a_converged_run_without_a_search_stays_where_it_is():
     center = jnp.array([1.0, -1.0, 1.0], jnp.float32)
-    tx, x = hessopt.lbfgs(0.3, linesearch=None), jnp.array([-1.0, 10.0, 1.0], jnp.float32)
+    tx, x = (
+        hessopt.lbfgs(0.3, linesearch=None),
+        jnp.array([-1.0, 10.0, 1.0], jnp.float32),
+    )
 
     def step(carry, _):
         x, state = carry
@@ -174,14 +194,21 @@ def test_pairs_of_the_same_batch_hold_no_noise_of_the_batches():
         p, state = tx.update(g, state, x, value_fn=loss, c=c)
         x = x - 0.1 * p
     assert int(state.info.pairs) == 2
-    np.testing.assert_allclose(state.pairs[:, 1], jnp.array([1.0, 10.0]) * state.pairs[:, 0], rtol=1e-12)
-    with pytest.raises(TypeError, match=r"scale_by_lbfgs\(same_batch_pairs=True\) needs the objective"):
+    np.testing.assert_allclose(
+        state.pairs[:, 1], jnp.array([1.0, 10.0]) * state.pairs[:, 0], rtol=1e-12
+    )
+    with pytest.raises(
+        TypeError, match=r"scale_by_lbfgs\(same_batch_pairs=True\) needs the objective"
+    ):
         tx.update(g, state, x)
 
 
 @pytest.mark.parametrize("shape", [(120_000,), (400, 300)])
 def test_nothing_of_the_memorys_size_is_copied(shape):
-    tx, x = scale_by_lbfgs(10), {"kernel": jnp.ones(shape, jnp.float32), "bias": jnp.ones(300, jnp.float32)}
+    tx, x = (
+        scale_by_lbfgs(10),
+        {"kernel": jnp.ones(shape, jnp.float32), "bias": jnp.ones(300, jnp.float32)},
+    )
     program = jax.jit(tx.update, donate_argnums=1).lower(x, tx.init(x), x).compile()
     assert program.memory_analysis().temp_size_in_bytes < 6 * 4 * math.prod(shape)
     text = program.as_text()
@@ -196,14 +223,19 @@ def test_a_step_with_a_search_combines_the_pairs_once():
 
     def step(x, state):
         value, grad = jax.value_and_grad(loss)(x)
-        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        updates, state = tx.update(
+            grad, state, x, value=value, grad=grad, value_fn=loss
+        )
         return optax.apply_updates(x, updates), state
 
     text = jax.jit(step, donate_argnums=(0, 1)).lower(x, tx.init(x)).compile().as_text()
     main = text[text.index("ENTRY") :]
     written = re.findall(r"(%\S+) = f32\[10,2,100000\]\S* fusion\(", main)[-1]
     kernels = re.findall(r" (?:fusion|call)\(([^)]*)\)", main)
-    assert sum(written in re.split(r",\s*(?:/\S*/)?", operands) for operands in kernels) == 1
+    assert (
+        sum(written in re.split(r",\s*(?:/\S*/)?", operands) for operands in kernels)
+        == 1
+    )
 
 
 def test_a_training_step_traces_the_objective_twice_and_compiles_once():
@@ -221,7 +253,9 @@ def test_a_training_step_traces_the_objective_twice_and_compiles_once():
     def step(params, state, x, y):
         compiled.append(1)
         value, grad = hessopt.value_and_grad_from_state(loss)(params, x, y, state=state)
-        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=loss, x=x, y=y)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss, x=x, y=y
+        )
         return optax.apply_updates(params, updates), state, value
 
     state, values = tx.init(params), []
@@ -242,13 +276,18 @@ def test_optax_finds_the_value_and_gradient_that_the_search_kept():
         value, grad = optax.value_and_grad_from_state(loss)(x, state=state)
         np.testing.assert_allclose(value, loss(x), rtol=1e-12)
         chex.assert_trees_all_close(grad, jax.grad(loss)(x), rtol=1e-12)
-        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=loss)
+        updates, state = tx.update(
+            grad, state, x, value=value, grad=grad, value_fn=loss
+        )
         x = optax.apply_updates(x, updates)
 
 
 @pytest.mark.slow
 def test_batches_of_digits_train_with_pairs_of_the_same_batch():
-    data, tx = digits(np.float32), hessopt.lbfgs(0.1, same_batch_pairs=True, linesearch=None)
+    data, tx = (
+        digits(np.float32),
+        hessopt.lbfgs(0.1, same_batch_pairs=True, linesearch=None),
+    )
 
     @jax.jit
     def epoch(params, state, key):
@@ -256,7 +295,9 @@ def test_batches_of_digits_train_with_pairs_of_the_same_batch():
             params, state = carry
             x, y = data.x[chosen], data.y[chosen]
             grad = jax.grad(cross_entropy)(params, x, y, 1e-4)
-            updates, state = tx.update(grad, state, params, value_fn=cross_entropy, x=x, y=y, l2=1e-4)
+            updates, state = tx.update(
+                grad, state, params, value_fn=cross_entropy, x=x, y=y, l2=1e-4
+            )
             return (optax.apply_updates(params, updates), state), None
 
         batches = jax.random.permutation(key, 1500)[: 11 * 128].reshape(11, 128)
@@ -273,9 +314,13 @@ def test_batches_of_digits_train_with_pairs_of_the_same_batch():
 
 
 def test_arguments_out_of_range_are_named():
-    with pytest.raises(ValueError, match="memory_dtype must have the range of float32, as bfloat16 has"):
+    with pytest.raises(
+        ValueError, match="memory_dtype must have the range of float32, as bfloat16 has"
+    ):
         scale_by_lbfgs(memory_dtype=jnp.float16)
-    with pytest.raises(ValueError, match="memory_size must be an int, at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="memory_size must be an int, at least 1, got 0"
+    ):
         scale_by_lbfgs(0)
     with pytest.raises(TypeError, match="scale_by_lbfgs needs the parameters"):
         scale_by_lbfgs().update(jnp.ones(2), scale_by_lbfgs().init(jnp.ones(2)))

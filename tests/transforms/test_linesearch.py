@@ -16,9 +16,9 @@ def searched(value_fn, params, updates, tx=None, state=None):
     value, grad = jax.value_and_grad(value_fn)(params)
     grad = jax.tree.map(jnp.conj, grad)
     state = tx.init(params) if state is None else state
-    step, state = jax.jit(lambda u, s, p: tx.update(u, s, p, value=value, grad=grad, value_fn=value_fn))(
-        updates, state, params
-    )
+    step, state = jax.jit(
+        lambda u, s, p: tx.update(u, s, p, value=value, grad=grad, value_fn=value_fn)
+    )(updates, state, params)
     return step, optax.apply_updates(params, step), state
 
 
@@ -30,27 +30,41 @@ def flags(state):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_step_satisfies_the_strong_wolfe_conditions(scale, seed):
     rng = np.random.default_rng(seed)
-    params = {"value": jnp.asarray(rng.normal(size=4)), "grad": [jnp.asarray(rng.normal(size=(2, 3)))]}
-    loss = lambda p: sum(jnp.sum(jnp.cosh(x - 1.0) + 0.3 * jnp.sin(5 * x)) for x in jax.tree.leaves(p))
+    params = {
+        "value": jnp.asarray(rng.normal(size=4)),
+        "grad": [jnp.asarray(rng.normal(size=(2, 3)))],
+    }
+    loss = lambda p: sum(
+        jnp.sum(jnp.cosh(x - 1.0) + 0.3 * jnp.sin(5 * x)) for x in jax.tree.leaves(p)
+    )
     direction = jax.tree.map(lambda g: -scale * g, jax.grad(loss)(params))
     step, there, state = searched(loss, params, direction)
     slope = lambda at: sum(
-        jnp.vdot(g, u) for g, u in zip(*map(jax.tree.leaves, (jax.grad(loss)(at), direction)), strict=True)
+        jnp.vdot(g, u)
+        for g, u in zip(
+            *map(jax.tree.leaves, (jax.grad(loss)(at), direction)), strict=True
+        )
     )
     t = state.info.rate
     chex.assert_trees_all_close(step, jax.tree.map(lambda u: t * u, direction))
     assert loss(there) <= loss(params) + 1e-4 * t * slope(params)
     assert abs(slope(there)) <= 0.9 * abs(slope(params))
     assert flags(state) == StepStatus.OK
-    chex.assert_trees_all_close((state.value, state.grad), jax.value_and_grad(loss)(there), rtol=1e-12)
+    chex.assert_trees_all_close(
+        (state.value, state.grad), jax.value_and_grad(loss)(there), rtol=1e-12
+    )
 
 
 def test_what_it_accepts_is_reused_also_beside_a_parameter_named_value():
     params = {"value": jnp.array([3.0, -2.0]), "grad": jnp.array(0.5)}
     loss = lambda p: jnp.sum(p["value"] ** 4) + jnp.sum(p["grad"] ** 2)
-    _, there, state = searched(loss, params, jax.tree.map(jnp.negative, jax.grad(loss)(params)))
+    _, there, state = searched(
+        loss, params, jax.tree.map(jnp.negative, jax.grad(loss)(params))
+    )
     poisoned = lambda p: loss(p) + jnp.nan
-    pair = jax.jit(lambda p, s: hessopt.value_and_grad_from_state(poisoned)(p, state=s))(there, (state,))
+    pair = jax.jit(
+        lambda p, s: hessopt.value_and_grad_from_state(poisoned)(p, state=s)
+    )(there, (state,))
     chex.assert_trees_all_close(pair, jax.value_and_grad(loss)(there), rtol=1e-12)
 
 
@@ -64,7 +78,9 @@ def test_it_traces_the_objective_once_and_evaluates_it_once_per_trial():
 
     x, tx = jnp.array([3.0, -2.0]), scale_by_wolfe_linesearch()
     value, grad = 13.8, jnp.sinh(x)
-    step = jax.jit(lambda s: tx.update(-grad, s, x, value=value, grad=grad, value_fn=loss)[1])
+    step = jax.jit(
+        lambda s: tx.update(-grad, s, x, value=value, grad=grad, value_fn=loss)[1]
+    )
     first = step(tx.init(x))
     second = step(first)
     jax.effects_barrier()
@@ -80,7 +96,9 @@ def test_lanes_cost_one_value_and_gradient_per_trial():
     def step(x):
         return tx.update(-x, tx.init(x), x, value=loss(x), grad=x, value_fn=loss)[0]
 
-    flops = lambda f: jax.jit(jax.vmap(f)).lower(starts).compile().cost_analysis()["flops"]
+    flops = lambda f: (
+        jax.jit(jax.vmap(f)).lower(starts).compile().cost_analysis()["flops"]
+    )
     one = flops(jax.value_and_grad(loss))
     body = flops(step) - flops(loss)  # a loop's body is counted once
     assert body <= 1.15 * one
@@ -94,13 +112,19 @@ def test_complex_parameters_and_integer_free_trees_are_searched_in_optax_convent
     assert flags(state) == StepStatus.OK
 
 
-@pytest.mark.parametrize("guess", ["one", "quadratic", lambda fall, slope: 0.25 * jnp.ones_like(slope)])
+@pytest.mark.parametrize(
+    "guess", ["one", "quadratic", lambda fall, slope: 0.25 * jnp.ones_like(slope)]
+)
 def test_the_first_trial_is_the_guess(guess):
     loss = lambda x: 0.5 * jnp.sum(x**2)
     tx = scale_by_wolfe_linesearch(initial_guess=guess)
     x = jnp.array([1.0, 1.0])
-    _, _, state = searched(loss, x, -1e-3 * x, tx, tx.init(x)._replace(fall=jnp.asarray(1e-4)))
-    expected = {"one": 1.0, "quadratic": 2.02 * 1e-4 / 2e-3}.get(guess if isinstance(guess, str) else "", 0.25)
+    _, _, state = searched(
+        loss, x, -1e-3 * x, tx, tx.init(x)._replace(fall=jnp.asarray(1e-4))
+    )
+    expected = {"one": 1.0, "quadratic": 2.02 * 1e-4 / 2e-3}.get(
+        guess if isinstance(guess, str) else "", 0.25
+    )
     assert state.info.trials > 1  # it expands from there, twofold at least
     assert float(state.info.rate) >= 2 * expected
 
@@ -121,7 +145,9 @@ def test_a_failed_search_gives_the_best_decrease_or_nothing():
     assert flags(state) == StepStatus.SEARCH_FAILED
     assert jnp.abs(there[0]) < 0.3
     lying = jax.custom_jvp(lambda x: jnp.sum(x**2))
-    lying.defjvp(lambda primals, tangents: (jnp.sum(primals[0] ** 2), -jnp.sum(tangents[0])))
+    lying.defjvp(
+        lambda primals, tangents: (jnp.sum(primals[0] ** 2), -jnp.sum(tangents[0]))
+    )
     step, _, state = searched(lying, x, jnp.array([1.0]), tx)
     assert flags(state) == StepStatus.SEARCH_FAILED
     assert not step.any()
@@ -129,12 +155,20 @@ def test_a_failed_search_gives_the_best_decrease_or_nothing():
 
 
 ENDINGS = {  # objective, start, how minimize ends
-    "overflow at the unit step": (lambda x: jnp.sum(jnp.exp(1e3 * x) - 50 * x), -0.2, Termination.GRADIENT),
+    "overflow at the unit step": (
+        lambda x: jnp.sum(jnp.exp(1e3 * x) - 50 * x),
+        -0.2,
+        Termination.GRADIENT,
+    ),
     "constant": (lambda x: 3.0 + 0 * jnp.sum(x), 1.0, Termination.GRADIENT),
     "NaN at the start": (lambda x: jnp.sum(jnp.log(x)), -1.0, Termination.NONFINITE),
     "linear": (lambda x: jnp.sum(x), 1.0, Termination.UNBOUNDED),
     "kink": (lambda x: jnp.sum(jnp.abs(x - 1 / 3)), 1.0, Termination.STALLED_AT_NOISE),
-    "next to a saddle": (lambda x: jnp.sum(x**4 / 4 - x**2 / 2), 1e-12, Termination.GRADIENT),
+    "next to a saddle": (
+        lambda x: jnp.sum(x**4 / 4 - x**2 / 2),
+        1e-12,
+        Termination.GRADIENT,
+    ),
     "downward parabola": (lambda x: -jnp.sum(x**2), 1.0, Termination.UNBOUNDED),
 }
 
@@ -152,10 +186,14 @@ def test_awkward_objectives_end_for_the_right_reason(name):
 
 
 @pytest.mark.parametrize("exponent", [-20, -45])
-def test_a_first_step_in_other_units_than_the_parameters_is_shortened_until_it_serves(exponent):
+def test_a_first_step_in_other_units_than_the_parameters_is_shortened_until_it_serves(
+    exponent,
+):
     unit = 2.0**exponent
     loss = lambda x: jnp.sum(100.0 * (x[1:] - x[:-1] ** 2) ** 2 + (1.0 - x[:-1]) ** 2)
-    solution = minimize(lambda x: loss(x / unit), jnp.full(6, -unit / 2), hessopt.lbfgs())
+    solution = minimize(
+        lambda x: loss(x / unit), jnp.full(6, -unit / 2), hessopt.lbfgs()
+    )
     assert solution.reason == "GRADIENT"
     np.testing.assert_allclose(solution.params / unit, 1.0, atol=1e-2)
 
@@ -175,7 +213,11 @@ def test_arguments_out_of_range_are_named():
         ("slope_rtol", 0.7, r"slope_rtol must be in \[0, 0.5\], got 0.7"),
         ("curv_rtol", 1e-9, r"curv_rtol must be in \[0.0001, 1\], got 1e-09"),
         ("max_rate", 0.0, "max_rate must be at least 1.17.*e-38, got 0.0"),
-        ("initial_guess", "two", r"initial_guess must be one of \['one', 'quadratic'\], .* got 'two'"),
+        (
+            "initial_guess",
+            "two",
+            r"initial_guess must be one of \['one', 'quadratic'\], .* got 'two'",
+        ),
     ):
         with pytest.raises(ValueError, match=says):
             scale_by_wolfe_linesearch(**{name: bad})

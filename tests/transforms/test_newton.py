@@ -24,7 +24,9 @@ def direction(tx, value_fn, params, state=None, **extra):
     """One jitted update of `tx` on the gradient of `value_fn`."""
     state = tx.init(params) if state is None else state
     grads = optax.tree.conj(jax.grad(value_fn)(params))
-    return jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=value_fn, **extra))(grads, state, params)
+    return jax.jit(lambda g, s, p: tx.update(g, s, p, value_fn=value_fn, **extra))(
+        grads, state, params
+    )
 
 
 def status(state):
@@ -73,7 +75,9 @@ def test_logistic_regression_converges_quadratically_to_scikit_learns_coefficien
     @jax.jit
     def step(params, state):
         value, grad = jax.value_and_grad(f)(params)
-        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=f)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=f
+        )
         return optax.apply_updates(params, updates), state
 
     path = [ravel_pytree(params)[0]]
@@ -81,19 +85,28 @@ def test_logistic_regression_converges_quadratically_to_scikit_learns_coefficien
     for _ in range(12):
         params, state = step(params, state)
         path.append(ravel_pytree(params)[0])
-        gradients.append(max(float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(jax.grad(f)(params))))
+        gradients.append(
+            max(
+                float(jnp.max(jnp.abs(g))) for g in jax.tree.leaves(jax.grad(f)(params))
+            )
+        )
     assert min(gradients) < 1e-10
 
-    reference = LogisticRegression(C=1.0, tol=1e-12, solver="newton-cholesky", max_iter=100).fit(x, y)
+    reference = LogisticRegression(
+        C=1.0, tol=1e-12, solver="newton-cholesky", max_iter=100
+    ).fit(x, y)
     np.testing.assert_allclose(params["w"], reference.coef_[0], atol=1e-6)
     np.testing.assert_allclose(params["b"], reference.intercept_[0], atol=1e-6)
 
     # e+ <= C e^2 over the last three steps, of which the last one ends in rounding
     errors = np.array([float(jnp.linalg.norm(p - path[-1])) for p in path])
-    rounding = 1e-14 * np.linalg.norm(path[-1])  # the search goes on as long as slopes tell it where
+    # the search goes on as long as slopes tell it where
+    rounding = 1e-14 * np.linalg.norm(path[-1])
     last = int(np.argmax(errors < 1e-12 * np.linalg.norm(path[-1])))
     assert last > 3
-    assert np.all(errors[last - 2 : last + 1] <= 0.5 * errors[last - 3 : last] ** 2 + rounding)
+    assert np.all(
+        errors[last - 2 : last + 1] <= 0.5 * errors[last - 3 : last] ** 2 + rounding
+    )
 
 
 def test_layer_blocks_equal_assembled_per_layer_solves():
@@ -105,22 +118,32 @@ def test_layer_blocks_equal_assembled_per_layer_solves():
     g = np.asarray(jax.grad(lambda v: f(unravel(v)))(vector))
     n0 = 5 * 7 + 7
     expected = np.concatenate(
-        [np.linalg.solve(H[b, b] + 0.3 * np.eye(len(g[b])), g[b]) for b in (slice(0, n0), slice(n0, None))]
+        [
+            np.linalg.solve(H[b, b] + 0.3 * np.eye(len(g[b])), g[b])
+            for b in (slice(0, n0), slice(n0, None))
+        ]
     )
-    np.testing.assert_allclose(ravel_pytree(updates)[0], expected, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(
+        ravel_pytree(updates)[0], expected, rtol=1e-10, atol=1e-12
+    )
 
 
 def test_gauss_newton_steps_solve_with_its_matrix_and_data_is_passed_by_name():
     params = init_mlp(0, (5, 7, 3))
     value_fn = hessopt.composite(
-        lambda p, x: mlp(p, x), lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+        lambda p, x: mlp(p, x),
+        lambda z, y: optax.softmax_cross_entropy_with_integer_labels(z, y).mean(),
     )
     grads = jax.grad(value_fn)(params, X, Y)
     tx = scale_by_newton(0.1, curvature="gauss_newton")
-    updates, state = tx.update(grads, tx.init(params), params, value_fn=value_fn, x=X, y=Y, unknown=1.0)
+    updates, state = tx.update(
+        grads, tx.init(params), params, value_fn=value_fn, x=X, y=Y, unknown=1.0
+    )
     G = hessopt.hessian(value_fn.close(X, Y), params, curvature="gauss_newton")
     expected = np.linalg.solve(G + 0.1 * np.eye(len(G)), ravel_pytree(grads)[0])
-    np.testing.assert_allclose(ravel_pytree(updates)[0], expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        ravel_pytree(updates)[0], expected, rtol=1e-9, atol=1e-12
+    )
     assert status(state) == StepStatus.OK
 
 
@@ -142,7 +165,8 @@ def test_a_factorisation_serves_update_every_updates():
     for x in (1.0, 2.0, 3.0, 4.0):
         x = jnp.asarray([x])
         step, state = direction(tx, f, x, state)
-        used.append(float(4 * x[0] ** 3 / step[0]))  # the curvature that the step was divided by
+        # the curvature that the step was divided by
+        used.append(float(4 * x[0] ** 3 / step[0]))
     np.testing.assert_allclose(used, [12.0, 12.0, 12.0, 12 * 16.0])
     assert state.count == 4
 
@@ -183,25 +207,37 @@ def test_absolute_turns_a_saddle_into_a_minimum_and_none_steps_into_it():
 
 
 @pytest.mark.parametrize("positivity", POSITIVITIES)
-def test_from_the_axis_of_a_saddle_the_step_stays_on_it_and_says_that_the_curvature_is_negative(positivity):
-    step, state = direction(scale_by_newton(positivity=positivity), saddle, jnp.array([1.0, 0.0]))
+def test_from_the_axis_of_a_saddle_the_step_stays_on_it_and_says_that_the_curvature_is_negative(
+    positivity,
+):
+    step, state = direction(
+        scale_by_newton(positivity=positivity), saddle, jnp.array([1.0, 0.0])
+    )
     assert 0 < step[0] <= 1
     assert step[1] == 0
     assert status(state) == StepStatus.NEGATIVE_CURVATURE
-    step, state = direction(scale_by_newton(positivity=positivity), saddle, jnp.zeros(2))
+    step, state = direction(
+        scale_by_newton(positivity=positivity), saddle, jnp.zeros(2)
+    )
     assert jnp.all(step == 0)
     assert status(state) == StepStatus.NEGATIVE_CURVATURE
 
 
 @pytest.mark.parametrize("positivity", ["shift", "absolute"])
-def test_a_singular_hessian_gives_newtons_step_where_there_is_curvature_and_a_finite_one_elsewhere(positivity):
+def test_a_singular_hessian_gives_newtons_step_where_there_is_curvature_and_a_finite_one_elsewhere(
+    positivity,
+):
     f = lambda x: (x[0] - 1.0) ** 2 + 0.0 * x[1]
-    step, _ = direction(scale_by_newton(positivity=positivity), f, jnp.array([3.0, 5.0]))
+    step, _ = direction(
+        scale_by_newton(positivity=positivity), f, jnp.array([3.0, 5.0])
+    )
     np.testing.assert_allclose(step, [2.0, 0.0], rtol=1e-3, atol=1e-12)
 
 
 def test_a_singular_hessian_as_it_is_gives_no_step_and_says_so():
-    step, state = direction(scale_by_newton(positivity="none"), lambda x: x[0] ** 2 + x[1], jnp.ones(2))
+    step, state = direction(
+        scale_by_newton(positivity="none"), lambda x: x[0] ** 2 + x[1], jnp.ones(2)
+    )
     assert jnp.all(step == 0)
     assert StepStatus.FACTORIZATION_FAILED in status(state)
 
@@ -209,10 +245,14 @@ def test_a_singular_hessian_as_it_is_gives_no_step_and_says_so():
 @pytest.mark.parametrize("positivity", POSITIVITIES)
 def test_without_any_curvature_the_step_has_unit_length_along_the_gradient(positivity):
     slope = jnp.array([3.0, 4.0])
-    step, state = direction(scale_by_newton(positivity=positivity), lambda x: x @ slope, jnp.ones(2))
+    step, state = direction(
+        scale_by_newton(positivity=positivity), lambda x: x @ slope, jnp.ones(2)
+    )
     np.testing.assert_allclose(step, [0.6, 0.8])
     assert status(state) == StepStatus.UNBOUNDED_MODEL
-    step, state = direction(scale_by_newton(positivity=positivity), lambda x: 0.0 * jnp.sum(x), jnp.ones(2))
+    step, state = direction(
+        scale_by_newton(positivity=positivity), lambda x: 0.0 * jnp.sum(x), jnp.ones(2)
+    )
     assert jnp.all(step == 0)
     assert status(state) == StepStatus.UNBOUNDED_MODEL
 
@@ -221,7 +261,11 @@ def test_a_unit_step_without_curvature_is_never_reused():
     slope = jnp.array([3.0, 4.0])
     tx = scale_by_newton(update_every=3)
     state = tx.init(slope)
-    for grads, expected in [(slope * jnp.nan, 0.0), (slope, slope / 5), (10 * slope, slope / 5)]:
+    for grads, expected in [
+        (slope * jnp.nan, 0.0),
+        (slope, slope / 5),
+        (10 * slope, slope / 5),
+    ]:
         step, state = tx.update(grads, state, jnp.ones(2), value_fn=lambda x: x @ slope)
         np.testing.assert_allclose(step, jnp.zeros(2) + expected)
         assert StepStatus.UNBOUNDED_MODEL in status(state)
@@ -229,9 +273,14 @@ def test_a_unit_step_without_curvature_is_never_reused():
 
 @pytest.mark.parametrize("positivity", POSITIVITIES)
 @pytest.mark.parametrize("update_every", [1, 5])
-def test_a_nan_hessian_keeps_the_older_factor_or_gives_no_step(positivity, update_every):
+def test_a_nan_hessian_keeps_the_older_factor_or_gives_no_step(
+    positivity, update_every
+):
     f = lambda x, bad: jnp.sum(x**2) * jnp.where(bad, jnp.nan, 1.0)
-    x, tx = jnp.array([1.0, 2.0]), scale_by_newton(positivity=positivity, update_every=update_every)
+    x, tx = (
+        jnp.array([1.0, 2.0]),
+        scale_by_newton(positivity=positivity, update_every=update_every),
+    )
     update = jax.jit(lambda state, bad: tx.update(2 * x, state, x, value_fn=f, bad=bad))
     step, state = update(tx.init(x), True)
     assert jnp.all(step == 0)
@@ -290,20 +339,31 @@ def test_updates_keep_the_gradients_dtype(dtype):
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
 @pytest.mark.parametrize("positivity", POSITIVITIES)
-def test_in_float32_scaling_the_objective_changes_neither_step_nor_status(positivity, scale):
+def test_in_float32_scaling_the_objective_changes_neither_step_nor_status(
+    positivity, scale
+):
     x = jnp.array([1.0, 0.5, -2.0], jnp.float32)
 
     def f(x):
-        return np.float32(scale) * (x[0] ** 2 - x[1] ** 2 + 0.1 * x[1] ** 4 + 3.0 * x[2] ** 2 + x[0] * x[2])
+        return np.float32(scale) * (
+            x[0] ** 2 - x[1] ** 2 + 0.1 * x[1] ** 4 + 3.0 * x[2] ** 2 + x[0] * x[2]
+        )
 
     step, state = direction(scale_by_newton(positivity=positivity), f, x)
-    expected, reference = direction(scale_by_newton(positivity=positivity), lambda x: f(x) / np.float32(scale), x)
+    expected, reference = direction(
+        scale_by_newton(positivity=positivity), lambda x: f(x) / np.float32(scale), x
+    )
     np.testing.assert_allclose(step, expected, rtol=1e-4)
     assert status(state) == status(reference)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"positivity": "absolute", "blocks": "leaf"}, {"positivity": "none", "update_every": 2}]
+    "options",
+    [
+        {},
+        {"positivity": "absolute", "blocks": "leaf"},
+        {"positivity": "none", "update_every": 2},
+    ],
 )
 def test_the_state_keeps_its_types_and_one_compilation_serves(options):
     tx = scale_by_newton(**options)
@@ -319,7 +379,9 @@ def test_the_state_keeps_its_types_and_one_compilation_serves(options):
     abstract = jax.eval_shape(tx.init, params)
     for _ in range(3):
         params, new = step(params, state)
-        for old_leaf, new_leaf, shape in zip(*map(jax.tree.leaves, (state, new, abstract)), strict=True):
+        for old_leaf, new_leaf, shape in zip(
+            *map(jax.tree.leaves, (state, new, abstract)), strict=True
+        ):
             assert (old_leaf.shape, old_leaf.dtype, old_leaf.weak_type) == (
                 new_leaf.shape,
                 new_leaf.dtype,
@@ -363,7 +425,8 @@ def test_hyperparameters_can_be_injected():
 
 @functools.cache
 def digits_run(positivity, seed, steps):
-    """Full-batch Newton on 64-16-10: steps until max|g| < 1e-8, accuracy, statuses, factorisations a step."""
+    """Full-batch Newton on 64-16-10: steps until max|g| < 1e-8, accuracy, statuses,
+    factorisations a step."""
     data = digits()
     f = lambda p: cross_entropy(p, data.x, data.y, 1e-4)
     tx = hessopt.newton(positivity=positivity)
@@ -373,8 +436,12 @@ def digits_run(positivity, seed, steps):
     @jax.jit
     def step(params, state):
         value, grad = jax.value_and_grad(f)(params)
-        updates, state = tx.update(grad, state, params, value=value, grad=grad, value_fn=f)
-        largest = jnp.max(jnp.array([jnp.max(jnp.abs(g)) for g in jax.tree.leaves(grad)]))
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=f
+        )
+        largest = jnp.max(
+            jnp.array([jnp.max(jnp.abs(g)) for g in jax.tree.leaves(grad)])
+        )
         return optax.apply_updates(params, updates), state, largest
 
     seen, attempts, largest, taken = StepStatus.OK, 0, jnp.inf, 0
@@ -385,11 +452,15 @@ def digits_run(positivity, seed, steps):
         params, taken = new, taken + 1
         seen |= status(state[0])
         attempts += int(state[0].info.attempts)
-    accuracy = float(jnp.mean(jnp.argmax(mlp(params, data.x_test), axis=1) == data.y_test))
+    accuracy = float(
+        jnp.mean(jnp.argmax(mlp(params, data.x_test), axis=1) == data.y_test)
+    )
     return taken, float(largest), accuracy, seen, attempts / taken
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
+)
 def test_newton_trains_digits_to_a_gradient_of_1e_8(seed):
     steps, gradient, accuracy, seen, attempts = digits_run("shift", seed, 121)
     assert steps <= 120

@@ -42,10 +42,14 @@ def test_take_and_combine_are_inverse():
 
 
 def test_what_does_not_match_is_named():
-    with pytest.raises(ValueError, match=r"groups must be one of .*'layer'.*, got 'layers'"):
+    with pytest.raises(
+        ValueError, match=r"groups must be one of .*'layer'.*, got 'layers'"
+    ):
         group_labels(PARAMS, "layers")
     with pytest.raises(ValueError, match="'dec/kernel' has no label"):
-        group_labels(PARAMS, {"enc": {"bias": 0, "kernel": 0}, "dec": {"bias": 0}, "scale": 1})
+        group_labels(
+            PARAMS, {"enc": {"bias": 0, "kernel": 0}, "dec": {"bias": 0}, "scale": 1}
+        )
     with pytest.raises(ValueError, match="'extra' is labelled but no parameter"):
         group_labels(PARAMS, jax.tree.map(lambda _: 0, PARAMS) | {"extra": 1})
 
@@ -58,10 +62,17 @@ def test_a_bare_array_and_an_empty_tree():
 def test_boxed_parameters_belong_to_the_layer_of_their_module():
     from flax import linen as nn
 
-    boxed = {"dense": {"kernel": nn.Partitioned(jnp.zeros((2, 2)), ("a", "b")), "bias": jnp.zeros(2)}}
+    boxed = {
+        "dense": {
+            "kernel": nn.Partitioned(jnp.zeros((2, 2)), ("a", "b")),
+            "bias": jnp.zeros(2),
+        }
+    }
     assert group_labels(boxed, "layer")[1] == ("dense",)
 
 
 def test_labels_are_matched_by_path_and_not_by_its_spelling():
-    labels, names = group_labels({"a/b": 1.0, "a": {"b": 1.0}}, {"a/b": "u", "a": {"b": "v"}})
+    labels, names = group_labels(
+        {"a/b": 1.0, "a": {"b": 1.0}}, {"a/b": "u", "a": {"b": "v"}}
+    )
     assert (names[labels["a/b"]], names[labels["a"]["b"]]) == ("u", "v")

@@ -1,4 +1,5 @@
-"""Oracles: the same run on one device; the collectives of compiled programs, read from their text."""
+"""Oracles: the same run on one device; the collectives of compiled programs, read from
+their text."""
 
 import functools
 import itertools
@@ -17,38 +18,54 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import hessopt
 
 LEAFWISE = {
-    "search": lambda: optax.chain(optax.scale(-0.1), hessopt.scale_by_wolfe_linesearch()),
+    "search": lambda: optax.chain(
+        optax.scale(-0.1), hessopt.scale_by_wolfe_linesearch()
+    ),
     "lbfgs": hessopt.lbfgs,
     "lbfgs, same batch": lambda: hessopt.lbfgs(same_batch_pairs=True),
     "newton_cg": lambda: hessopt.newton_cg(max_iterations=10, warm_start=True),
     "trust region, cg": lambda: hessopt.trust_region_newton(subproblem="cg"),
-    "generalized_newton": lambda: hessopt.generalized_newton(optax.sgd(0.1, momentum=0.9)),
-    "generalized_newton, forward": lambda: hessopt.generalized_newton(optax.sgd(0.1), mode="forward"),
+    "generalized_newton": lambda: hessopt.generalized_newton(
+        optax.sgd(0.1, momentum=0.9)
+    ),
+    "generalized_newton, forward": lambda: hessopt.generalized_newton(
+        optax.sgd(0.1), mode="forward"
+    ),
     "grouped_newton": lambda: hessopt.grouped_newton(optax.sgd(0.1, momentum=0.9)),
 }
 DENSE = {
     "newton": hessopt.newton,
-    "newton, backtracking": lambda: hessopt.newton(linesearch=optax.scale_by_backtracking_linesearch(20)),
+    "newton, backtracking": lambda: hessopt.newton(
+        linesearch=optax.scale_by_backtracking_linesearch(20)
+    ),
     "bfgs": hessopt.bfgs,
     "trust region": hessopt.trust_region_newton,
 }
 
 QUICK = ("search", "lbfgs", "newton_cg", "generalized_newton", "newton")
-"""Those that run in the fast suite; `test_contract.py` has a row of eight devices for all."""
+"""Those that run in the fast suite; `test_contract.py` has a row of eight devices for
+all."""
 
-needs_explicit = pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding")
+needs_explicit = pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding"
+)
 
 
 def marked(names: Any) -> list[Any]:
     """All names, of which those that are not quick are left to the slow suite."""
-    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+    return [
+        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name in names
+    ]
 
 
 class Problem(NamedTuple):
     """A training problem, and how its parameters are split."""
 
     init: Any  # dtype -> params
-    loss: Any  # (params, x, y, place) -> scalar; place(activations) says how they lie after a split contraction
+    # (params, x, y, place) -> scalar; place(activations) says how they lie after a
+    # split contraction
+    loss: Any
     data: tuple[Any, Any]
     specs: Any  # a tree like params
 
@@ -79,7 +96,12 @@ def mlp_problem(sizes: tuple[int, ...], batch: int) -> Problem:
             x = place(x, params[f"w{i}"]) + params[f"b{i}"]
         return jnp.mean((x - y) ** 2) + penalty(params)
 
-    return Problem(lambda dtype: jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays), loss, (x, y), specs)
+    return Problem(
+        lambda dtype: jax.tree.map(lambda a: jnp.asarray(a, dtype), arrays),
+        loss,
+        (x, y),
+        specs,
+    )
 
 
 class Cnn(nn.Module):
@@ -87,8 +109,17 @@ class Cnn(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(8, (3, 3), strides=2, use_bias=False, dtype=self.dtype, param_dtype=self.dtype)(x)
-        x = nn.BatchNorm(use_running_average=False, dtype=self.dtype, param_dtype=self.dtype)(x)
+        x = nn.Conv(
+            8,
+            (3, 3),
+            strides=2,
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.dtype,
+        )(x)
+        x = nn.BatchNorm(
+            use_running_average=False, dtype=self.dtype, param_dtype=self.dtype
+        )(x)
         x = jnp.tanh(x).mean((1, 2))
         return nn.Dense(4, dtype=self.dtype, param_dtype=self.dtype)(x)
 
@@ -104,12 +135,25 @@ def cnn_problem() -> Problem:
         out, _ = Cnn(x.dtype).apply({"params": params}, x, mutable=["batch_stats"])
         return jnp.mean((out - y) ** 2) + penalty(params)
 
-    specs = jax.tree.map(lambda _: PartitionSpec(), jax.eval_shape(lambda: init(np.float64)))
-    specs["Dense_0"] = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
+    specs = jax.tree.map(
+        lambda _: PartitionSpec(), jax.eval_shape(lambda: init(np.float64))
+    )
+    specs["Dense_0"] = {
+        "kernel": PartitionSpec(None, "model"),
+        "bias": PartitionSpec("model"),
+    }
     return Problem(init, loss, (x, y), specs)
 
 
-def train(problem: Problem, tx: Any, params: Any, x: Any, y: Any, steps: int, place: Any = jnp.dot) -> tuple[Any, Any]:
+def train(
+    problem: Problem,
+    tx: Any,
+    params: Any,
+    x: Any,
+    y: Any,
+    steps: int,
+    place: Any = jnp.dot,
+) -> tuple[Any, Any]:
     def value_fn(params: Any, x: Any, y: Any) -> jax.Array:
         return problem.loss(params, x, y, place)
 
@@ -119,7 +163,9 @@ def train(problem: Problem, tx: Any, params: Any, x: Any, y: Any, steps: int, pl
     def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:
         traces.append(1)
         value, grads = jax.value_and_grad(value_fn)(params, x, y)
-        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=value_fn, x=x, y=y)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=value_fn, x=x, y=y
+        )
         return optax.apply_updates(params, updates), state
 
     state = tx.init(params)
@@ -132,15 +178,22 @@ def train(problem: Problem, tx: Any, params: Any, x: Any, y: Any, steps: int, pl
 def mesh_of(*, explicit: bool) -> Mesh:
     if not explicit:
         return Mesh(np.reshape(jax.devices(), (-1, 2)), ("data", "model"))
-    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    return jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
 
 
 def dot_over_data(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product whose result is split over the data, and over the model if the columns of w are."""
-    return jnp.dot(x, w, out_sharding=PartitionSpec("data", jax.typeof(w).sharding.spec[1]))
+    """A product whose result is split over the data, and over the model if the columns
+    of w are."""
+    return jnp.dot(
+        x, w, out_sharding=PartitionSpec("data", jax.typeof(w).sharding.spec[1])
+    )
 
 
-def on_many_devices(problem: Problem, make: Any, dtype: Any, steps: int, *, explicit: bool) -> tuple[Any, Any]:
+def on_many_devices(
+    problem: Problem, make: Any, dtype: Any, steps: int, *, explicit: bool
+) -> tuple[Any, Any]:
     mesh = mesh_of(explicit=explicit)
     place = lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec))
     params = jax.tree.map(place, problem.init(dtype), problem.specs)
@@ -151,37 +204,60 @@ def on_many_devices(problem: Problem, make: Any, dtype: Any, steps: int, *, expl
         return train(problem, make(), params, x, y, steps, dot_over_data)
 
 
-def assert_same_as_on_one(problem: Problem, make: Any, dtype: Any, steps: int, tolerance: float, meshes: Any) -> None:
-    alone, _ = train(problem, make(), problem.init(dtype), *(jnp.asarray(a, dtype) for a in problem.data), steps)
+def assert_same_as_on_one(
+    problem: Problem, make: Any, dtype: Any, steps: int, tolerance: float, meshes: Any
+) -> None:
+    alone, _ = train(
+        problem,
+        make(),
+        problem.init(dtype),
+        *(jnp.asarray(a, dtype) for a in problem.data),
+        steps,
+    )
     for explicit in meshes:
         spread, _ = on_many_devices(problem, make, dtype, steps, explicit=explicit)
-        for a, b, spec in zip(*map(jax.tree.leaves, (alone, spread, problem.specs)), strict=True):
+        for a, b, spec in zip(
+            *map(jax.tree.leaves, (alone, spread, problem.specs)), strict=True
+        ):
             np.testing.assert_allclose(a, b, atol=tolerance)
-            if explicit or make in LEAFWISE.values():  # what is made of a dense matrix the compiler places
-                assert b.sharding.is_equivalent_to(NamedSharding(b.sharding.mesh, spec), b.ndim)
+            # what is made of a dense matrix the compiler places
+            if explicit or make in LEAFWISE.values():
+                assert b.sharding.is_equivalent_to(
+                    NamedSharding(b.sharding.mesh, spec), b.ndim
+                )
 
 
 @pytest.mark.parametrize(
-    "explicit", [pytest.param(False, marks=pytest.mark.slow), pytest.param(True, marks=needs_explicit)]
+    "explicit",
+    [
+        pytest.param(False, marks=pytest.mark.slow),
+        pytest.param(True, marks=needs_explicit),
+    ],
 )
 @pytest.mark.parametrize("name", marked([*LEAFWISE, *DENSE]))
 def test_a_small_network_trains_on_eight_devices_as_on_one(name, explicit):
     make = (LEAFWISE | DENSE)[name]
-    assert_same_as_on_one(mlp_problem((6, 8, 4, 2), 16), make, np.float64, 6, 1e-10, [explicit])
+    assert_same_as_on_one(
+        mlp_problem((6, 8, 4, 2), 16), make, np.float64, 6, 1e-10, [explicit]
+    )
 
 
 PROBLEMS = {"mlp": lambda: mlp_problem((784, 256, 256, 10), 512), "cnn": cnn_problem}
 
 
 def steps_of(name: str) -> int:
-    """By truncated CG the difference of two runs grows in every step, since these losses are not convex."""
+    """By truncated CG the difference of two runs grows in every step, since these
+    losses are not convex."""
     return 3 if "cg" in name else 20
 
 
 def tolerance_of(name: str, dtype: Any) -> float:
-    """A rate that is measured by differences has half of the digits, and one by third derivatives loses one."""
+    """A rate that is measured by differences has half of the digits, and one by third
+    derivatives loses one."""
     if dtype == np.float32:
-        return {"generalized_newton, forward": 1e-4, "grouped_newton": 1e-4}.get(name, 1e-5)
+        return {"generalized_newton, forward": 1e-4, "grouped_newton": 1e-4}.get(
+            name, 1e-5
+        )
     return {"generalized_newton, forward": 1e-6}.get(name, 1e-10)
 
 
@@ -190,25 +266,49 @@ def tolerance_of(name: str, dtype: Any) -> float:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_networks_train_on_eight_devices_as_on_one(problem, name, dtype):
-    tolerance, meshes = tolerance_of(name, np.dtype(dtype)), [False, True] if hasattr(jax, "set_mesh") else [False]
-    assert_same_as_on_one(PROBLEMS[problem](), LEAFWISE[name], np.dtype(dtype), steps_of(name), tolerance, meshes)
+    tolerance, meshes = (
+        tolerance_of(name, np.dtype(dtype)),
+        [False, True] if hasattr(jax, "set_mesh") else [False],
+    )
+    assert_same_as_on_one(
+        PROBLEMS[problem](),
+        LEAFWISE[name],
+        np.dtype(dtype),
+        steps_of(name),
+        tolerance,
+        meshes,
+    )
 
 
-@needs_explicit  # from when on types say over which axes of a shard_map an array is spread
+# from when on types say over which axes of a shard_map an array is spread
+@needs_explicit
 @pytest.mark.parametrize("name", marked([*LEAFWISE, *DENSE]))
 def test_inside_a_shard_map_an_update_is_that_of_one_device(name):
     problem, tx = mlp_problem((6, 8, 4, 2), 16), (LEAFWISE | DENSE)[name]()
-    mesh, whole, split = Mesh(jax.devices(), ("data",)), PartitionSpec(), PartitionSpec("data")
+    mesh, whole, split = (
+        Mesh(jax.devices(), ("data",)),
+        PartitionSpec(),
+        PartitionSpec("data"),
+    )
 
     def value_fn(params: Any, x: Any, y: Any) -> jax.Array:
         return jax.lax.pmean(problem.loss(params, x, y, jnp.dot), "data")
 
     def step(params: Any, state: Any, x: Any, y: Any) -> tuple[Any, Any]:
         value, grads = jax.value_and_grad(value_fn)(params, x, y)
-        updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=value_fn, x=x, y=y)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=value_fn, x=x, y=y
+        )
         return optax.apply_updates(params, updates), state
 
-    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=(whole, whole)))
+    mapped = jax.jit(
+        jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(whole, whole, split, split),
+            out_specs=(whole, whole),
+        )
+    )
     params, (x, y) = problem.init(np.float64), map(jnp.asarray, problem.data)
     alone, _ = train(problem, tx, params, x, y, 4)
     state = tx.init(params)
@@ -228,7 +328,14 @@ def collectives(program: str) -> list[tuple[str, int]]:
         match = re.search(rf"= (.*?) ({COLLECTIVES})(-start)?\(", line)
         if match:
             shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
-            found.append((match[2], sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)))
+            found.append(
+                (
+                    match[2],
+                    sum(
+                        math.prod(map(int, filter(None, s.split(",")))) for s in shapes
+                    ),
+                )
+            )
     return found
 
 
@@ -237,36 +344,54 @@ def eight() -> Mesh:
     return Mesh(jax.devices(), ("all",))
 
 
-@pytest.mark.parametrize("width", [pytest.param(4, marks=pytest.mark.slow), 2048])  # below and above flat.LARGE
+# below and above flat.LARGE
+@pytest.mark.parametrize("width", [pytest.param(4, marks=pytest.mark.slow), 2048])
 @pytest.mark.parametrize("name", marked(LEAFWISE))
 def test_beyond_the_objective_an_update_only_sums_a_few_scalars(name, width):
-    split, whole = (NamedSharding(eight(), PartitionSpec(*axes)) for axes in ((None, "all"), ()))
-    params = {"u": jax.device_put(np.ones((64, 8 * width)), split), "v": jax.device_put(np.ones(8), whole)}
+    split, whole = (
+        NamedSharding(eight(), PartitionSpec(*axes)) for axes in ((None, "all"), ())
+    )
+    params = {
+        "u": jax.device_put(np.ones((64, 8 * width)), split),
+        "v": jax.device_put(np.ones(8), whole),
+    }
 
     def value_fn(params: Any) -> jax.Array:  # itself one sum over devices
         return jnp.sum(jnp.cosh(params["u"])) + jnp.sum(params["v"] ** 4)
 
     tx = LEAFWISE[name]()
-    step = jax.jit(lambda g, s, p: tx.update(g, s, p, value=value_fn(p), grad=g, value_fn=value_fn))
+    step = jax.jit(
+        lambda g, s, p: tx.update(g, s, p, value=value_fn(p), grad=g, value_fn=value_fn)
+    )
     found = collectives(step.lower(params, tx.init(params), params).compile().as_text())
     assert {kind for kind, _ in found} == {"all-reduce"}
-    assert sum(size for _, size in found) <= 4 * 50 + 50 if "cg" in name else 2 * 10 * 4 + 50
+    assert (
+        sum(size for _, size in found) <= 4 * 50 + 50
+        if "cg" in name
+        else 2 * 10 * 4 + 50
+    )
 
 
 @pytest.mark.parametrize("explicit", [False, pytest.param(True, marks=needs_explicit)])
 def test_the_memory_of_lbfgs_is_split_as_the_parameters_are(explicit):
     axes = {"axis_types": (jax.sharding.AxisType.Explicit,)} if explicit else {}
     mesh = jax.make_mesh((8,), ("all",), **axes) if explicit else eight()
-    params = jax.device_put(np.ones((64, 1024)), NamedSharding(mesh, PartitionSpec("all")))
+    params = jax.device_put(
+        np.ones((64, 1024)), NamedSharding(mesh, PartitionSpec("all"))
+    )
 
     def per_device(state: Any) -> int:
-        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+        return sum(
+            leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)
+        )
 
     tx, at_most = hessopt.lbfgs(), 64 * 1024 * 8 * 23 / 7
     assert per_device(tx.init(jnp.ones((64, 1024)))) > 7 * at_most
     state = tx.init(params)
     assert per_device(state) <= at_most
-    _, state = jax.jit(lambda g, s, p: tx.update(g, s, p, value=1.0, grad=g, value_fn=lambda p: jnp.sum(p**2)))(
-        params, state, params
-    )
+    _, state = jax.jit(
+        lambda g, s, p: tx.update(
+            g, s, p, value=1.0, grad=g, value_fn=lambda p: jnp.sum(p**2)
+        )
+    )(params, state, params)
     assert per_device(state) <= at_most

@@ -6,7 +6,12 @@ from jax.flatten_util import ravel_pytree
 
 from hessopt.trees.vectors import ravel, solve_dtype, unravel
 
-TREE = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.asarray(7.0), "empty": jnp.zeros((0, 2)), "c": jnp.ones(2)}
+TREE = {
+    "a": jnp.arange(6.0).reshape(2, 3),
+    "b": jnp.asarray(7.0),
+    "empty": jnp.zeros((0, 2)),
+    "c": jnp.ones(2),
+}
 
 
 def test_a_real_tree_is_raveled_as_jax_does():
@@ -14,7 +19,10 @@ def test_a_real_tree_is_raveled_as_jax_does():
 
 
 def test_unravel_is_the_inverse():
-    tree = TREE | {"z": jnp.array([1.0 + 2.0j, 3.0 - 1.0j]), "half": jnp.ones(3, jnp.bfloat16)}
+    tree = TREE | {
+        "z": jnp.array([1.0 + 2.0j, 3.0 - 1.0j]),
+        "half": jnp.ones(3, jnp.bfloat16),
+    }
     vector = ravel(tree)
     assert vector.shape == (6 + 1 + 0 + 2 + 4 + 3,)
     back = unravel(vector, tree)
@@ -24,7 +32,9 @@ def test_unravel_is_the_inverse():
 
 
 def test_complex_leaves_count_as_real_parts_then_imaginary_parts():
-    np.testing.assert_array_equal(ravel(jnp.array([1.0 + 2.0j, 3.0 + 4.0j])), [1.0, 3.0, 2.0, 4.0])
+    np.testing.assert_array_equal(
+        ravel(jnp.array([1.0 + 2.0j, 3.0 + 4.0j])), [1.0, 3.0, 2.0, 4.0]
+    )
 
 
 @pytest.mark.parametrize(

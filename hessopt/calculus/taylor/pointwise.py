@@ -1,6 +1,8 @@
-"""Functions of one number, applied to every entry: their derivatives need no more room than the entries.
+"""Functions of one number, applied to every entry: their derivatives need no more room
+than the entries.
 
-With f at every entry v, and lambda its adjoint, the tangents x, x_ss become `f' x`, `f' x_ss + f'' x^2`, and
+With f at every entry v, and lambda its adjoint, the tangents x, x_ss become `f' x`, `f'
+x_ss + f'' x^2`, and
 
     H_st += sum lambda f'' x_s x_t,    phi_sss += sum lambda (f''' x_s^3 + 3 f'' x_s x_ss).
 """
@@ -11,14 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.taylor.tangents import Contribution, Tangents, added, after, gram, rowwise, spread, stacked
+from hessopt.calculus.taylor.tangents import (
+    Contribution,
+    Tangents,
+    added,
+    after,
+    gram,
+    rowwise,
+    spread,
+    stacked,
+)
 from hessopt.calculus.taylor.tape import Operation
 
 NAMES = frozenset(
     "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp cos cosh digamma div erf erf_inv erfc exp exp2 "  # noqa: SIM905
     "expm1 integer_pow lgamma log log1p logistic max min mul neg pow rsqrt sin sinh sqrt square sub tan tanh".split()
 )
-"""Primitives of which every entry of the result depends on the same entry of the operand only."""
+"""Primitives of which every entry of the result depends on the same entry of the
+operand only."""
 
 
 def is_pointwise(operation: Operation, adjoint: tuple[jax.Array, ...]) -> bool:
@@ -26,11 +38,20 @@ def is_pointwise(operation: Operation, adjoint: tuple[jax.Array, ...]) -> bool:
     if operation.name not in NAMES or len(operation.values) != 1 or len(adjoint) != 1:
         return False
     (value,), (lam,) = operation.values, adjoint
-    return value.shape == lam.shape and not jnp.iscomplexobj(value) and not jnp.iscomplexobj(lam)
+    return (
+        value.shape == lam.shape
+        and not jnp.iscomplexobj(value)
+        and not jnp.iscomplexobj(lam)
+    )
 
 
 def contract(
-    operation: Operation, adjoint: tuple[jax.Array, ...], x: Tangents, xx: Tangents | None, order: int, dtype: Any
+    operation: Operation,
+    adjoint: tuple[jax.Array, ...],
+    x: Tangents,
+    xx: Tangents | None,
+    order: int,
+    dtype: Any,
 ) -> Contribution:
     """What the operation adds, and the tangents of its result."""
     (lam,), (groups, s) = adjoint, x
@@ -56,15 +77,20 @@ def contract(
 
 
 def _slopes(operation: Operation, order: int) -> list[jax.Array | None]:
-    """The derivatives f', f'', ... at every entry; None where one is zero by construction."""
+    """The derivatives f', f'', ... at every entry; None where one is zero by
+    construction."""
     (value,) = operation.values
     one = jnp.ones_like(value)
 
-    def derivative(fun: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    def derivative(
+        fun: Callable[[jax.Array], jax.Array],
+    ) -> Callable[[jax.Array], jax.Array]:
         return lambda v: jax.jvp(fun, (v,), (one,))[1]
 
     def slope(fun: Callable[[jax.Array], jax.Array]) -> jax.Array | None:
-        (found,) = stacked(lambda tangent: (jax.jvp(fun, (value,), (tangent,))[1],), one[None])
+        (found,) = stacked(
+            lambda tangent: (jax.jvp(fun, (value,), (tangent,))[1],), one[None]
+        )
         return None if found is None else found[0]
 
     f = lambda v: operation.fun(v)[0]  # noqa: E731

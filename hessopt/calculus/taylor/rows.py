@@ -20,13 +20,17 @@ def rows(
     dtype: Any,
     chunk_size: int,
 ) -> tuple[Matrix, Vector]:
-    """The Hessian of phi a few rows at a time, by derivatives of the gradient, and the third derivatives."""
+    """The Hessian of phi a few rows at a time, by derivatives of the gradient, and the
+    third derivatives."""
     if not count:
         return jnp.zeros((0, 0), dtype), jnp.zeros(0, dtype)
     gradient = jax.grad(objective, argnums=tuple(range(len(leaves))))
 
     def terms(group: jax.Array) -> tuple[Vector, jax.Array]:
-        own = tuple(jnp.where(group == label, u, jnp.zeros_like(u)) for u, label in zip(updates, labels, strict=True))
+        own = tuple(
+            jnp.where(group == label, u, jnp.zeros_like(u))
+            for u, label in zip(updates, labels, strict=True)
+        )
 
         def along(fun: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *x: jax.jvp(fun, x, own)[1]

@@ -1,14 +1,16 @@
 """One sweep over a program that contracts the Taylor terms of phi as it goes.
 
-With adjoints lambda of the results of every operation, and tangents x_s of its operands,
+With adjoints lambda of the results of every operation, and tangents x_s of its
+operands,
 
     H_st    = sum over operations  < lambda, op''[x_s, x_t] >
     phi_sss = sum over operations  < lambda, op'''[x_s, x_s, x_s] + 3 op''[x_s, x_ss] >,
 
-x_ss being the second derivative of the operands along s. All of it comes from the reverse pass r(x) = op'(x)' lambda:
-`op''[x_s, .]` in lambda is its derivative along x_s, and with r'' its second one along `x + e x_s + e^2/2 x_ss`, the
-second sum is `< r'', x_s > + 2 < r', x_ss >`. Where r' or r'' is zero by construction, as for every linear operation,
-JAX writes it down as a constant, and nothing is evaluated.
+x_ss being the second derivative of the operands along s. All of it comes from the
+reverse pass r(x) = op'(x)' lambda: `op''[x_s, .]` in lambda is its derivative along
+x_s, and with r'' its second one along `x + e x_s + e^2/2 x_ss`, the second sum is `<
+r'', x_s > + 2 < r', x_ss >`. Where r' or r'' is zero by construction, as for every
+linear operation, JAX writes it down as a constant, and nothing is evaluated.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,35 +44,61 @@ Places = tuple[int, ...]
 Stacks = dict[int, jax.Array]
 """Derivatives of some operands, by their places, in the rates of the same groups."""
 Sums = dict[tuple[str, ...], jax.Array]
-"""Sums over operations, by the axes of a shard_map over whose devices their terms are spread."""
+"""Sums over operations, by the axes of a shard_map over whose devices their terms are
+spread."""
 
 
 def sweep(
-    tape: Tape, updates: Sequence[jax.Array], labels: Sequence[int], count: int, order: int, dtype: Any
+    tape: Tape,
+    updates: Sequence[jax.Array],
+    labels: Sequence[int],
+    count: int,
+    order: int,
+    dtype: Any,
 ) -> tuple[Vector, Matrix, Vector]:
-    """Gradient and Hessian of phi at 0 and, for order 3, the diagonal of its third derivative, else zeros."""
+    """Gradient and Hessian of phi at 0 and, for order 3, the diagonal of its third
+    derivative, else zeros."""
     every = tuple(range(count))
     H, mirrored, third = Sums(), Sums(), Sums()
-    first = {i: Tangents((label,), u[None]) for i, (u, label) in enumerate(zip(updates, labels, strict=True))}
+    first = {
+        i: Tangents((label,), u[None])
+        for i, (u, label) in enumerate(zip(updates, labels, strict=True))
+    }
     second: dict[int, Tangents] = {}
     for operation, adjoint in zip(tape.operations, tape.adjoints, strict=True):
-        x, xx = ({p: of[i] for p, i in enumerate(operation.operands) if i in of} for of in (first, second))
+        x, xx = (
+            {p: of[i] for p, i in enumerate(operation.operands) if i in of}
+            for of in (first, second)
+        )
         if adjoint is None or not x:
             continue
         if is_pointwise(operation, adjoint):
-            found = contract_pointwise(operation, adjoint, x[0], xx.get(0), order, dtype)
+            found = contract_pointwise(
+                operation, adjoint, x[0], xx.get(0), order, dtype
+            )
         else:
             found = _contract(operation, adjoint, x, xx, order, dtype)
         for rows, columns, G in found.hessian:
-            _add(H if rows == columns else mirrored, placed(G, (rows, columns), (every, every)))
+            _add(
+                H if rows == columns else mirrored,
+                placed(G, (rows, columns), (every, every)),
+            )
         for groups, vector in found.third:
             _add(third, placed(vector, (groups,), (every,)))
         first |= {operation.results[p]: tangents for p, tangents in found.first.items()}
-        second |= {operation.results[p]: tangents for p, tangents in found.second.items()}
+        second |= {
+            operation.results[p]: tangents for p, tangents in found.second.items()
+        }
     top = None if tape.top is None else first.get(tape.top)
-    slopes = jnp.zeros(count, dtype) if top is None else spread(top, every).astype(dtype)
+    slopes = (
+        jnp.zeros(count, dtype) if top is None else spread(top, every).astype(dtype)
+    )
     cross = _collected(mirrored, (count, count), dtype)
-    return slopes, _collected(H, (count, count), dtype) + cross + cross.T, _collected(third, (count,), dtype)
+    return (
+        slopes,
+        _collected(H, (count, count), dtype) + cross + cross.T,
+        _collected(third, (count,), dtype),
+    )
 
 
 def _add(sums: Sums, term: jax.Array) -> None:
@@ -79,7 +107,8 @@ def _add(sums: Sums, term: jax.Array) -> None:
 
 
 def _collected(sums: Sums, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """The sum over operations, and over the devices each of which has operations of its own."""
+    """The sum over operations, and over the devices each of which has operations of its
+    own."""
     parts = (jax.lax.psum(part, axes) if axes else part for axes, part in sums.items())
     return sum(parts, jnp.zeros(shape, dtype))
 
@@ -95,19 +124,33 @@ def _contract(
     """What any operation adds, and the tangents of its results."""
 
     def reverse(*values: jax.Array) -> tuple[jax.Array, ...]:
-        own = _held(adjoint, values) if operation.name == "custom_linear_solve" else adjoint
+        own = (
+            _held(adjoint, values)
+            if operation.name == "custom_linear_solve"
+            else adjoint
+        )
         return jax.vjp(operation.fun, *values)[1](own)
 
     hessian = _hessian(operation, reverse, x, dtype)
     third = _third(operation, reverse, x, xx, dtype) if order == 3 else []
     done = [*(G for _, _, G in hessian), *(vector for _, vector in third)]
-    operation = operation._replace(values=tuple(after(done, value) for value in operation.values))
-    return Contribution(hessian, third, _first(operation, x), _second(operation, x, xx) if order == 3 else {})
+    operation = operation._replace(
+        values=tuple(after(done, value) for value in operation.values)
+    )
+    return Contribution(
+        hessian,
+        third,
+        _first(operation, x),
+        _second(operation, x, xx) if order == 3 else {},
+    )
 
 
 @jax.custom_jvp
-def _held(adjoint: tuple[jax.Array, ...], values: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """The adjoint, with tangents that are zeros but there: JAX cannot transpose a linear solve without them."""
+def _held(
+    adjoint: tuple[jax.Array, ...], values: tuple[jax.Array, ...]
+) -> tuple[jax.Array, ...]:
+    """The adjoint, with tangents that are zeros but there: JAX cannot transpose a
+    linear solve without them."""
     return adjoint
 
 
@@ -116,12 +159,18 @@ def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return _held(*primals), _held(jax.tree.map(jnp.zeros_like, primals[0]), primals[1])
 
 
-def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: Any) -> list[Any]:
+def _hessian(
+    operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: Any
+) -> list[Any]:
     """What an operation adds to the Hessian."""
     parts, found = _parts(x), []
     order = sorted(parts, key=len)
-    for n, groups in enumerate(order):  # a product of two operands is taken from the side with fewer groups
-        turned = stacked(_along(reverse, operation, parts[groups]), *(x[p].stack for p in parts[groups]))
+    # a product of two operands is taken from the side with fewer groups
+    for n, groups in enumerate(order):
+        turned = stacked(
+            _along(reverse, operation, parts[groups]),
+            *(x[p].stack for p in parts[groups]),
+        )
         for others in order[n:]:
             pairs = [(turned[p], x[p].stack) for p in parts[others]]
             G = added(*(None if a is None else gram(a, b, dtype) for a, b in pairs))
@@ -131,14 +180,26 @@ def _hessian(operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: 
 
 
 def _third(
-    operation: Operation, reverse: Any, x: dict[int, Tangents], xx: dict[int, Tangents], dtype: Any
+    operation: Operation,
+    reverse: Any,
+    x: dict[int, Tangents],
+    xx: dict[int, Tangents],
+    dtype: Any,
 ) -> list[Any]:
     """What an operation adds to the third derivative."""
     found = []
     for groups, tangents, bends in _movements(x, xx):
-        twice = stacked(_curve(reverse, operation, tangents, bends), *_arguments(tangents, bends))
-        once = stacked(_along(reverse, operation, tuple(tangents)), *tangents.values()) if bends else []
-        pairs = [(twice[p], tangents[p]) for p in tangents] + [(once[p], 2 * bends[p]) for p in bends]
+        twice = stacked(
+            _curve(reverse, operation, tangents, bends), *_arguments(tangents, bends)
+        )
+        once = (
+            stacked(_along(reverse, operation, tuple(tangents)), *tangents.values())
+            if bends
+            else []
+        )
+        pairs = [(twice[p], tangents[p]) for p in tangents] + [
+            (once[p], 2 * bends[p]) for p in bends
+        ]
         vector = added(*(None if a is None else rowwise(a, b, dtype) for a, b in pairs))
         found += [] if vector is None else [(groups, vector)]
     return found
@@ -152,15 +213,25 @@ def _first(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
     )
 
 
-def _second(operation: Operation, x: dict[int, Tangents], xx: dict[int, Tangents]) -> dict[int, Tangents]:
+def _second(
+    operation: Operation, x: dict[int, Tangents], xx: dict[int, Tangents]
+) -> dict[int, Tangents]:
     """The second derivatives of the results."""
     return _summed(
-        (groups, stacked(_curve(operation.fun, operation, tangents, bends), *_arguments(tangents, bends)))
+        (
+            groups,
+            stacked(
+                _curve(operation.fun, operation, tangents, bends),
+                *_arguments(tangents, bends),
+            ),
+        )
         for groups, tangents, bends in _movements(x, xx)
     )
 
 
-def _summed(parts: Iterable[tuple[Groups, list[jax.Array | None]]]) -> dict[int, Tangents]:
+def _summed(
+    parts: Iterable[tuple[Groups, list[jax.Array | None]]],
+) -> dict[int, Tangents]:
     """The sum over parts, each with a stack for every result."""
     found: dict[int, list[Tangents]] = {}
     for groups, stacks in parts:
@@ -178,24 +249,36 @@ def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
     return parts
 
 
-def _movements(x: dict[int, Tangents], xx: dict[int, Tangents]) -> Iterator[tuple[Groups, Stacks, Stacks]]:
-    """The groups that move the same operands, with the first and, where there are any, second derivatives of these."""
+def _movements(
+    x: dict[int, Tangents], xx: dict[int, Tangents]
+) -> Iterator[tuple[Groups, Stacks, Stacks]]:
+    """The groups that move the same operands, with the first and, where there are any,
+    second derivatives of these."""
     movements: dict[Places, Groups] = {}
-    for group in dict.fromkeys(group for tangents in x.values() for group in tangents.groups):
+    for group in dict.fromkeys(
+        group for tangents in x.values() for group in tangents.groups
+    ):
         places = tuple(p for p, tangents in x.items() if group in tangents.groups)
         movements[places] = (*movements.get(places, ()), group)
     for places, groups in movements.items():
         bends = ((p, _within(xx[p], groups)) for p in places if p in xx)
-        yield groups, {p: taken(x[p], groups) for p in places}, {p: stack for p, stack in bends if stack is not None}
+        yield (
+            groups,
+            {p: taken(x[p], groups) for p in places},
+            {p: stack for p, stack in bends if stack is not None},
+        )
 
 
 def _within(part: Tangents, groups: Groups) -> jax.Array | None:
-    """The stack of these groups, zero where `part` has none; None where it has none of them."""
+    """The stack of these groups, zero where `part` has none; None where it has none of
+    them."""
     common = tuple(group for group in groups if group in part.groups)
     return spread(Tangents(common, taken(part, common)), groups) if common else None
 
 
-def _at(fun: Callable[..., Any], operation: Operation, places: Places) -> tuple[Callable[..., Any], Any]:
+def _at(
+    fun: Callable[..., Any], operation: Operation, places: Places
+) -> tuple[Callable[..., Any], Any]:
     """`fun` of the operands in these places, the others held, and their values."""
 
     def moving(*some: jax.Array) -> Any:
@@ -205,32 +288,46 @@ def _at(fun: Callable[..., Any], operation: Operation, places: Places) -> tuple[
     return moving, tuple(operation.values[p] for p in places)
 
 
-def _along(fun: Callable[..., Any], operation: Operation, places: Places) -> Callable[..., Any]:
+def _along(
+    fun: Callable[..., Any], operation: Operation, places: Places
+) -> Callable[..., Any]:
     """The derivative of `fun` along tangents of the operands in these places."""
     moving, values = _at(fun, operation, places)
     return lambda *tangents: jax.jvp(moving, values, tangents)[1]
 
 
 def _forward(operation: Operation, places: Places) -> Callable[..., Any]:
-    """The same of the operation itself; of a `jax.custom_vjp`, the derivative of its forward pass, as JAX has it."""
+    """The same of the operation itself; of a `jax.custom_vjp`, the derivative of its
+    forward pass, as JAX has it."""
     if not operation.custom:
         return _along(operation.fun, operation, places)
     return _along(lambda *values: jax.vjp(operation.fun, *values)[0], operation, places)
 
 
-def _arguments(tangents: Stacks, bends: Stacks) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+def _arguments(
+    tangents: Stacks, bends: Stacks
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     return tuple(tangents.values()), tuple(bends.values())
 
 
-def _curve(fun: Callable[..., Any], operation: Operation, places: Iterable[int], bent: Iterable[int]) -> Any:
-    """The second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, of x_s in these places and x_ss in those bent."""
+def _curve(
+    fun: Callable[..., Any],
+    operation: Operation,
+    places: Iterable[int],
+    bent: Iterable[int],
+) -> Any:
+    """The second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, of x_s in these
+    places and x_ss in those bent."""
     places, bent = tuple(places), tuple(bent)
     moving, values = _at(fun, operation, places)
 
     def derivative(tangents: Any, bends: Any) -> Any:
         def along(now: Any, changing: Any) -> Any:
             changed = dict(zip(bent, changing, strict=True))
-            full = tuple(changed.get(p, tangent) for p, tangent in zip(places, tangents, strict=True))
+            full = tuple(
+                changed.get(p, tangent)
+                for p, tangent in zip(places, tangents, strict=True)
+            )
             return jax.jvp(moving, now, full)[1]
 
         changing = tuple(tangents[places.index(p)] for p in bent)

@@ -24,7 +24,8 @@ class Tangents(NamedTuple):
 class Contribution(NamedTuple):
     """What one operation adds to the Taylor terms, and the tangents of its results."""
 
-    hessian: list[tuple[Groups, Groups, jax.Array]]  # rows, columns, what stands there; if they differ, mirrored too
+    # rows, columns, what stands there; if they differ, mirrored too
+    hessian: list[tuple[Groups, Groups, jax.Array]]
     third: list[tuple[Groups, jax.Array]]
     first: dict[int, Tangents]
     second: dict[int, Tangents]
@@ -37,12 +38,18 @@ def added(*arrays: jax.Array | None) -> jax.Array | None:
 
 
 def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
-    """The result, not to be computed before all these are done, or what is contracted is put off and tangents kept.
+    """The result, not to be computed before all these are done, or what is contracted
+    is put off and tangents kept.
 
     XLA heeds dependences, and no barriers on CPUs.
     """
     for array in done:
-        result = result if array is None else result + (jnp.max(array) > jnp.inf).astype(result.dtype)  # adds 0
+        # adds 0
+        result = (
+            result
+            if array is None
+            else result + (jnp.max(array) > jnp.inf).astype(result.dtype)
+        )
     return result
 
 
@@ -62,8 +69,11 @@ def spread(part: Tangents, groups: Groups) -> jax.Array:
     return placed(part.stack, (part.groups,), (groups,))
 
 
-def placed(array: jax.Array, have: Sequence[Groups], want: Sequence[Groups]) -> jax.Array:
-    """An array whose first axes run over some groups, with these axes over others, zero for those it has not."""
+def placed(
+    array: jax.Array, have: Sequence[Groups], want: Sequence[Groups]
+) -> jax.Array:
+    """An array whose first axes run over some groups, with these axes over others, zero
+    for those it has not."""
     margins = [(0, 0, 0)] * array.ndim
     for axis, (old, new) in enumerate(zip(have, want, strict=True)):
         begin = new.index(old[0])
@@ -72,8 +82,16 @@ def placed(array: jax.Array, have: Sequence[Groups], want: Sequence[Groups]) -> 
         else:
             rows = jnp.array([new.index(group) for group in old])
             shape = (*array.shape[:axis], len(new), *array.shape[axis + 1 :])
-            array = jnp.zeros(shape, array.dtype).at[(slice(None),) * axis + (rows,)].set(array)
-    return jax.lax.pad(array, jnp.zeros((), array.dtype), margins) if any(map(any, margins)) else array
+            array = (
+                jnp.zeros(shape, array.dtype)
+                .at[(slice(None),) * axis + (rows,)]
+                .set(array)
+            )
+    return (
+        jax.lax.pad(array, jnp.zeros((), array.dtype), margins)
+        if any(map(any, margins))
+        else array
+    )
 
 
 def taken(part: Tangents, groups: Groups) -> jax.Array:
@@ -87,7 +105,8 @@ def taken(part: Tangents, groups: Groups) -> jax.Array:
 
 
 def stacked(fun: Callable[..., Any], *stacks: Any) -> list[jax.Array | None]:
-    """`jax.vmap(fun)(*stacks)` as a list, None for what does not depend on the stacks and is zero."""
+    """`jax.vmap(fun)(*stacks)` as a list, None for what does not depend on the stacks
+    and is zero."""
     one = jax.tree.map(lambda stack: stack[0], stacks)
     program = jax.make_jaxpr(fun)(*one)
     flat = jax.tree.leaves(stacks)
@@ -95,7 +114,9 @@ def stacked(fun: Callable[..., Any], *stacks: Any) -> list[jax.Array | None]:
     if not any(used):
         return [None] * len(used)
     kept = program.replace(
-        jaxpr=program.jaxpr.replace(outvars=[v for v, u in zip(program.jaxpr.outvars, used, strict=True) if u])
+        jaxpr=program.jaxpr.replace(
+            outvars=[v for v, u in zip(program.jaxpr.outvars, used, strict=True) if u]
+        )
     )
     outputs = iter(jax.vmap(jaxpr_as_fun(kept))(*flat))
     return [next(outputs) if u else None for u in used]
