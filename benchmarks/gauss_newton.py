@@ -23,9 +23,10 @@ AIM = 4.1e-6
 SMALL = (3, 16, 16, 1)
 
 
-def of_this_iterate(local: subproblems.Local) -> subproblems.Spectral:
+def of_this_iterate(local: subproblems.LocalModel) -> subproblems.EigenModel:
     """The exact subproblem with a D that forgets."""
-    return subproblems.exact(local._replace(scales=jnp.zeros_like(local.scales)))
+    nothing = jax.tree.map(jnp.zeros_like, local.scales)
+    return subproblems.exact(local._replace(scales=nothing))
 
 
 def gauss_newton(**arguments: Any) -> optax.GradientTransformation:
@@ -41,7 +42,9 @@ VARIANTS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "no geodesic acceleration": lambda: gauss_newton(geodesic_acceleration=False),
     "a radius instead of the cubic term": lambda: gauss_newton(model="radius"),
     "D of the iterate instead of the largest so far": lambda: gauss_newton(
-        subproblem=subproblems.Subproblem(of_this_iterate, scaled=True)
+        subproblem=subproblems.SubproblemSolver(
+            of_this_iterate, scaled=True, complete=True
+        )
     ),
     WITHOUT_ROOT: gauss_newton,
     "the Hessian instead of J'J": hessopt.trust_region_newton,

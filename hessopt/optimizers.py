@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from hessopt._checks import check_transformation
-from hessopt.calculus.curvature import CurvatureFn
+from hessopt.calculus.curvature import Curvature, CurvatureFn
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.guards import select
 from hessopt.numerics.positivity import Positivity
@@ -43,7 +43,7 @@ def newton(
     positivity: str | Positivity = "shift",
     blocks: Groups = "all",
     update_every: int = 1,
-    curvature: str | CurvatureFn = "hessian",
+    curvature: str | CurvatureFn | Curvature = "hessian",
     linesearch: optax.GradientTransformation | None = CAPPED_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
     """Damped Newton with a line search.
@@ -104,7 +104,7 @@ def newton(
 def newton_cg(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
-    curvature: str | CurvatureFn = "hessian",
+    curvature: str | CurvatureFn | Curvature = "hessian",
     max_iterations: int = 100,
     preconditioner: Preconditioner | None = None,
     warm_start: bool = False,

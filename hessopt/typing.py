@@ -48,13 +48,25 @@ class StepStatus(enum.IntFlag):
     NEGATIVE_CURVATURE = enum.auto()
     """The curvature matrix, damping included, is known not to be positive definite."""
     UNBOUNDED_MODEL = enum.auto()
-    """The local model has no minimiser, or no curvature at all."""
+    """The local model has no minimiser."""
     STEP_REJECTED = enum.auto()
     """The trial step was worse than none and was not taken."""
     RATE_KEPT = enum.auto()
     """The model gave no usable rate; the last one was kept."""
     SAFEGUARDED = enum.auto()
     """The safeguard shortened the step."""
+    NO_CURVATURE = enum.auto()
+    """The curvature matrix is zero: the step has no length of its own."""
+    FAILURES = (
+        NONFINITE
+        | NOT_DESCENT
+        | SEARCH_FAILED
+        | FACTORIZATION_FAILED
+        | UNBOUNDED_MODEL
+        | NO_CURVATURE
+        | STEP_REJECTED
+    )
+    """The facts that may have left a step short, or at zero. The others are remarks."""
 
 
 class Termination(enum.IntEnum):

@@ -16,7 +16,7 @@ def main(address: str, process: int, file: str, problem: str, dtype: str) -> Non
     import numpy as np
     from jax.experimental import multihost_utils
 
-    from tests.test_sharding import LEAFWISE, PROBLEMS, on_many_devices, steps_of
+    from tests.trees.test_sharding import LEAFWISE, PROBLEMS, on_many_devices, steps_of
 
     arrays = {}
     for name, make in LEAFWISE.items():

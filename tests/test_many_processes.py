@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.test_sharding import LEAFWISE, PROBLEMS, steps_of, tolerance_of, train
+from tests.trees.test_sharding import LEAFWISE, PROBLEMS, steps_of, tolerance_of, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from hessopt.calculus.jaxprs import CALLS, called, single
+from hessopt.trees.sharding import gathered
+from hessopt.typing import Matrix
 
 
 def stacked(
@@ -44,6 +46,37 @@ def stacked(
         ]
 
     return mapped
+
+
+def fill_rows(
+    matrix: Matrix,
+    linear: Any,
+    leaf: jax.Array,
+    row: int,
+    columns: list[int],
+    chunk_size: int,
+) -> Matrix:
+    """Write the products of all unit vectors of `leaf`, a chunk at a time, into its
+    rows of `matrix`."""
+    chunk = min(chunk_size, leaf.size)
+    products = stacked(linear, leaf)
+
+    def fill(matrix: Matrix, start: jax.Array) -> tuple[Matrix, None]:
+        units = jax.nn.one_hot(start + jnp.arange(chunk), leaf.size, dtype=leaf.dtype)
+        images = products(units.reshape(chunk, *leaf.shape))
+        for column, image in zip(columns, images, strict=True):
+            image = gathered(image).reshape(chunk, -1).astype(matrix.dtype)
+            matrix = jax.lax.dynamic_update_slice(
+                matrix, image, (row + start, jnp.asarray(column, start.dtype))
+            )
+        return matrix, None
+
+    # the last chunk starts early enough to be full: one compiled body, a few rows
+    # written twice
+    starts = jnp.minimum(
+        jnp.arange(0, leaf.size, chunk, dtype=jnp.int32), leaf.size - chunk
+    )
+    return jax.lax.scan(fill, matrix, starts)[0]
 
 
 def _axis(array: Any) -> int:

@@ -2,16 +2,16 @@
 chunks, blocks on their own."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from hessopt._checks import check_count, choose
-from hessopt.calculus.batching import stacked
+from hessopt.calculus.batching import fill_rows
+from hessopt.calculus.least_squares import Root, root
 from hessopt.objective.binding import Composite, precompose
 from hessopt.trees.groups import Groups, combine, group_labels, take
-from hessopt.trees.sharding import gathered
 from hessopt.trees.vectors import real_leaves, solve_dtype
 from hessopt.typing import Matrix, Params, ValueFn
 
@@ -48,14 +48,40 @@ def gauss_newton_product(
     return lambda v: transposed(loss_hessian(jacobian(v)))[0]
 
 
-CURVATURES: dict[str, CurvatureFn] = {
-    "hessian": hessian_product,
-    "gauss_newton": gauss_newton_product,
+RootFn: TypeAlias = Callable[[Any, Sequence[jax.Array]], Root | None]
+"""`(objective, leaves) -> Root`, or None where the objective has no such root."""
+
+
+class Curvature(NamedTuple):
+    """A curvature matrix, and what is known of it besides its products."""
+
+    linearize: CurvatureFn
+    root: RootFn | None = None
+    """For `J' L J`: its square root at real leaves; see `least_squares.root`."""
+
+
+CURVATURES = {
+    "hessian": Curvature(hessian_product),
+    "gauss_newton": Curvature(gauss_newton_product, root),
 }
 
 
+def resolve(curvature: str | CurvatureFn | Curvature) -> Curvature:
+    """Return the curvature that a word, or a function, stands for.
+
+    The function of a word is that word: it has the same root.
+    """
+    found = choose("curvature", curvature, CURVATURES)
+    if isinstance(found, Curvature):
+        return found
+    known = (known for known in CURVATURES.values() if known.linearize is found)
+    return next(known, Curvature(found))
+
+
 def product(
-    value_fn: ValueFn, params: Params, curvature: str | CurvatureFn = "hessian"
+    value_fn: ValueFn,
+    params: Params,
+    curvature: str | CurvatureFn | Curvature = "hessian",
 ) -> Callable[[Params], Params]:
     """Return the map `v -> H v` on trees like `params`, linearised once for many
     applications.
@@ -64,7 +90,7 @@ def product(
     gradient's intermediates.
     """
     leaves, restore = real_leaves(params)
-    linear = choose("curvature", curvature, CURVATURES)(
+    linear = resolve(curvature).linearize(
         precompose(value_fn, restore), lambda parts: parts, leaves
     )
     return lambda vector: restore(linear(real_leaves(vector)[0]))
@@ -109,7 +135,7 @@ def hessian(
     value_fn: ValueFn,
     params: Params,
     *,
-    curvature: str | CurvatureFn = "hessian",
+    curvature: str | CurvatureFn | Curvature = "hessian",
     blocks: Groups = "all",
     chunk_size: int | None = None,
 ) -> Matrix | dict[str, Matrix]:
@@ -170,14 +196,14 @@ def block_hessians(
     labels: Any,
     count: int,
     *,
-    curvature: str | CurvatureFn = "hessian",
+    curvature: str | CurvatureFn | Curvature = "hessian",
     chunk_size: int | None = None,
 ) -> list[Matrix]:
     """The diagonal blocks of `hessian`, one `(n_b, n_b)` matrix per label 0, ..., count
     - 1."""
     chunk_size = CHUNK_SIZE if chunk_size is None else chunk_size
     check_count("chunk_size", chunk_size)
-    linearize = choose("curvature", curvature, CURVATURES)
+    linearize = resolve(curvature).linearize
 
     def block(group: int) -> Matrix:
         leaves, restore = real_leaves(take(params, labels, group))
@@ -237,34 +263,3 @@ def _strip_product(
         return [part, *(leaves[j] for j in strip[1:])]
 
     return linearize(precompose(objective, place), embed, leaves[strip[0]])
-
-
-def fill_rows(
-    matrix: Matrix,
-    linear: Any,
-    leaf: jax.Array,
-    row: int,
-    columns: list[int],
-    chunk_size: int,
-) -> Matrix:
-    """Write the products of all unit vectors of `leaf`, a chunk at a time, into its
-    rows of `matrix`."""
-    chunk = min(chunk_size, leaf.size)
-    products = stacked(linear, leaf)
-
-    def fill(matrix: Matrix, start: jax.Array) -> tuple[Matrix, None]:
-        units = jax.nn.one_hot(start + jnp.arange(chunk), leaf.size, dtype=leaf.dtype)
-        images = products(units.reshape(chunk, *leaf.shape))
-        for column, image in zip(columns, images, strict=True):
-            image = gathered(image).reshape(chunk, -1).astype(matrix.dtype)
-            matrix = jax.lax.dynamic_update_slice(
-                matrix, image, (row + start, jnp.asarray(column, start.dtype))
-            )
-        return matrix, None
-
-    # the last chunk starts early enough to be full: one compiled body, a few rows
-    # written twice
-    starts = jnp.minimum(
-        jnp.arange(0, leaf.size, chunk, dtype=jnp.int32), leaf.size - chunk
-    )
-    return jax.lax.scan(fill, matrix, starts)[0]

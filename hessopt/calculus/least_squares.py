@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
-from hessopt.calculus.curvature import fill_rows
+from hessopt.calculus.batching import fill_rows
 from hessopt.calculus.jaxprs import CALLS, called
 from hessopt.numerics.guards import divide, matmul
 from hessopt.objective.binding import Composite

@@ -76,16 +76,6 @@ TRIALS = ("trials", "num_linesearch_steps")
 """The fields of an `info` that count trials: of searches and trust regions. `gradients`
 are what else is evaluated."""
 
-FAILURES = (
-    StepStatus.NONFINITE
-    | StepStatus.NOT_DESCENT
-    | StepStatus.SEARCH_FAILED
-    | StepStatus.FACTORIZATION_FAILED
-    | StepStatus.UNBOUNDED_MODEL
-    | StepStatus.STEP_REJECTED
-)
-"""Why an update may be zero although its transformation wanted to move."""
-
 
 def evaluations(state: optax.OptState, old: optax.OptState | None = None) -> jax.Array:
     """Return how often the last update evaluated the objective, as far as `state`
@@ -107,7 +97,9 @@ def tried(state: optax.OptState, old: optax.OptState, asked: bool) -> jax.Array:
     objective. What is not finite leaves some counts as they are, and is believed in any
     case.
     """
-    failed = [status & int(FAILURES) for status in _told("status", state, old)]
+    failed = [
+        status & int(StepStatus.FAILURES) for status in _told("status", state, old)
+    ]
     failed += [
         status & int(StepStatus.NONFINITE) for status in _told("status", state, None)
     ]

@@ -32,7 +32,7 @@ def gain_ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax
     return jnp.where(jnp.isfinite(ratio) & (promised > 0), ratio, -jnp.inf)
 
 
-class Model(NamedTuple):
+class StepBound(NamedTuple):
     """A bound on steps, of which one positive number says how strict it is."""
 
     # (w, z, size) -> step, as in `secular`
@@ -81,10 +81,10 @@ def _adapt_sigma(
     return jnp.where(ratio < POOR, more, jnp.where(ratio > GOOD, less, size))
 
 
-RADIUS = Model(secular.within_radius, lambda w, ball: ball.length, _adapt_radius)
+RADIUS = StepBound(secular.within_radius, lambda w, ball: ball.length, _adapt_radius)
 """The quadratic model within a ball; its size is the radius."""
 
-CUBIC = Model(secular.with_cubic_term, _first_sigma, _adapt_sigma)
+CUBIC = StepBound(secular.with_cubic_term, _first_sigma, _adapt_sigma)
 """The quadratic model with `sigma/3 |p|^3`; its size is sigma."""
 
-MODELS = {"radius": RADIUS, "cubic": CUBIC}
+STEP_BOUNDS = {"radius": RADIUS, "cubic": CUBIC}

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.calculus.curvature import CurvatureFn, block_hessians, product
+from hessopt.calculus.curvature import Curvature, block_hessians, product
 from hessopt.calculus.krylov import combination, krylov, within
-from hessopt.calculus.least_squares import root
+from hessopt.calculus.least_squares import Root
 from hessopt.numerics import secular
 from hessopt.numerics.equilibration import equilibration, unit_power
 from hessopt.numerics.guards import divide, matmul
@@ -27,73 +27,49 @@ DIMENSION = 50
 """Largest Krylov space; each of its vectors is kept."""
 
 
-class Local(NamedTuple):
-    """The quadratic model at a point, over real leaves, and what bounds it."""
+Leaves = list[jax.Array]
+"""The real leaves of a tree like params."""
 
-    objective: Any
-    parts: list[jax.Array]
-    gradient: list[jax.Array]
-    curvature: str | CurvatureFn
-    # (w, z) -> step in the eigenvectors
+
+class LocalModel(NamedTuple):
+    """The quadratic model at a point, over real leaves, and what bounds its steps."""
+
+    objective: Any  # of the leaves
+    parts: Leaves  # params
+    gradient: Leaves
+    curvature: Curvature
+    # (w, z) -> bounded step in the eigenvectors
     minimize: Callable[[Vector, Vector], secular.Shifted]
     tolerance: jax.Array  # what part of |g| an approximate solution may leave
-    scales: Any  # of the updates before
+    scales: Vector | None  # D of the updates before; None where D = 1
 
 
-class Spectral(NamedTuple):
-    """The same in the eigenvectors of the curvature."""
+class EigenModel(NamedTuple):
+    """The same model in k eigenvectors of the curvature."""
 
     w: Vector  # (k,), eigenvalues, ascending
     z: Vector  # (k,), coefficients of the gradient
-    lift: Callable[[Vector], list[jax.Array]]  # coefficients of a step -> the step
-    # what is like a gradient -> its coefficients
-    project: Callable[[list[jax.Array]], Vector]
-    scales: Any
+    lift: Callable[[Vector], Leaves]  # coefficients of a step -> the step
+    project: Callable[[Leaves], Vector]  # a gradient -> its coefficients
+    scales: Vector | None  # D of this update
     products: jax.Array | int = 0  # with the curvature, that it took
 
 
-class Subproblem(NamedTuple):
+class SubproblemSolver(NamedTuple):
     """A way to the eigenvectors."""
 
-    solve: Callable[[Local], Spectral]
+    solve: Callable[[LocalModel], EigenModel]
     scaled: bool  # whether D is not the identity
+    complete: bool  # whether any gradient can be projected, or only its Krylov space
 
 
-def exact(local: Local) -> Spectral:
+def exact(local: LocalModel) -> EigenModel:
     """All eigenvectors of the scaled curvature, from its root where there is one."""
-    found = (
-        root(local.objective, local.parts)
-        if local.curvature == "gauss_newton"
-        else None
-    )
-    if found is not None:
-        lengths = jnp.sqrt(jnp.sum(found.K**2, axis=0))
-        scales, t = _largest(local.scales, unit_power(lengths), lengths > 0)
-        K = found.K * t
-        finite = all_finite(K)
-        rest = jnp.where(finite, t * found.rest, jnp.nan)
-        # from inf LAPACK does not return
-        U, s, Q = jnp.linalg.svd(jnp.where(finite, K, 0.0), full_matrices=False)
-        z = s * matmul(found.r, U) + matmul(Q, rest)
-        w, z, Q = s[::-1] ** 2, z[::-1], Q[::-1].T
-        # fewer outputs than parameters: of the null space only what the gradient has
-        # there
-        if Q.shape[1] < len(Q):
-            length, q = _outside(Q, rest)
-            w, z, Q = (
-                jnp.pad(w, (1, 0)),
-                jnp.append(length, z),
-                jnp.concatenate([q[:, None], Q], axis=1),
-            )
-    else:
-        everything = [0] * len(local.parts)
-        (H,) = block_hessians(
-            local.objective, local.parts, everything, 1, curvature=local.curvature
-        )
-        scales, t = _largest(local.scales, equilibration(H), jnp.any(H != 0, axis=1))
-        w, Q = jnp.linalg.eigh(H * t * t[:, None], symmetrize_input=False)
-        z = matmul(t * ravel(local.gradient), Q)
-    return Spectral(
+    root = local.curvature.root
+    found = None if root is None else root(local.objective, local.parts)
+    factored = _of_matrix(local) if found is None else _of_root(local, found)
+    w, z, Q, t, scales = factored
+    return EigenModel(
         w,
         z,
         lambda y: unravel(t * matmul(Q, y), local.parts),
@@ -102,28 +78,78 @@ def exact(local: Local) -> Spectral:
     )
 
 
-def conjugate(local: Local) -> Spectral:
+class _Factored(NamedTuple):
+    """`D^-1 H D^-1 = Q diag(w) Q'` and `z = Q' D^-1 g`."""
+
+    w: Vector
+    z: Vector
+    Q: jax.Array  # (n, k)
+    t: Vector  # (n,), 1 / D
+    scales: Vector
+
+
+def _of_matrix(local: LocalModel) -> _Factored:
+    """The eigenvectors of the whole matrix."""
+    (H,) = block_hessians(
+        local.objective,
+        local.parts,
+        [0] * len(local.parts),
+        1,
+        curvature=local.curvature,
+    )
+    scales, t = _largest(local.scales, equilibration(H), jnp.any(H != 0, axis=1))
+    w, Q = jnp.linalg.eigh(H * t * t[:, None], symmetrize_input=False)
+    return _Factored(w, matmul(t * ravel(local.gradient), Q), Q, t, scales)
+
+
+def _of_root(local: LocalModel, root: Root) -> _Factored:
+    """The right singular vectors of `K D^-1`, for `H = K'K` and `g = K'r + rest`."""
+    lengths = jnp.sqrt(jnp.sum(root.K**2, axis=0))
+    scales, t = _largest(local.scales, unit_power(lengths), lengths > 0)
+    K = root.K * t
+    finite = all_finite(K)
+    rest = jnp.where(finite, t * root.rest, jnp.nan)
+
+    # K D^-1 = U diag(s) Q', of zeros where it is not finite: LAPACK does not return
+    U, s, Q = jnp.linalg.svd(jnp.where(finite, K, 0.0), full_matrices=False)
+    z = s * matmul(root.r, U) + matmul(Q, rest)
+    w, z, Q = s[::-1] ** 2, z[::-1], Q[::-1].T
+
+    # fewer outputs than parameters: all that the gradient has in the null space is one
+    # more eigenvector, of eigenvalue 0
+    if Q.shape[1] < len(Q):
+        length, q = _outside(Q, rest)
+        w, z = jnp.pad(w, (1, 0)), jnp.append(length, z)
+        Q = jnp.concatenate([q[:, None], Q], axis=1)
+    return _Factored(w, z, Q, t, scales)
+
+
+def conjugate(local: LocalModel) -> EigenModel:
     """The Krylov space of the gradient, unscaled."""
     wide = solve_dtype(local.parts)
     linear = product(local.objective, local.parts, local.curvature)
 
-    def multiply(v: Any) -> Any:
-        return optax.tree.cast(linear(optax.tree.cast_like(v, local.parts)), wide)
+    def multiply(v: Leaves) -> Leaves:
+        image = linear(optax.tree.cast_like(v, local.parts))
+        return [x.astype(wide) for x in image]
 
     g = optax.tree.cast(local.gradient, wide)
     size = min(DIMENSION, sum(part.size for part in local.parts))
     tolerance = local.tolerance * jnp.sqrt(inner(g, g))
-    V, _, _, used, _, w, z, S = krylov(multiply, g, size, local.minimize, tolerance)
-    lift, project = (
-        lambda y: combination(matmul(S, y), V),
-        lambda c: matmul(within(V, optax.tree.cast(c, wide)), S),
+    space = krylov(multiply, g, size, local.minimize, tolerance)
+    return EigenModel(
+        space.w,
+        space.z,
+        lambda y: combination(matmul(space.S, y), space.V),
+        lambda c: matmul(within(space.V, optax.tree.cast(c, wide)), space.S),
+        local.scales,
+        space.used,
     )
-    return Spectral(w, z, lift, project, local.scales, used)
 
 
 SUBPROBLEMS = {
-    "exact": Subproblem(exact, scaled=True),
-    "cg": Subproblem(conjugate, scaled=False),
+    "exact": SubproblemSolver(exact, scaled=True, complete=True),
+    "cg": SubproblemSolver(conjugate, scaled=False, complete=False),
 }
 
 
@@ -138,7 +164,7 @@ def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
     return length, divide(q, length, length > 0)
 
 
-def _largest(scales: Vector, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
+def _largest(scales: Any, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
     """The larger of D before and `1/t`, and its inverse; an entry not known yet counts
     as much as the largest."""
     scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))

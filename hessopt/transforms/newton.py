@@ -22,21 +22,25 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, check_range, choose
-from hessopt.calculus.curvature import CURVATURES, CurvatureFn, block_hessians
+from hessopt.calculus.curvature import (
+    Curvature,
+    CurvatureFn,
+    block_hessians,
+    resolve,
+)
+from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.guards import or_one, select
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.numerics.positivity import POSITIVITIES, Positivity
-from hessopt.objective.binding import bind, require_params
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import all_finite, ravel, solve_dtype, unravel
-from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
+from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
 
-_NAME = "scale_by_newton"
-# what the next update tries again
 _NOT_REUSED = (
-    StepStatus.FACTORIZATION_FAILED | StepStatus.UNBOUNDED_MODEL | StepStatus.NONFINITE
+    StepStatus.FACTORIZATION_FAILED | StepStatus.NO_CURVATURE | StepStatus.NONFINITE
 )
+"""Facts after which the next update factorises again."""
 
 
 class NewtonInfo(NamedTuple):
@@ -67,7 +71,7 @@ def scale_by_newton(
     positivity: str | Positivity = "shift",
     blocks: Groups = "all",
     update_every: int = 1,
-    curvature: str | CurvatureFn = "hessian",
+    curvature: str | CurvatureFn | Curvature = "hessian",
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply the gradient by the inverse of the damped Hessian.
 
@@ -93,7 +97,7 @@ def scale_by_newton(
       A block whose curvature is not finite keeps its older factor, or does not move
       (FACTORIZATION_FAILED); one whose gradient is not finite does not move
       (NONFINITE), and none does where the value is given and not finite; one without
-      any curvature moves along its gradient by a unit length (UNBOUNDED_MODEL). The
+      any curvature moves along its gradient by a unit length (NO_CURVATURE). The
       state is then as before, but for count and info.
 
     Raises:
@@ -120,115 +124,143 @@ def scale_by_newton(
     """
     check_range("damping", damping, 0)
     check_count("update_every", update_every)
-    method = choose("positivity", positivity, POSITIVITIES)
-    choose("curvature", curvature, CURVATURES)
     check_groups("blocks", blocks)
+    method = choose("positivity", positivity, POSITIVITIES)
+    options = _Options(damping, method, blocks, update_every, resolve(curvature))
+    init, step = functools.partial(_init, options), functools.partial(_step, options)
+    return transformation("scale_by_newton", init, step, needs=("value_fn",))
 
-    def empty_factors(params: Params, labels: Any, count: int) -> list[Any]:
-        def empty(group: int) -> Any:
-            size = jax.eval_shape(ravel, take(params, labels, group)).size
-            matrix = jax.ShapeDtypeStruct((size, size), solve_dtype(params))
-            shapes = jax.eval_shape(
-                method.factorize, matrix, jax.ShapeDtypeStruct((), matrix.dtype)
-            ).factor
-            return jax.tree.map(
-                lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes
-            )
 
-        return [empty(group) for group in range(count)]
+class _Options(NamedTuple):
+    """The arguments of `scale_by_newton`, checked and resolved."""
 
-    def init(params: Params) -> NewtonState:
-        labels, names = group_labels(params, blocks)
-        dtype = solve_dtype(params)
-        state = NewtonState(
-            count=jnp.zeros((), jnp.int32),
-            shift=jnp.zeros(len(names), dtype),
-            factors=_per_block(empty_factors(params, labels, len(names)))
-            if update_every > 1
-            else None,
-            info=_worst([], dtype),
+    damping: optax.ScalarOrSchedule
+    method: Positivity
+    blocks: Groups
+    update_every: int
+    curvature: Curvature
+
+
+class _Blocks(NamedTuple):
+    """The factorised blocks of the curvature, as an update uses them."""
+
+    factors: Any  # one per block
+    shift: Vector  # (number of blocks,)
+    info: NewtonInfo
+
+
+def _init(options: _Options, params: Params) -> NewtonState:
+    labels, names = group_labels(params, options.blocks)
+    dtype = solve_dtype(params)
+    factors = None
+    if options.update_every > 1:
+        factors = _per_block(_empty_factors(options, params, labels, len(names)))
+    state = NewtonState(
+        count=jnp.zeros((), jnp.int32),
+        shift=jnp.zeros(len(names), dtype),
+        factors=factors,
+        info=_worst([], dtype),
+    )
+    return beside(state, params)
+
+
+def _step(
+    options: _Options, call: Call, state: NewtonState
+) -> tuple[optax.Updates, NewtonState]:
+    # the gradient block by block; a value that is not finite makes all of it unusable
+    labels, names = group_labels(call.params, options.blocks)
+    parts = [take(call.updates, labels, group) for group in range(len(names))]
+    gradients = [jnp.where(call.finite, ravel(part), jnp.nan) for part in parts]
+
+    # H + lambda I, factorised when it is due or when the last factors were of no use
+    def factorize() -> _Blocks:
+        return _factorize(options, call, state, labels, gradients)
+
+    def reuse() -> _Blocks:
+        # negative curvature is a fact for as long as the factor is in use
+        status = state.info.status & StepStatus.NEGATIVE_CURVATURE
+        info = state.info._replace(status=status, attempts=jnp.zeros((), jnp.int32))
+        return _Blocks(state.factors, state.shift, info)
+
+    if options.update_every > 1:
+        again = (state.info.status & _NOT_REUSED) != 0
+        due = (state.count % options.update_every == 0) | again
+        blocks = jax.lax.cond(due, factorize, reuse)
+    else:
+        blocks = factorize()
+
+    # p_b = (H_b + lambda I)^-1 g_b; a block without a finite solution stays
+    direction, status = call.updates, blocks.info.status
+    for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
+        p = unravel(options.method.solve(blocks.factors[group], g), part)
+        solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))
+        facts = {
+            StepStatus.NONFINITE: ~finite,
+            StepStatus.FACTORIZATION_FAILED: finite & ~solved,
+        }
+        status |= step_status(facts)
+        p = jax.tree.map(lambda leaf, ok=solved: jnp.where(ok, leaf, 0), p)
+        direction = combine(p, direction)
+    status |= step_status({StepStatus.NOT_DESCENT: _points_uphill(direction, call)})
+
+    return direction, NewtonState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        shift=blocks.shift,
+        factors=blocks.factors if options.update_every > 1 else None,
+        info=blocks.info._replace(status=status),
+    )
+
+
+def _factorize(
+    options: _Options,
+    call: Call,
+    state: NewtonState,
+    labels: Any,
+    gradients: list[Vector],
+) -> _Blocks:
+    """Form and factorise all blocks of the curvature at params."""
+    count, dtype = len(gradients), solve_dtype(call.params)
+    damping = options.damping
+    lam = jnp.asarray(damping(state.count) if callable(damping) else damping, dtype)
+    matrices = block_hessians(
+        call.objective, call.params, labels, count, curvature=options.curvature
+    )
+    old = state.factors
+    if old is None:
+        old = _empty_factors(options, call.params, labels, count)
+    factors, shifts, infos = [], [], []
+    for group, (H, g) in enumerate(zip(matrices, gradients, strict=True)):
+        factor, shift, info = _factorize_block(
+            options.method, H, g, lam, old[group], state.shift[group]
         )
-        return beside(state, params)
+        factors.append(factor)
+        shifts.append(shift)
+        infos.append(info)
+    return _Blocks(_per_block(factors), jnp.array(shifts, dtype), _worst(infos, dtype))
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Params | None = None,
-        *,
-        value: Any = None,
-        grad: optax.Updates | None = None,
-        value_fn: ValueFn | None = None,
-        **data: Any,
-    ) -> tuple[optax.Updates, NewtonState]:
-        require_params(params, caller=_NAME)
-        objective = bind(value_fn, data, caller=_NAME)
-        labels, names = group_labels(params, blocks)
-        parts = [take(updates, labels, group) for group in range(len(names))]
-        finite = value is None or jnp.isfinite(value)
-        gradients = [jnp.where(finite, ravel(part), jnp.nan) for part in parts]
-        dtype = solve_dtype(params)
-        lam = jnp.asarray(damping(state.count) if callable(damping) else damping, dtype)
 
-        def factorize() -> tuple[Any, Vector, NewtonInfo]:
-            matrices = block_hessians(
-                objective, params, labels, len(names), curvature=curvature
-            )
-            old = (
-                empty_factors(params, labels, len(names))
-                if state.factors is None
-                else state.factors
-            )
-            factors, shifts, infos = [], [], []
-            for group, (H, g) in enumerate(zip(matrices, gradients, strict=True)):
-                factor, shift, info = _factorize_block(
-                    method, H, g, lam, old[group], state.shift[group]
-                )
-                factors.append(factor)
-                shifts.append(shift)
-                infos.append(info)
-            return _per_block(factors), jnp.array(shifts, dtype), _worst(infos, dtype)
+def _empty_factors(
+    options: _Options, params: Params, labels: Any, count: int
+) -> list[Any]:
+    """Zeros in the shapes of the blocks' factors."""
 
-        def reuse() -> tuple[Any, Vector, NewtonInfo]:
-            # true for as long as the factor is in use
-            status = state.info.status & StepStatus.NEGATIVE_CURVATURE
-            info = state.info._replace(status=status, attempts=jnp.zeros((), jnp.int32))
-            return state.factors, state.shift, info
+    def empty(group: int) -> Any:
+        size = jax.eval_shape(ravel, take(params, labels, group)).size
+        matrix = jax.ShapeDtypeStruct((size, size), solve_dtype(params))
+        shift = jax.ShapeDtypeStruct((), matrix.dtype)
+        shapes = jax.eval_shape(options.method.factorize, matrix, shift).factor
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
-        if update_every > 1:
-            again = (state.info.status & _NOT_REUSED) != 0
-            factors, shift, info = jax.lax.cond(
-                (state.count % update_every == 0) | again, factorize, reuse
-            )
-        else:
-            factors, shift, info = factorize()
+    return [empty(group) for group in range(count)]
 
-        direction, status = updates, info.status
-        for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
-            p = unravel(method.solve(factors[group], g), part)
-            solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))
-            status |= step_status(
-                {
-                    StepStatus.NONFINITE: ~finite,
-                    StepStatus.FACTORIZATION_FAILED: finite & ~solved,
-                }
-            )
-            direction = combine(
-                jax.tree.map(lambda leaf, ok=solved: jnp.where(ok, leaf, 0), p),
-                direction,
-            )
-        p, g = ravel(direction), ravel(updates if grad is None else grad)
-        g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
-        slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
-        status |= step_status({StepStatus.NOT_DESCENT: jnp.any(p != 0) & ~(slope > 0)})
 
-        return direction, NewtonState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            shift=shift,
-            factors=factors if update_every > 1 else None,
-            info=info._replace(status=status),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+def _points_uphill(direction: optax.Updates, call: Call) -> jax.Array:
+    """Whether a direction that is not zero has no positive product with the
+    gradient."""
+    p, g = ravel(direction), ravel(call.gradient)
+    g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
+    slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
+    return jnp.any(p != 0) & ~(slope > 0)
 
 
 def _factorize_block(
@@ -252,7 +284,7 @@ def _factorize_block(
             StepStatus.NONFINITE: ~jnp.all(jnp.isfinite(H)),
             StepStatus.FACTORIZATION_FAILED: ~new.ok,
             StepStatus.NEGATIVE_CURVATURE: new.ok & new.indefinite,
-            StepStatus.UNBOUNDED_MODEL: flat,
+            StepStatus.NO_CURVATURE: flat,
         }
     )
     info = NewtonInfo(

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, choose
-from hessopt.calculus.curvature import CURVATURES, CurvatureFn
+from hessopt._checks import check_count
+from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.cg import conjugate_gradients, forcing
 from hessopt.numerics.guards import divide, or_one, select
@@ -58,7 +58,7 @@ class NewtonCgState(NamedTuple):
 
 def scale_by_newton_cg(
     *,
-    curvature: str | CurvatureFn = "hessian",
+    curvature: str | CurvatureFn | Curvature = "hessian",
     max_iterations: int = 100,
     preconditioner: Preconditioner | None = None,
     warm_start: bool = False,
@@ -113,7 +113,7 @@ def scale_by_newton_cg(
     Source: see the head of this file.
     """
     check_count("max_iterations", max_iterations)
-    linearize = choose("curvature", curvature, CURVATURES)
+    linearize = resolve(curvature).linearize
     options = _Options(
         linearize, max_iterations, preconditioner, warm_start, rematerialize
     )

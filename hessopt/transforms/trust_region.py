@@ -23,6 +23,7 @@ Lucidi, Roma and Toint, "Solving the trust-region subproblem using the Lanczos m
 1999; Transtrum and Sethna, arXiv 1201.5885.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,14 +31,21 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, check_range, choose
-from hessopt.calculus.curvature import CURVATURES, CurvatureFn
-from hessopt.kinds.step_bounds import MODELS, TAKEN, Model, gain_ratio
-from hessopt.kinds.subproblems import SUBPROBLEMS, Local, Subproblem
+from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
+from hessopt.kinds.protocol import Call, transformation
+from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN, StepBound, gain_ratio
+from hessopt.kinds.subproblems import (
+    SUBPROBLEMS,
+    EigenModel,
+    Leaves,
+    LocalModel,
+    SubproblemSolver,
+)
 from hessopt.numerics import secular
 from hessopt.numerics.cg import forcing
 from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm, unit_scale
-from hessopt.objective.binding import bind, precompose, require_params
+from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import (
     all_finite,
@@ -47,9 +55,7 @@ from hessopt.trees.vectors import (
     solve_dtype,
     tree_norm,
 )
-from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
-
-_NAME = "trust_region_newton"
+from hessopt.typing import Params, StepStatus, Vector, step_status
 
 BEND = 0.75
 """Largest length of an acceleration in that of its step: beyond, the series in t means
@@ -82,9 +88,9 @@ class TrustRegionState(NamedTuple):
 
 def trust_region_newton(
     *,
-    model: str | Model = "cubic",
-    subproblem: str | Subproblem = "exact",
-    curvature: str | CurvatureFn = "hessian",
+    model: str | StepBound = "cubic",
+    subproblem: str | SubproblemSolver = "exact",
+    curvature: str | CurvatureFn | Curvature = "hessian",
     initial_radius: float | None = None,
     max_trials: int = 20,
     geodesic_acceleration: bool = False,
@@ -147,151 +153,189 @@ def trust_region_newton(
         check_range(
             "initial_radius", initial_radius, float(jnp.finfo(jnp.float32).tiny)
         )
-    bound = choose("model", model, MODELS)
-    solve, scaled = choose("subproblem", subproblem, SUBPROBLEMS)
-    choose("curvature", curvature, CURVATURES)
-    if geodesic_acceleration and (curvature != "gauss_newton" or subproblem == "cg"):
+    options = _Options(
+        bound=choose("model", model, STEP_BOUNDS),
+        solver=choose("subproblem", subproblem, SUBPROBLEMS),
+        curvature=resolve(curvature),
+        initial_radius=initial_radius,
+        max_trials=max_trials,
+        geodesic_acceleration=geodesic_acceleration,
+    )
+    has_outputs = options.curvature.root is not None
+    if geodesic_acceleration and not (has_outputs and options.solver.complete):
         raise ValueError(
-            'geodesic_acceleration needs curvature="gauss_newton" and another subproblem than "cg", '
-            f"got {curvature!r} and {subproblem!r}"
+            'geodesic_acceleration needs curvature="gauss_newton" and another '
+            f'subproblem than "cg", got {curvature!r} and {subproblem!r}'
         )
+    init, step = functools.partial(_init, options), functools.partial(_step, options)
+    return transformation("trust_region_newton", init, step, needs=("value_fn",))
 
-    def init(params: Params) -> TrustRegionState:
-        shape: Any = jax.ShapeDtypeStruct
-        scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
-        scales: Any = jax.eval_shape(ravel, params) if scaled else None
-        info = TrustRegionInfo(count, scalar, scalar, scalar, count, count)
-        return zeros(TrustRegionState(count, scalar, scalar, scales, info), params)
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Params | None = None,
-        *,
-        value: Any = None,
-        grad: optax.Updates | None = None,
-        value_fn: ValueFn | None = None,
-        **data: Any,
-    ) -> tuple[optax.Updates, TrustRegionState]:
-        require_params(params, caller=_NAME)
-        objective = bind(value_fn, data, caller=_NAME)
-        if not jax.tree.leaves(params):
-            return updates, state
-        dtype = solve_dtype(params)
-        parts, restore = real_leaves(params)
-        gradient, restore_step = real_leaves(updates)
-        objective = precompose(objective, restore)
-        value = objective(parts) if value is None else jnp.asarray(value)
-        noise = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
-        value = value.astype(solve_dtype((params, value)))
+class _Options(NamedTuple):
+    """The arguments of `trust_region_newton`, checked and resolved."""
 
-        def sized(w: Vector, z: Vector) -> jax.Array:
-            radius = (
-                _cauchy(w, z)
-                if initial_radius is None
-                else jnp.asarray(initial_radius, dtype)
-            )
-            return jnp.where(
-                state.size > 0,
-                state.size,
-                bound.first(w, secular.within_radius(w, z, radius)),
-            )
+    bound: StepBound
+    solver: SubproblemSolver
+    curvature: Curvature
+    initial_radius: float | None
+    max_trials: int
+    geodesic_acceleration: bool
 
-        length = tree_norm(gradient)
-        first_length = jnp.where(state.first_length > 0, state.first_length, length)
-        local = Local(
-            objective, parts, gradient, curvature,
-            lambda w, z: bound.minimize(w, z, sized(w, z)), forcing(length, first_length), state.scales,
-        )  # fmt: skip
-        w, z, lift, project, scales, products = solve(local)
-        finite = jnp.isfinite(value) & jnp.isfinite(length) & all_finite((w, z))
-        w, z = jnp.where(finite, w, 1.0), jnp.where(finite, z, 0.0)
 
-        def attempt(last: _Trial) -> _Trial:
-            step = bound.minimize(w, z, last.size)
-            p, sound = lift(step.y), jnp.isfinite(step.length)
-            if geodesic_acceleration:
-                a = secular.divided(
-                    w, project(_bending(objective, parts, p)), step.shift
-                )
-                p = lift(step.y + jnp.where(norm(a) <= BEND * step.length, a / 2, 0.0))
-            p = jax.tree.map(
-                lambda x, part: jnp.where(sound, x, 0.0).astype(part.dtype), p, parts
-            )
-            fall = jnp.where(
-                sound,
-                value - jnp.asarray(objective(applied(parts, p)), value.dtype),
-                jnp.nan,
-            )
-            ratio = gain_ratio(fall, step.decrease, noise).astype(dtype)
-            # else the ratio says nothing of the model, but that it promises too little
-            told = step.decrease > noise
-            size = bound.adapt(
-                w, z, last.size, jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0), step
-            )
-            return _Trial(p, size, ratio, step.shift, told, last.count + 1)
+def _init(options: _Options, params: Params) -> TrustRegionState:
+    shape: Any = jax.ShapeDtypeStruct
+    scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
+    scales: Any = jax.eval_shape(ravel, params) if options.solver.scaled else None
+    info = TrustRegionInfo(count, scalar, scalar, scalar, count, count)
+    return zeros(TrustRegionState(count, scalar, scalar, scales, info), params)
 
-        def goes_on(last: _Trial) -> jax.Array:
-            return (
-                finite & last.told & (last.count < max_trials) & ~(last.ratio >= TAKEN)
-            )
 
-        zero, none = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-        begin = _Trial(
-            jax.tree.map(jnp.zeros_like, parts),
-            sized(w, z),
-            zero,
-            zero,
-            jnp.ones((), bool),
-            none,
-        )
-        last = jax.lax.while_loop(goes_on, attempt, begin)
+class _Problem(NamedTuple):
+    """The model of one update, and the objective that judges its steps."""
 
-        taken = last.ratio >= TAKEN
-        status = {
-            StepStatus.NONFINITE: ~finite,
-            StepStatus.STEP_REJECTED: finite & ~taken,
-            StepStatus.NEGATIVE_CURVATURE: w[0]
-            < -jnp.finfo(dtype).eps * len(w) * jnp.max(jnp.abs(w)),
-        }
-        step = restore_step(
-            [
-                jnp.where(taken, p, 0.0).astype(g.dtype)
-                for p, g in zip(last.p, gradient, strict=True)
-            ]
-        )
-        return step, TrustRegionState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            size=jnp.where(finite, last.size, state.size),
-            first_length=jnp.where(finite, first_length, state.first_length),
-            scales=select(finite, scales, state.scales),
-            info=TrustRegionInfo(
-                step_status(status),
-                last.ratio,
-                last.shift,
-                w[0],
-                last.count,
-                jnp.asarray(products, jnp.int32),
-            ),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    objective: Any  # of real leaves
+    parts: Leaves  # params
+    value: jax.Array  # scalar, objective at parts
+    noise: jax.Array  # scalar, what of the value may be rounding
+    model: EigenModel
+    first_length: jax.Array  # scalar, |g| at the first update
+    finite: jax.Array  # bool scalar, of value, gradient and curvature
 
 
 class _Trial(NamedTuple):
-    p: list[jax.Array]  # real leaves
-    size: jax.Array  # for the next trial
-    ratio: jax.Array
-    shift: jax.Array
-    told: jax.Array  # whether more than rounding was promised
-    count: jax.Array
+    """A step, and what the objective said of it."""
+
+    p: Leaves
+    size: jax.Array  # scalar, radius or sigma for the next trial
+    ratio: jax.Array  # scalar, gain over promise
+    shift: jax.Array  # scalar, kappa
+    told: jax.Array  # bool scalar, whether more than rounding was promised
+    count: jax.Array  # int32 scalar
 
 
-def _bending(objective: Any, parts: list[jax.Array], p: list[jax.Array]) -> Any:
+def _step(
+    options: _Options, call: Call, state: TrustRegionState
+) -> tuple[optax.Updates, TrustRegionState]:
+    if not jax.tree.leaves(call.params):
+        return call.updates, state
+    gradient, restore = real_leaves(call.updates)
+
+    # the model in its eigenvectors, and the first radius or sigma
+    problem = _measure(options, call, gradient, state)
+    w, z = problem.model.w, problem.model.z
+    size = _size(options, state, w, z)
+
+    # trials, each shorter than the one before, until one is taken
+    def goes_on(last: _Trial) -> jax.Array:
+        unsettled = last.told & (last.count < options.max_trials)
+        return problem.finite & unsettled & ~(last.ratio >= TAKEN)
+
+    zero = jnp.zeros((), w.dtype)
+    none = jax.tree.map(jnp.zeros_like, problem.parts)
+    begin = _Trial(none, size, zero, zero, jnp.ones((), bool), jnp.zeros((), jnp.int32))
+    attempt = functools.partial(_attempt, options, problem)
+    last = jax.lax.while_loop(goes_on, attempt, begin)
+
+    taken = last.ratio >= TAKEN
+    rounding = jnp.finfo(w.dtype).eps * len(w) * jnp.max(jnp.abs(w))
+    status = {
+        StepStatus.NONFINITE: ~problem.finite,
+        StepStatus.STEP_REJECTED: problem.finite & ~taken,
+        StepStatus.NEGATIVE_CURVATURE: w[0] < -rounding,
+    }
+    step = [
+        jnp.where(taken, p, 0.0).astype(g.dtype)
+        for p, g in zip(last.p, gradient, strict=True)
+    ]
+    found = last.size, problem.first_length, problem.model.scales
+    before = state.size, state.first_length, state.scales
+    return restore(step), TrustRegionState(
+        jnp.asarray(optax.safe_increment(state.count)),
+        *select(problem.finite, found, before),
+        info=TrustRegionInfo(
+            step_status(status),
+            last.ratio,
+            last.shift,
+            w[0],
+            last.count,
+            jnp.asarray(problem.model.products, jnp.int32),
+        ),
+    )
+
+
+def _measure(
+    options: _Options, call: Call, gradient: Leaves, state: TrustRegionState
+) -> _Problem:
+    """The value, and the model in the eigenvectors of the curvature."""
+    parts, restore = real_leaves(call.params)
+    objective = precompose(call.objective, restore)
+    value = objective(parts) if call.value is None else jnp.asarray(call.value)
+    noise = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
+    value = value.astype(solve_dtype((call.params, value)))
+
+    length = tree_norm(gradient)
+    first_length = jnp.where(state.first_length > 0, state.first_length, length)
+    local = LocalModel(
+        objective,
+        parts,
+        gradient,
+        options.curvature,
+        lambda w, z: options.bound.minimize(w, z, _size(options, state, w, z)),
+        forcing(length, first_length),
+        state.scales,
+    )
+    model = options.solver.solve(local)
+
+    # where anything is not finite, no trial is made: any sound w and z serve
+    w, z = model.w, model.z
+    finite = jnp.isfinite(value) & jnp.isfinite(length) & all_finite((w, z))
+    sound = model._replace(w=jnp.where(finite, w, 1.0), z=jnp.where(finite, z, 0.0))
+    return _Problem(objective, parts, value, noise, sound, first_length, finite)
+
+
+def _size(
+    options: _Options, state: TrustRegionState, w: Vector, z: Vector
+) -> jax.Array:
+    """The radius or sigma of the last update; for the first, by Cauchy's step."""
+    given = options.initial_radius
+    radius = _cauchy(w, z) if given is None else jnp.asarray(given, w.dtype)
+    first = options.bound.first(w, secular.within_radius(w, z, radius))
+    return jnp.where(state.size > 0, state.size, first)
+
+
+def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
+    """Minimise the bounded model, and judge the step by the objective."""
+    objective, parts, value, noise, model, *_ = problem
+    step = options.bound.minimize(model.w, model.z, last.size)
+    sound = jnp.isfinite(step.length)
+
+    # p + a / 2, unless the acceleration is too long for the series in t
+    p = model.lift(step.y)
+    if options.geodesic_acceleration:
+        bending = model.project(_bending(objective, parts, p))
+        a = secular.divided(model.w, bending, step.shift)
+        p = model.lift(step.y + jnp.where(norm(a) <= BEND * step.length, a / 2, 0.0))
+    p = [
+        jnp.where(sound, x, 0.0).astype(part.dtype)
+        for x, part in zip(p, parts, strict=True)
+    ]
+
+    # the gain ratio; where less than rounding was promised it says nothing of the model,
+    # but that it promises too little
+    reached = jnp.asarray(objective(applied(parts, p)), value.dtype)
+    fall = jnp.where(sound, value - reached, jnp.nan)
+    ratio = gain_ratio(fall, step.decrease, noise).astype(model.w.dtype)
+    told = step.decrease > noise
+    judged = jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0)
+    size = options.bound.adapt(model.w, model.z, last.size, judged, step)
+    return _Trial(p, size, ratio, step.shift, told, last.count + 1)
+
+
+def _bending(objective: Any, parts: Leaves, p: Leaves) -> Leaves:
     """`J'L r''`, r'' the second derivative of the outputs along p."""
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
-    def slope(x: Any) -> Any:
+    def slope(x: Leaves) -> Any:
         return jax.jvp(objective.model_fn, (x,), (p,))[1]
 
     second = jax.jvp(slope, (parts,), (p,))[1]

@@ -764,7 +764,7 @@ def test_ctrl_c_returns_the_best_point_so_far():
         print(solution.reason, int(solution.steps), float(solution.value) < 4.6292)
         """
     )
-    root = pathlib.Path(__file__).parent.parent
+    root = pathlib.Path(__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         stdout=subprocess.PIPE,

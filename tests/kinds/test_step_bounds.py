@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.kinds.step_bounds import GOOD, MODELS, POOR, gain_ratio
+from hessopt.kinds.step_bounds import GOOD, POOR, STEP_BOUNDS, gain_ratio
 from hessopt.numerics.secular import within_radius
 
 W, Z = jnp.array([1.0, 4.0]), jnp.array([3.0, 1.0])
@@ -29,9 +29,9 @@ def test_nothing_promised_is_nothing_gained():
     assert gain_ratio(jnp.zeros(()), jnp.zeros(()), jnp.zeros(())) == -jnp.inf
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STEP_BOUNDS)
 def test_a_poor_trial_shortens_the_next_and_a_good_one_lengthens_it(name):
-    model = MODELS[name]
+    model = STEP_BOUNDS[name]
     size = model.first(W, within_radius(W, Z, jnp.asarray(0.1)))
     step = model.minimize(W, Z, size)
     lengths = [
@@ -43,11 +43,11 @@ def test_a_poor_trial_shortens_the_next_and_a_good_one_lengthens_it(name):
     assert GOOD > POOR
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", STEP_BOUNDS)
 def test_every_poor_trial_halves_the_step_at_least_also_after_any_number_of_good_ones(
     name,
 ):
-    model = MODELS[name]
+    model = STEP_BOUNDS[name]
     step = jax.jit(lambda size: model.minimize(W, Z, size))
     after = jax.jit(lambda size, ratio: model.adapt(W, Z, size, ratio, step(size)))
     size = jnp.asarray(1.0)
