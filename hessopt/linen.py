@@ -9,7 +9,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from hessopt.objective.binding import Composite, informed_update
+from hessopt.objective.binding import as_objective, informed_update, without_aux
 from hessopt.typing import ValueFn
 
 
@@ -121,11 +121,7 @@ class TrainState(train_state.TrainState):
             out = loss_fn(params, *data, **named)
             return out if isinstance(out, tuple) else (out, None)
 
-        value_fn = (
-            loss_fn.close(*data, **named)
-            if isinstance(loss_fn, Composite)
-            else lambda params: loss(params)[0]
-        )
+        value_fn = without_aux(as_objective(loss_fn).close(*data, **named))
         (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(self.params)
         replace = {}
         if self.collections:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from hessopt.objective.binding import Composite, informed_update, precompose
+from hessopt.objective.binding import informed_update, precompose, without_aux
 
 if TYPE_CHECKING:
     from flax.nnx import Pytree as _Base
@@ -133,14 +133,7 @@ def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
         loss_fn(again)
         drawn = jax.tree.map(jnp.subtract, nnx.state(again, nnx.RngCount), counts)
         counts = jax.tree.map(jnp.subtract, counts, drawn)
-    if isinstance(loss_fn, Composite):
-        return precompose(loss_fn, lambda params: at(params, counts))
-
-    def value_fn(params: Any) -> jax.Array:
-        out = loss_fn(at(params, counts))
-        return out[0] if isinstance(out, tuple) else out
-
-    return value_fn
+    return without_aux(precompose(loss_fn, lambda params: at(params, counts)))
 
 
 def _arrays(tree: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from hessopt._checks import check_count, choose
 from hessopt.calculus.batching import fill_rows
 from hessopt.calculus.least_squares import Root, root
-from hessopt.objective.binding import Composite, precompose
+from hessopt.objective.binding import as_objective, precompose
 from hessopt.trees.groups import Groups, combine, group_labels, take
 from hessopt.trees.vectors import real_leaves, solve_dtype
 from hessopt.typing import Matrix, Params, ValueFn
@@ -38,13 +38,14 @@ def gauss_newton_product(
 ) -> Callable[[Any], Any]:
     """J' L J v, with J the Jacobian of the model and L the Hessian of the loss in the
     outputs."""
-    if not isinstance(value_fn, Composite):
+    objective = as_objective(value_fn)
+    if not objective.is_composite:
         raise TypeError(
             'curvature="gauss_newton" needs value_fn=hessopt.composite(model_fn, loss_fn)'
         )
-    outputs, jacobian = jax.linearize(lambda p: value_fn.model_fn(embed(p)), part)
-    _, loss_hessian = jax.linearize(jax.grad(value_fn.loss_fn), outputs)
-    _, transposed = jax.vjp(value_fn.model_fn, embed(part))
+    outputs, jacobian = jax.linearize(lambda p: objective.model_fn(embed(p)), part)
+    _, loss_hessian = jax.linearize(jax.grad(objective.loss_fn), outputs)
+    _, transposed = jax.vjp(objective.model_fn, embed(part))
     return lambda v: transposed(loss_hessian(jacobian(v)))[0]
 
 

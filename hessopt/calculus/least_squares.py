@@ -22,7 +22,7 @@ from jax.extend.core import Literal
 from hessopt.calculus.batching import fill_rows
 from hessopt.calculus.jaxprs import CALLS, called
 from hessopt.numerics.guards import divide, matmul
-from hessopt.objective.binding import Composite
+from hessopt.objective.binding import as_objective
 from hessopt.trees.vectors import ravel, solve_dtype
 from hessopt.typing import Matrix, Vector
 
@@ -69,7 +69,8 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     Cost: n tangents of the model, in chunks, and `2 m n^2` multiplications for m
     outputs; memory `m n`.
     """
-    if not isinstance(objective, Composite):
+    objective = as_objective(objective)
+    if not objective.is_composite:
         return None
     outputs = objective.model_fn(parts)
     slopes, loss_hessian = jax.linearize(jax.grad(objective.loss_fn), outputs)

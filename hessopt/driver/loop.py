@@ -11,7 +11,7 @@ import optax
 
 from hessopt.kinds.line_searches import accepted, counts_evaluations, evaluations, tried
 from hessopt.numerics.guards import or_one, select
-from hessopt.objective.binding import bind, informed_update, precompose
+from hessopt.objective.binding import Objective, bind, informed_update, precompose
 from hessopt.trees.vectors import applied, strongly_typed
 from hessopt.typing import Params, Termination, ValueFn
 
@@ -72,7 +72,7 @@ class Run(NamedTuple):
 class Problem(NamedTuple):
     """What shapes the program; compared by identity of the functions."""
 
-    value_fn: Callable[..., Any]
+    value_fn: Objective
     tx: optax.GradientTransformation
     has_aux: bool
 

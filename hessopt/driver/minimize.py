@@ -36,7 +36,7 @@ from hessopt.driver.loop import (
 from hessopt.numerics.equilibration import equilibration
 from hessopt.numerics.guards import select
 from hessopt.numerics.norms import norm
-from hessopt.objective.binding import Composite, precompose, require_taken
+from hessopt.objective.binding import as_objective, precompose, require_taken
 from hessopt.objective.closure import identified, open_closure
 from hessopt.trees.vectors import (
     ravel,
@@ -175,7 +175,7 @@ def minimize(
         raise ValueError(f"max_steps must be a whole number, got {max_steps}")
     for name, tolerance in (("gtol", gtol), ("ftol", ftol), ("xtol", xtol)):
         check_range(name, tolerance, 0)
-    if has_aux and isinstance(value_fn, Composite):
+    if has_aux and as_objective(value_fn).is_composite:
         raise TypeError(
             "has_aux needs value_fn to return (value, aux); a composite returns its loss alone"
         )

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.objective.binding import bind, require_given, require_params
+from hessopt.objective.binding import Objective, bind, require_given, require_params
 from hessopt.typing import Params, ValueFn
 
 
@@ -27,10 +27,15 @@ class Call(NamedTuple):
     params: Params
     grad: Params | None  # gradient at params, in optax's convention, if it was given
     value: jax.Array | None  # scalar, objective at params, if it was given
-    # value_fn with its data bound, a function of params alone; None where none was
-    # given
-    objective: Any
+    # value_fn with its data bound; None for a method that does not need it
+    bound: Objective | None
     finite: jax.Array | bool  # bool scalar, whether the value, if given, is finite
+
+    @property
+    def objective(self) -> Objective:
+        """The objective as a function of params alone, for a method that needs it."""
+        assert self.bound is not None, "needs must name value_fn"
+        return self.bound
 
     @property
     def gradient(self) -> Params:

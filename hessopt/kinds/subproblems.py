@@ -20,6 +20,7 @@ from hessopt.numerics import secular
 from hessopt.numerics.equilibration import equilibration, unit_power
 from hessopt.numerics.guards import divide, matmul
 from hessopt.numerics.norms import norm, unit_scale
+from hessopt.objective.binding import Objective
 from hessopt.trees.vectors import all_finite, inner, ravel, solve_dtype, unravel
 from hessopt.typing import Vector
 
@@ -34,7 +35,7 @@ Leaves = list[jax.Array]
 class LocalModel(NamedTuple):
     """The quadratic model at a point, over real leaves, and what bounds its steps."""
 
-    objective: Any  # of the leaves
+    objective: Objective  # of the leaves
     parts: Leaves  # params
     gradient: Leaves
     curvature: Curvature

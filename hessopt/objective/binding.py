@@ -21,23 +21,47 @@ UPDATE = "tx.update(grads, state, params, value_fn={name}, {given})"
 
 
 @dataclasses.dataclass(frozen=True)
-class Composite:
-    """The objective `loss_fn(model_fn(params))` with its two parts kept apart; see
-    `composite`."""
+class Objective:
+    """A scalar objective as the functions that it is composed of: itself alone, or a
+    model and a loss.
 
-    model_fn: Callable[..., Any]
-    loss_fn: Callable[..., jax.Array]
+    Every part takes the result of the one before it, the first one params, and data by
+    name.
+    """
+
+    parts: tuple[Callable[..., Any], ...]
+
+    @property
+    def is_composite(self) -> bool:
+        """Whether a model and a loss are kept apart, as Gauss-Newton needs."""
+        return len(self.parts) > 1
+
+    @property
+    def model_fn(self) -> Callable[..., Any]:
+        """Everything before the loss: the model of a composite, else the identity."""
+        return self.parts[0] if self.is_composite else lambda params: params
+
+    @property
+    def loss_fn(self) -> Callable[..., jax.Array]:
+        """The last part, which returns the scalar."""
+        return self.parts[-1]
 
     def __call__(self, params: Params, *args: Any, **data: Any) -> jax.Array:
         """Evaluate the objective."""
-        closed = self.close(*args, **data)
-        return closed.loss_fn(closed.model_fn(params))
+        result: Any = params
+        for part in self.close(*args, **data).parts:
+            result = part(result)
+        return result
 
-    def close(self, *args: Any, **data: Any) -> "Composite":
-        """Return the composite of params alone, given all of its data."""
-        taken = _data_names(self.model_fn) | _data_names(self.loss_fn)
+    def close(self, *args: Any, **data: Any) -> "Objective":
+        """Return the objective of params alone, given all of its data."""
+        if not self.is_composite:
+            return Objective((lambda params: self.loss_fn(params, *args, **data),))
+        taken = {
+            name: p for part in self.parts for name, p in _data_names(part).items()
+        }
         names = [name for name, p in taken.items() if p.kind is not p.VAR_KEYWORD]
-        every = [*_parameters(self.model_fn), *_parameters(self.loss_fn)]
+        every = [parameter for part in self.parts for parameter in _parameters(part)]
         if args and any(p.kind is p.VAR_POSITIONAL for p in every):
             raise TypeError(
                 "composite cannot place positional data where a part takes *args: pass the data by name"
@@ -46,23 +70,25 @@ class Composite:
             raise TypeError(
                 f"composite takes {len(names)} data arguments {names}, got {len(args)}"
             )
-        placed = dict(zip(names, args, strict=False))
-        twice = [name for name in data if name in placed]
-        unknown = (
-            [name for name in data if name not in names]
-            if len(names) == len(taken)
-            else []
-        )
+        positional = dict(zip(names, args, strict=False))
+        twice = [name for name in data if name in positional]
+        takes_any = len(names) < len(taken)
+        unknown = [name for name in data if not (takes_any or name in names)]
         if twice or unknown:
             raise TypeError(
                 f"composite got {twice or unknown} {'twice' if twice else 'but takes only ' + str(names)}"
             )
-        return bind(self, placed | data, caller="composite")
+        return bind(self, positional | data, caller="composite")
+
+
+def as_objective(value_fn: Callable[..., Any]) -> Objective:
+    """Return the parts of an objective as a user gives it, a function or a `composite`."""
+    return value_fn if isinstance(value_fn, Objective) else Objective((value_fn,))
 
 
 def composite(
     model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]
-) -> Composite:
+) -> Objective:
     """Compose an objective whose Gauss-Newton matrix can be formed.
 
     Computes `f(params) = loss_fn(model_fn(params, ...), ...)`. With `J` the Jacobian of
@@ -95,7 +121,7 @@ def composite(
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order
     gradient descent", 2002.
     """
-    return Composite(model_fn, loss_fn)
+    return Objective((model_fn, loss_fn))
 
 
 def bind(
@@ -105,9 +131,8 @@ def bind(
     caller: str,
     call: str = UPDATE,
     has_aux: bool = False,
-) -> Any:
-    """Return `value_fn` as a function of params alone, given the data that it names; a
-    `Composite` stays one.
+) -> Objective:
+    """Return `value_fn` as an objective of params alone, given the data that it names.
 
     Data that it does not name is ignored, so that every transformation of a chain may
     find its own. Raises `TypeError` naming `caller` and the call to write when value_fn
@@ -118,23 +143,16 @@ def bind(
         raise TypeError(
             f"{caller} needs the objective: call `tx.update(grads, state, params, value_fn=value_fn, ...)`"
         )
-    if isinstance(value_fn, Composite):
-        model_fn, loss_fn = (
-            _bind(part, data, caller, call)
-            for part in (value_fn.model_fn, value_fn.loss_fn)
-        )
-        return Composite(model_fn, _scalar(loss_fn, caller))
-    bound = _bind(value_fn, data, caller, call)
-    return _scalar_and_aux(bound, caller) if has_aux else _scalar(bound, caller)
+    *first, last = (
+        _bind(part, data, caller, call) for part in as_objective(value_fn).parts
+    )
+    checked = _scalar_and_aux(last, caller) if has_aux else _scalar(last, caller)
+    return Objective((*first, checked))
 
 
 def require_taken(value_fn: ValueFn, data: Mapping[str, Any], *, caller: str) -> None:
     """Raise `TypeError` when `data` has names that `value_fn` does not take."""
-    parts = (
-        [value_fn.model_fn, value_fn.loss_fn]
-        if isinstance(value_fn, Composite)
-        else [value_fn]
-    )
+    parts = as_objective(value_fn).parts
     taken = {name: p for part in parts for name, p in _data_names(part).items()}
     unknown = sorted(set(data) - set(taken))
     if unknown and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
@@ -174,12 +192,22 @@ def informed_update(tx: Any) -> Callable[..., Any]:
     )
 
 
-def precompose(value_fn: Any, inner: Callable[..., Params]) -> Any:
-    """Return `value_fn(inner(.))`; of a `Composite`, the model is what is precomposed."""
-    if isinstance(value_fn, Composite):
-        model_fn = value_fn.model_fn
-        return Composite(lambda x: model_fn(inner(x)), value_fn.loss_fn)
-    return lambda x: value_fn(inner(x))
+def precompose(value_fn: ValueFn, inner: Callable[..., Params]) -> Objective:
+    """Return `value_fn(inner(.))`; the parts of a `composite` stay apart."""
+    first, *rest = as_objective(value_fn).parts
+    return Objective((lambda x: first(inner(x)), *rest))
+
+
+def without_aux(value_fn: ValueFn) -> Objective:
+    """Return an objective of params alone that drops the second of a pair, if value_fn
+    returns one."""
+    *first, last = as_objective(value_fn).parts
+
+    def loss_fn(x: Any) -> jax.Array:
+        out = last(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    return Objective((*first, loss_fn))
 
 
 def of_group(
@@ -209,7 +237,7 @@ def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of `fn` behind its first one, in order."""
+    """The parameters of `fn` after its first one, in order."""
     return {p.name: p for p in _parameters(fn)[1:] if p.kind is not p.VAR_POSITIONAL}
 
 

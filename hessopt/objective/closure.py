@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.core import Tracer, eval_jaxpr
 
-from hessopt.objective.binding import Composite
+from hessopt.objective.binding import Objective, as_objective
 from hessopt.typing import Params
 
 _NO_HOLDERS = (type, ModuleType, jax.Array, type(jax.tree_util.default_registry))
@@ -34,30 +34,32 @@ class _Identified:
         return isinstance(other, _Identified) and other.call is self.call
 
 
-def identified(value_fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return value_fn, or a stand-in with its identity where it has no hash, as objects
-    that hold arrays."""
-    if isinstance(value_fn, Composite):
-        return Composite(identified(value_fn.model_fn), identified(value_fn.loss_fn))
+def identified(value_fn: Callable[..., Any]) -> Objective:
+    """Return the objective with a hash: a part without one, as an object that holds
+    arrays, gets a stand-in with its identity."""
+    return Objective(tuple(map(_hashable, as_objective(value_fn).parts)))
+
+
+def _hashable(part: Callable[..., Any]) -> Callable[..., Any]:
     try:
-        hash(value_fn)
+        hash(part)
     except TypeError:
-        return _Identified(value_fn)
-    return value_fn
+        return _Identified(part)
+    return part
 
 
 def open_closure(
-    value_fn: Callable[..., Any],
-    bind_to: Callable[[Any], Any],
+    value_fn: Objective,
+    bind_to: Callable[[Any], Objective],
     params: Params,
     data: dict[str, Any],
-) -> tuple[Callable[..., Any], dict[str, Any]]:
+) -> tuple[Objective, dict[str, Any]]:
     """Turn the traced values that the objective closes over into data; else their
     derivatives would be lost.
 
     Args:
       value_fn: the objective.
-      bind_to: `data -> value_fn as a function of params alone`.
+      bind_to: `data -> value_fn as an objective of params alone`.
       params: pytree at which the objective can be evaluated.
       data: what `bind_to` takes.
 
@@ -70,23 +72,16 @@ def open_closure(
     """
     if not _holds_tracers(value_fn):
         return value_fn, data
-    if not isinstance(value_fn, Composite):
-        opened, held, _ = _opened(lambda p, data: bind_to(data)(p), params, data)
-    else:
-        model, of_model, outputs = _opened(
-            lambda p, data: bind_to(data).model_fn(p), params, data
+    parts, held, x = [], [], params
+    for i in range(len(value_fn.parts)):
+        part, of_part, x = _opened(
+            lambda x, data, i=i: bind_to(data).parts[i](x), x, data
         )
-        loss, of_loss, _ = _opened(
-            lambda x, data: bind_to(data).loss_fn(x), outputs, data
-        )
-        opened = Composite(
-            lambda p, data, held: model(p, data, held[0]),
-            lambda x, data, held: loss(x, data, held[1]),
-        )
-        held = [of_model, of_loss]
+        parts.append(lambda x, data, held, i=i, part=part: part(x, data, held[i]))
+        held.append(of_part)
     if not jax.tree.leaves(held):  # one program then serves all calls
         return value_fn, data
-    return opened, {"data": data, "held": held}
+    return Objective(tuple(parts)), {"data": data, "held": held}
 
 
 def _opened(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from hessopt._checks import check_count
-from hessopt.objective.binding import Composite
+from hessopt.objective.binding import as_objective
 from hessopt.typing import ValueFn
 
 
@@ -52,7 +52,7 @@ def microbatched(
       True
     """
     check_count("count", count)
-    if isinstance(value_fn, Composite):
+    if as_objective(value_fn).is_composite:
         raise TypeError(
             "microbatched cannot keep the parts of a composite apart: give it a plain function"
         )

@@ -45,7 +45,7 @@ from hessopt.numerics import secular
 from hessopt.numerics.cg import forcing
 from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm, unit_scale
-from hessopt.objective.binding import precompose
+from hessopt.objective.binding import Objective, precompose
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import (
     all_finite,
@@ -193,7 +193,7 @@ def _init(options: _Options, params: Params) -> TrustRegionState:
 class _Problem(NamedTuple):
     """The model of one update, and the objective that judges its steps."""
 
-    objective: Any  # of real leaves
+    objective: Objective  # of real leaves
     parts: Leaves  # params
     value: jax.Array  # scalar, objective at parts
     noise: jax.Array  # scalar, what of the value may be rounding
@@ -331,7 +331,7 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
     return _Trial(p, size, ratio, step.shift, told, last.count + 1)
 
 
-def _bending(objective: Any, parts: Leaves, p: Leaves) -> Leaves:
+def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
     """`J'L r''`, r'' the second derivative of the outputs along p."""
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
