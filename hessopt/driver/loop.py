@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.kinds.line_searches import accepted, counts_evaluations, evaluations, tried
+from hessopt.kinds.line_searches import accepted
+from hessopt.kinds.reports import evaluations, failed, reports
 from hessopt.numerics.guards import or_one, select
 from hessopt.objective.binding import Objective, bind, informed_update, precompose
 from hessopt.trees.vectors import applied, strongly_typed
@@ -21,17 +22,18 @@ PATIENCE = 60
 """Steps without any change beyond rounding before the run counts as stalled: methods
 creep over plateaus."""
 
-FRUITLESS = 20
-"""What a step of zero counts for, if the transformation has tried. Other steps of zero
-count for nothing: gradients are accumulated, or a schedule starts at zero."""
+FAILED_STEP = 20
+"""Steps without change that a step of zero counts for, if the transformation meant to
+move. Other steps of zero do not count: gradients are accumulated, or a schedule starts
+at zero."""
 
-ABYSS = 1e20
-"""A fall of the objective, in units of its scale at the start, that no objective with a
-minimum is expected to have."""
+UNBOUNDED_FALL = 1e20
+"""Decrease of the objective, in units of its scale at the start, from which it counts
+as unbounded."""
 
-EXILE = 1e15
-"""And how far it must have led, in units of the start: next to a saddle the scale of
-the objective is tiny."""
+UNBOUNDED_DISTANCE = 1e15
+"""Largest parameter, in units of the largest at the start, from which such a decrease
+counts: next to a saddle the scale of the objective is tiny."""
 
 
 class Point(NamedTuple):
@@ -77,8 +79,8 @@ class Problem(NamedTuple):
     has_aux: bool
 
 
-def bound(problem: Problem, data: Mapping[str, Any]) -> Any:
-    """value_fn as a function of params alone."""
+def bound_objective(problem: Problem, data: Mapping[str, Any]) -> Objective:
+    """Return value_fn as a function of params alone."""
     return bind(
         problem.value_fn, data, caller="minimize", call=_CALL, has_aux=problem.has_aux
     )
@@ -88,7 +90,7 @@ def objective_and_aux(
     problem: Problem, data: Mapping[str, Any]
 ) -> tuple[Any, Callable[[Params], Any]]:
     """The objective as a function of params alone, and its auxiliary output likewise."""
-    both = bound(problem, data)
+    both: Any = bound_objective(problem, data)
     if problem.has_aux:
         return lambda params: both(params)[0], lambda params: both(params)[1]
     return both, lambda params: None
@@ -159,10 +161,9 @@ def advance(
     )
 
 
-def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) -> Run:
-    # whether tx evaluates the objective, which shows while it is traced
-    asked: list[bool] = []
-    watched = precompose(objective, lambda params: asked.append(True) or params)
+def _step(
+    update: Callable[..., Any], objective: Objective, limits: Limits, run: Run
+) -> Run:
     old = run.here
     updates, state = update(
         old.grad,
@@ -170,7 +171,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         old.params,
         value=old.value,
         grad=old.grad,
-        value_fn=watched,
+        value_fn=objective,
     )
     state = jax.tree.map(
         lambda new, kept: jnp.asarray(new, kept.dtype), state, run.state
@@ -185,7 +186,10 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         value, grad = kept[0], jax.tree.map(jnp.conj, kept[1])
         value, grad = select(move == 0, (old.value, old.grad), (value, grad))
         here = Point(params, value, grad, _size(grad))
-    spent = evaluations(state, run.state) + (kept is None)
+    found = reports(state, run.state)
+    silent = not found and _evaluates(update, objective, run)
+    spent = jnp.int32(-1) if silent else evaluations(found)
+    meant_to_move = jnp.bool_(silent) if not found else failed(found)
 
     noise = _noise(here.value, run.best.value)
     better = (here.value < run.best.value - noise) | (
@@ -195,11 +199,7 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
     quiet = (
         jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)
     ) & (here.size > 0.9 * run.quiet.size)
-    counts = jnp.where(
-        _size(updates) == 0,
-        jnp.where(tried(state, run.state, bool(asked)), FRUITLESS, 0),
-        1,
-    )
+    counts = jnp.where(_size(updates) == 0, jnp.where(meant_to_move, FAILED_STEP, 0), 1)
     change = jnp.abs(here.value - old.value)
     new = Run(
         here=here,
@@ -212,12 +212,37 @@ def _step(update: Callable[..., Any], objective: Any, limits: Limits, run: Run) 
         quiet=select(quiet, run.quiet, Point(None, here.value, None, here.size)),
         waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
         steps=run.steps + 1,
-        evaluations=run.evaluations + spent
-        if not asked or counts_evaluations(state)
-        else jnp.full_like(run.steps, -1),
+        evaluations=jnp.where(
+            (spent < 0) | (run.evaluations < 0),
+            -1,
+            run.evaluations + spent + (kept is None),
+        ),
         termination=run.termination,
     )
     return new._replace(termination=_judge(new, change, move, limits))
+
+
+class _Evaluated(Exception):
+    """Raised by an objective that only waits to be called."""
+
+
+def _evaluates(update: Callable[..., Any], objective: Objective, run: Run) -> bool:
+    """Whether a transformation that reports nothing evaluates the objective: traced once
+    more, up to that point."""
+
+    def refuse(params: Params) -> Params:
+        raise _Evaluated
+
+    def attempt(run: Run) -> Any:
+        point, refusing = run.here, precompose(objective, refuse)
+        given = {"value": point.value, "grad": point.grad, "value_fn": refusing}
+        return update(point.grad, run.state, point.params, **given)
+
+    try:
+        jax.eval_shape(attempt, run)
+    except _Evaluated:
+        return True
+    return False
 
 
 def _noise(value: jax.Array, other: jax.Array) -> jax.Array:
@@ -232,11 +257,11 @@ def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.
     fall = run.start_value - value
     # no worse than any before
     settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))
-    far = _size(run.here.params) > EXILE * run.extent
+    far = _size(run.here.params) > UNBOUNDED_DISTANCE * run.extent
     reasons = (
         (
             Termination.UNBOUNDED,
-            (value == -jnp.inf) | (far & (fall > ABYSS * run.scale)),
+            (value == -jnp.inf) | (far & (fall > UNBOUNDED_FALL * run.scale)),
         ),
         (
             Termination.NONFINITE,

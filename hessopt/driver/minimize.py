@@ -28,7 +28,7 @@ from hessopt.driver.loop import (
     Run,
     advance,
     begin,
-    bound,
+    bound_objective,
     end,
     evaluate,
     objective_and_aux,
@@ -207,7 +207,7 @@ def minimize(
     params = strongly_typed(params)
     problem = Problem(identified(value_fn), tx, has_aux)
     opened, data = open_closure(
-        problem.value_fn, functools.partial(bound, problem), params, data
+        problem.value_fn, functools.partial(bound_objective, problem), params, data
     )
     problem = problem._replace(value_fn=opened)
     # a fresh one is part of the program

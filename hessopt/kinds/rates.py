@@ -32,6 +32,10 @@ FIRST = 2
 """Periods at the start of which every step is measured."""
 
 
+_NOT_COUNTED = -1
+"""Evaluations, of an update that does not count them."""
+
+
 class Restricted(NamedTuple):
     """The objective, the point, and the updates whose rates are sought."""
 
@@ -93,6 +97,7 @@ class RateInfo(NamedTuple):
     status: jax.Array  # int32 scalar, StepStatus
     rate: Vector  # (S,), by which the updates were multiplied
     halvings: jax.Array  # int32 scalar, by the safeguard
+    evaluations: jax.Array  # int32 scalar, of the objective: -1, not counted
 
 
 def scale_by_rates(
@@ -128,9 +133,10 @@ def scale_by_rates(
                 model=rule.blank(size, dtype),
             ),
             RateInfo(
-                jnp.zeros((), jnp.int32),
-                jnp.full(size, initial_rate, dtype),
-                jnp.zeros((), jnp.int32),
+                status=jnp.zeros((), jnp.int32),
+                rate=jnp.full(size, initial_rate, dtype),
+                halvings=jnp.zeros((), jnp.int32),
+                evaluations=jnp.full((), _NOT_COUNTED, jnp.int32),
             ),
         )
         return beside(state, params)
@@ -213,7 +219,10 @@ def scale_by_rates(
                 model=model,
             )
             return memory, RateInfo(
-                status, jnp.where(dropped, 0, factor * rate), halvings
+                status,
+                jnp.where(dropped, 0, factor * rate),
+                halvings,
+                jnp.int32(_NOT_COUNTED),
             )
 
         def reuse() -> tuple[Memory, RateInfo]:
@@ -222,7 +231,7 @@ def scale_by_rates(
             )
             none = jnp.zeros((), jnp.int32)
             return old._replace(age=old.age + 1), RateInfo(
-                none, factor * old.rate * shorter, none
+                none, factor * old.rate * shorter, none, jnp.int32(_NOT_COUNTED)
             )
 
         # nothing is learnt from updates that are zero, as those of a base that
@@ -240,6 +249,7 @@ def scale_by_rates(
             jnp.int32(StepStatus.NONFINITE),
             jnp.zeros_like(old.rate),
             jnp.zeros((), jnp.int32),
+            jnp.int32(_NOT_COUNTED),
         )
         memory, info = select(sound, (memory, info), (old, trouble))
         info = info._replace(rate=jnp.where(jnp.isfinite(info.rate), info.rate, 0))

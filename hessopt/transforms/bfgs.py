@@ -50,6 +50,7 @@ class BfgsInfo(NamedTuple):
     # int32 scalar, pairs that failed the curvature test, since the start
     pairs_skipped: jax.Array
     resets: jax.Array  # int32 scalar, since the start
+    evaluations: jax.Array  # int32 scalar, of the objective: 0
 
 
 class BfgsState(NamedTuple):
@@ -133,7 +134,11 @@ def scale_by_bfgs(
         last: Any = jax.ShapeDtypeStruct((3, vector.size), vector.dtype)
         return zeros(
             BfgsState(
-                count, last, scalar, inverse, BfgsInfo(count, count, count, count)
+                count,
+                last,
+                scalar,
+                inverse,
+                BfgsInfo(count, count, count, count, count),
             ),
             params,
         )
@@ -259,6 +264,7 @@ def scale_by_bfgs(
                 pairs=jnp.where(plain & finite, 0, pairs),
                 pairs_skipped=info.pairs_skipped + skipped.astype(jnp.int32),
                 resets=info.resets + reset.astype(jnp.int32),
+                evaluations=jnp.zeros((), jnp.int32),
             ),
         )
 

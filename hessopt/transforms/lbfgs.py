@@ -44,8 +44,8 @@ class LbfgsInfo(NamedTuple):
     pairs_skipped: jax.Array
     # scalar, gamma of the initial matrix used, in units of params^2 / f
     scale: jax.Array
-    # int32 scalar, evaluated in this update: 1 with same_batch_pairs, else 0
-    gradients: jax.Array
+    # int32 scalar, of the objective's gradient: 1 with same_batch_pairs, else 0
+    evaluations: jax.Array
 
 
 class LbfgsState(NamedTuple):
@@ -300,7 +300,7 @@ def scale_by_lbfgs(
                 pairs=jnp.sum(small.used, dtype=jnp.int32),
                 pairs_skipped=state.info.pairs_skipped + skipped.astype(jnp.int32),
                 scale=gamma,
-                gradients=jnp.int32(same_batch_pairs),
+                evaluations=jnp.int32(same_batch_pairs),
             ),
         )
 

@@ -125,7 +125,10 @@ def scale_by_wolfe_linesearch(
             ),
             fall=jnp.zeros((), dtype),
             info=LinesearchInfo(
-                jnp.zeros((), jnp.int32), jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+                status=jnp.zeros((), jnp.int32),
+                rate=jnp.zeros((), dtype),
+                trials=jnp.zeros((), jnp.int32),
+                evaluations=jnp.zeros((), jnp.int32),
             ),
         )
         return beside(state, params)
@@ -204,7 +207,10 @@ def scale_by_wolfe_linesearch(
                 state.fall,
             ),
             info=LinesearchInfo(
-                step_status(status), rate.astype(state.fall.dtype), bracket.trials
+                status=step_status(status),
+                rate=rate.astype(state.fall.dtype),
+                trials=bracket.trials,
+                evaluations=bracket.trials,
             ),
         )
 

@@ -52,6 +52,7 @@ class NewtonInfo(NamedTuple):
     # scalar, largest over smallest pivot: an estimate of the condition number
     condition: jax.Array
     attempts: jax.Array  # int32 scalar, factorisations tried, over all blocks
+    evaluations: jax.Array  # int32 scalar, of the objective besides the Hessian: 0
 
 
 class NewtonState(NamedTuple):
@@ -295,6 +296,7 @@ def _factorize_block(
             new.ok, jnp.max(new.pivots, initial=0.0) / smallest, jnp.inf
         ),
         attempts=new.attempts,
+        evaluations=jnp.zeros((), jnp.int32),
     )
     sound = new.ok & jnp.isfinite(length)
     factor = select(sound, new.factor, old_factor)
@@ -305,10 +307,8 @@ def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
     """The flags of all blocks, the extremes of their figures, the sum of their
     attempts; zeros for no block."""
     if not infos:
-        info = NewtonInfo(*[jnp.zeros((), dtype) for _ in NewtonInfo._fields])
-        return info._replace(
-            status=jnp.zeros((), jnp.int32), attempts=jnp.zeros((), jnp.int32)
-        )
+        figure, count = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
+        return NewtonInfo(count, figure, figure, figure, count, count)
     every = NewtonInfo(*(jnp.stack(field) for field in zip(*infos, strict=True)))
     return NewtonInfo(
         status=functools.reduce(jnp.bitwise_or, every.status),
@@ -316,6 +316,7 @@ def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
         smallest_pivot=jnp.min(every.smallest_pivot),
         condition=jnp.max(every.condition),
         attempts=jnp.sum(every.attempts, dtype=jnp.int32),
+        evaluations=jnp.zeros((), jnp.int32),
     )
 
 

@@ -44,6 +44,7 @@ class NewtonCgInfo(NamedTuple):
     status: jax.Array  # int32 scalar, StepStatus
     products: jax.Array  # int32 scalar, with H
     residual: jax.Array  # scalar, |g - H p| over |g|
+    evaluations: jax.Array  # int32 scalar, of the objective besides products: 0
 
 
 class NewtonCgState(NamedTuple):
@@ -135,7 +136,8 @@ def _init(options: _Options, params: Params) -> NewtonCgState:
     shape: Any = jax.ShapeDtypeStruct
     scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
     state = zeros(
-        NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar)), params
+        NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar, count)),
+        params,
     )
     direction = jax.tree.map(jnp.zeros_like, params) if options.warm_start else None
     return state._replace(direction=direction)
@@ -194,6 +196,7 @@ def _step(
             status=step_status(status),
             products=found.products + jnp.int32(options.warm_start),
             residual=found.residual / or_one(length),
+            evaluations=jnp.zeros((), jnp.int32),
         ),
     )
 

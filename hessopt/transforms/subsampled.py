@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, check_transformation, check_word
+from hessopt.kinds.reports import evaluations, reports
 from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import of_group, require_params
@@ -33,6 +34,8 @@ class SubsampledInfo(NamedTuple):
 
     status: jax.Array  # int32 scalar, StepStatus
     drawn: jax.Array  # int32 scalar, blocks that got the inner direction
+    # int32 scalar, of the objective by `inner`, over all blocks; -1 where not counted
+    evaluations: jax.Array
 
 
 class SubsampledState(NamedTuple):
@@ -112,7 +115,11 @@ def subsampled(
             # of no block a leaf, so that `optax.tree.map_params` sees a non-parameter
             # there
             inner=states or jnp.zeros(()),
-            info=SubsampledInfo(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+            info=SubsampledInfo(
+                status=jnp.zeros((), jnp.int32),
+                drawn=jnp.zeros((), jnp.int32),
+                evaluations=jnp.zeros((), jnp.int32),
+            ),
         )
         return beside(state, params)
 
@@ -176,16 +183,18 @@ def subsampled(
                 jax.tree.map(lambda u, f=finite: jnp.where(f, u, 0), scaled), direction
             )
 
+        new_states = {name: s for name, (_, s) in zip(names, steps, strict=True)}
+        states = new_states or state.inner
         return direction, SubsampledState(
             count=jnp.asarray(optax.safe_increment(state.count)),
             ratio=ratio,
-            inner={name: s for name, (_, s) in zip(names, steps, strict=True)}
-            or state.inner,
+            inner=states,
             info=SubsampledInfo(
                 status=step_status(
                     {StepStatus.NONFINITE: ~jnp.all(jnp.isfinite(lengths))}
                 ),
                 drawn=jnp.sum(drawn, dtype=jnp.int32),
+                evaluations=evaluations(reports(states, state.inner)),
             ),
         )
 

@@ -72,6 +72,8 @@ class TrustRegionInfo(NamedTuple):
     lowest: jax.Array  # scalar, smallest eigenvalue of the scaled curvature
     trials: jax.Array  # int32 scalar, values evaluated at trial points
     products: jax.Array  # int32 scalar, with the curvature, by "cg"; 0 by "exact"
+    # int32 scalar, values: one per trial, and one at params where it was not given
+    evaluations: jax.Array
 
 
 class TrustRegionState(NamedTuple):
@@ -186,7 +188,7 @@ def _init(options: _Options, params: Params) -> TrustRegionState:
     shape: Any = jax.ShapeDtypeStruct
     scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
     scales: Any = jax.eval_shape(ravel, params) if options.solver.scaled else None
-    info = TrustRegionInfo(count, scalar, scalar, scalar, count, count)
+    info = TrustRegionInfo(count, scalar, scalar, scalar, count, count, count)
     return zeros(TrustRegionState(count, scalar, scalar, scales, info), params)
 
 
@@ -259,6 +261,7 @@ def _step(
             w[0],
             last.count,
             jnp.asarray(problem.model.products, jnp.int32),
+            last.count + (call.value is None),
         ),
     )
 

@@ -1,0 +1,69 @@
+"""What an update reports: its failures, and how often it evaluated the objective.
+
+Every state of hessopt has an `info` with a `status` and a count of `evaluations`; the
+line searches of optax count their steps.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt.kinds.line_searches import OPTAX_SEARCH_STATES
+from hessopt.typing import StepStatus
+
+
+class Report(NamedTuple):
+    """What one transformation reports of its last update."""
+
+    # bool scalar, whether the step may be zero although the transformation meant to
+    # move
+    failed: jax.Array
+    # int32 scalar, evaluations of the objective; -1 where they are not counted
+    evaluations: jax.Array
+
+
+def reports(state: optax.OptState, old: optax.OptState) -> list[Report]:
+    """Return the report of every transformation in a state that makes one, on its
+    update from `old` to `state`.
+
+    A transformation that was not updated, as under `optax.MultiSteps`, reports no
+    evaluations and no failure, but for values that were not finite: then some wrappers
+    keep its count as well.
+    """
+    nodes, olds = (
+        [node for node in jax.tree.leaves(tree, is_leaf=_reports) if _reports(node)]
+        for tree in (state, old)
+    )
+    return [_report(*pair) for pair in zip(nodes, olds, strict=True)]
+
+
+def evaluations(found: list[Report]) -> jax.Array:
+    """Return the evaluations of all reports, an int32 scalar; -1 where one of them does
+    not count."""
+    counts = [report.evaluations for report in found]
+    total = sum(counts, jnp.zeros((), jnp.int32))
+    return jnp.where(jnp.any(jnp.array([count < 0 for count in counts])), -1, total)
+
+
+def failed(found: list[Report]) -> jax.Array:
+    """Return whether any transformation reports a failure, a bool scalar."""
+    return jnp.any(jnp.array([report.failed for report in found]))
+
+
+def _reports(node: Any) -> bool:
+    is_search = isinstance(node, OPTAX_SEARCH_STATES)
+    return is_search or hasattr(getattr(node, "info", None), "evaluations")
+
+
+def _report(new: Any, old: Any) -> Report:
+    if isinstance(new, OPTAX_SEARCH_STATES):
+        steps = jnp.asarray(new.info.num_linesearch_steps, jnp.int32)
+        return Report(steps > 0, steps)
+    updated = new.count != old.count
+    nonfinite = (new.info.status & int(StepStatus.NONFINITE)) != 0
+    failure = (new.info.status & int(StepStatus.FAILURES)) != 0
+    return Report(
+        nonfinite | (updated & failure), jnp.where(updated, new.info.evaluations, 0)
+    )
