@@ -3,18 +3,18 @@ enough and is flat enough.
 
     phi(t) <= phi(0) + c1 t phi'(0),    |phi'(t)| <= c2 |phi'(0)|
 
-Near the minimum rounding drowns the first condition; there Hager and Zhang's
-approximate Wolfe conditions decide by slopes. Which rate is tried next is the business
-of `numerics/wolfe.py`.
+Near the minimum the first condition is below rounding; there Hager and Zhang's
+approximate Wolfe conditions decide by slopes. `numerics/wolfe.py` chooses the trials.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1 and 3.5;
 Hager and Zhang, "A new conjugate gradient method with guaranteed descent and an
 efficient line search", 2005.
 """
 
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,12 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose
 from hessopt.kinds.line_searches import LinesearchInfo, LinesearchState
+from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import wolfe
-from hessopt.objective.binding import bind, require_given, require_params
+from hessopt.numerics.guards import select
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import applied, gram, inner, solve_dtype, strongly_typed
-from hessopt.typing import Params, StepStatus, ValueFn, step_status
-
-_NAME = "scale_by_wolfe_linesearch"
+from hessopt.typing import Params, StepStatus, Vector, step_status
 
 InitialGuess = Callable[[jax.Array, jax.Array], jax.Array]
 """`(fall, slope) -> rate`: what the objective fell by in the last step, and its slope
@@ -60,7 +59,7 @@ def scale_by_wolfe_linesearch(
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the update to a step that satisfies the Wolfe conditions.
 
-    The update u is the additive one, behind the sign; `t u` comes out.
+    The update u is the additive one, after the change of sign; `t u` comes out.
 
     Args:
       max_steps: trials at most.
@@ -103,7 +102,9 @@ def scale_by_wolfe_linesearch(
       >>> float(value_fn(x + updates)) < 25.0
       True
 
-    Source: see the head of this file.
+    Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1 and 3.5;
+    Hager and Zhang, "A new conjugate gradient method with guaranteed descent and an
+    efficient line search", 2005.
     """
     check_count("max_steps", max_steps)
     check_range("slope_rtol", slope_rtol, 0, 0.5)
@@ -115,103 +116,141 @@ def scale_by_wolfe_linesearch(
     )
     guess = choose("initial_guess", initial_guess, GUESSES)
 
-    def init(params: Params) -> LinesearchState:
-        dtype = solve_dtype(params)
-        state = LinesearchState(
-            count=jnp.zeros((), jnp.int32),
-            value=jnp.full((), jnp.inf, dtype),
-            grad=jax.tree.map(
-                lambda leaf: jnp.full_like(leaf, jnp.inf), strongly_typed(params)
-            ),
-            fall=jnp.zeros((), dtype),
-            info=LinesearchInfo(
-                status=jnp.zeros((), jnp.int32),
-                rate=jnp.zeros((), dtype),
-                trials=jnp.zeros((), jnp.int32),
-                evaluations=jnp.zeros((), jnp.int32),
-            ),
-        )
-        return beside(state, params)
+    options = _Options(
+        wolfe.Conditions(
+            slope_rtol, curv_rtol, math.inf if max_rate is None else max_rate, max_steps
+        ),
+        guess,
+    )
+    return transformation(
+        "scale_by_wolfe_linesearch",
+        _init,
+        functools.partial(_step, options),
+        needs=("value_fn", "value", "grad"),
+    )
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Params | None = None,
-        *,
-        value: Any = None,
-        grad: optax.Updates | None = None,
-        value_fn: ValueFn | None = None,
-        **data: Any,
-    ) -> tuple[optax.Updates, LinesearchState]:
-        require_params(params, caller=_NAME)
-        objective = bind(value_fn, data, caller=_NAME)
-        require_given(value=value, grad=grad, caller=_NAME)
-        u, inners = updates, gram(grad, updates)
-        slope, length = inners[0, 1], inners[1, 1]
-        value_dtype = jnp.result_type(value)
-        dtype = solve_dtype((params, value))
-        value, slope = jnp.asarray(value, dtype), jnp.asarray(slope, dtype)
-        finite = jnp.isfinite(value) & jnp.isfinite(slope)
-        descends = finite & (slope < -jnp.finfo(dtype).tiny)
-        per_unit = 1.0 / jnp.where(descends, -slope, 1.0)
-        limit = jnp.asarray(jnp.inf if max_rate is None else max_rate, dtype)
-        conditions = wolfe.Conditions(slope_rtol, curv_rtol, limit, max_steps)
 
-        def searching(carry: Any) -> jax.Array:
-            return descends & (wolfe.unpack(carry[0]).outcome == wolfe.SEARCHING)
+class _Options(NamedTuple):
+    """The arguments of `scale_by_wolfe_linesearch`, checked."""
 
-        def try_next(carry: Any) -> Any:
-            bracket, kept = wolfe.unpack(carry[0]), carry[1]
-            t = bracket.trial
-            step = jax.tree.map(lambda leaf: (t * leaf).astype(leaf.dtype), u)
-            pair = jax.value_and_grad(objective)(applied(params, step))
-            change = jnp.asarray(pair[0], dtype) - value
-            along = jnp.asarray(inner(jax.tree.map(jnp.conj, pair[1]), u), dtype)
-            bracket = wolfe.advance(
-                bracket, change * per_unit, along * per_unit, conditions
-            )
-            best = bracket.best.rate == t
-            new = (step, *pair)
-            kept = jax.tree.map(
-                lambda new, old: jnp.where(best, jnp.asarray(new, old.dtype), old),
-                new,
-                kept,
-            )
-            return wolfe.pack(bracket), kept
+    conditions: wolfe.Conditions
+    guess: InitialGuess
 
-        eps = jnp.finfo(value_dtype).eps
-        noise = eps**wolfe.NOISE * jnp.abs(value) * per_unit
-        first = jnp.asarray(
-            guess(state.fall.astype(dtype), jnp.where(descends, slope, -1.0)), dtype
-        )
-        bracket = wolfe.pack(wolfe.begin(first, noise, limit))
-        kept = (jax.tree.map(jnp.zeros_like, u), state.value, state.grad)
-        bracket, (step, new_value, new_grad) = jax.lax.while_loop(
-            searching, try_next, (bracket, kept)
-        )
-        bracket = wolfe.unpack(bracket)
 
-        rate = bracket.best.rate
-        status = {
-            StepStatus.NONFINITE: ~finite,
-            StepStatus.NOT_DESCENT: finite & ~descends & (length > 0),
-            StepStatus.SEARCH_FAILED: descends & (bracket.outcome != wolfe.ACCEPTED),
-        }
-        return step, LinesearchState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            value=new_value,
-            grad=new_grad,
-            fall=jnp.where(
-                rate > 0,
-                (value - new_value.astype(dtype)).astype(state.fall.dtype),
-                state.fall,
-            ),
-            info=LinesearchInfo(
-                status=step_status(status),
-                rate=rate.astype(state.fall.dtype),
-                trials=bracket.trials,
-                evaluations=bracket.trials,
-            ),
-        )
+class _Start(NamedTuple):
+    """phi at 0, and the unit in which the search measures it."""
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    value: jax.Array  # phi(0)
+    slope: jax.Array  # phi'(0); -1 where the update does not descend
+    per_unit: jax.Array  # 1 / |phi'(0)|
+    finite: jax.Array  # bool scalar, whether value and slope are
+    descends: jax.Array  # bool scalar, whether the slope is negative, beyond underflow
+    noise: jax.Array  # change of phi, in that unit, that may be rounding
+
+
+class _Accepted(NamedTuple):
+    """The best trial so far: of largest decrease, or the one that ended the search."""
+
+    step: Params  # t u
+    value: jax.Array
+    grad: Params  # what `jax.grad` gives there
+
+
+def _init(params: Params) -> LinesearchState:
+    dtype, count = solve_dtype(params), jnp.zeros((), jnp.int32)
+    state = LinesearchState(
+        count=count,
+        value=jnp.full((), jnp.inf, dtype),
+        grad=jax.tree.map(
+            lambda leaf: jnp.full_like(leaf, jnp.inf), strongly_typed(params)
+        ),
+        fall=jnp.zeros((), dtype),
+        info=LinesearchInfo(
+            status=jnp.zeros((), jnp.int32),
+            rate=jnp.zeros((), dtype),
+            trials=jnp.zeros((), jnp.int32),
+            evaluations=jnp.zeros((), jnp.int32),
+        ),
+    )
+    return beside(state, params)
+
+
+def _step(
+    options: _Options, call: Call, state: LinesearchState
+) -> tuple[optax.Updates, LinesearchState]:
+    u, start, length = call.updates, *_measure(call)
+
+    # the first trial; until one is better, the step is zero and the state as it was
+    dtype = start.value.dtype
+    fall = state.fall.astype(dtype)
+    first = jnp.asarray(options.guess(fall, start.slope), dtype)
+    limit = jnp.asarray(options.conditions.max_rate, dtype)
+    bracket = wolfe.begin(first, start.noise, limit)
+    none = _Accepted(jax.tree.map(jnp.zeros_like, u), state.value, state.grad)
+
+    # trials until the Wolfe conditions hold: one value and gradient each
+    def searching(carry: tuple[Vector, _Accepted]) -> jax.Array:
+        return start.descends & (wolfe.unpack(carry[0]).outcome == wolfe.SEARCHING)
+
+    attempt = functools.partial(_attempt, options.conditions, call, start)
+    begin = wolfe.pack(bracket), none
+    packed, found = jax.lax.while_loop(searching, attempt, begin)
+    bracket = wolfe.unpack(packed)
+
+    rate = bracket.best.rate
+    status = {
+        StepStatus.NONFINITE: ~start.finite,
+        StepStatus.NOT_DESCENT: start.finite & ~start.descends & (length > 0),
+        StepStatus.SEARCH_FAILED: start.descends & (bracket.outcome != wolfe.ACCEPTED),
+    }
+    fallen = (start.value - found.value.astype(dtype)).astype(state.fall.dtype)
+    return found.step, LinesearchState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        value=found.value,
+        grad=found.grad,
+        fall=jnp.where(rate > 0, fallen, state.fall),
+        info=LinesearchInfo(
+            status=step_status(status),
+            rate=rate.astype(state.fall.dtype),
+            trials=bracket.trials,
+            evaluations=bracket.trials,
+        ),
+    )
+
+
+def _measure(call: Call) -> tuple[_Start, jax.Array]:
+    """phi(0) and phi'(0) = Re <g, u>; and the squared length of u."""
+    inners = gram(call.grad, call.updates)
+    value_dtype = jnp.result_type(call.value)
+    dtype = solve_dtype((call.params, call.value))
+    value, slope = jnp.asarray(call.value, dtype), jnp.asarray(inners[0, 1], dtype)
+    finite = jnp.isfinite(value) & jnp.isfinite(slope)
+    descends = finite & (slope < -jnp.finfo(dtype).tiny)
+    per_unit = 1.0 / jnp.where(descends, -slope, 1.0)
+    noise = jnp.finfo(value_dtype).eps ** wolfe.NOISE * jnp.abs(value) * per_unit
+    slope = jnp.where(descends, slope, -1.0)
+    return _Start(value, slope, per_unit, finite, descends, noise), inners[1, 1]
+
+
+def _attempt(
+    conditions: wolfe.Conditions,
+    call: Call,
+    start: _Start,
+    carry: tuple[Vector, _Accepted],
+) -> tuple[Vector, _Accepted]:
+    """Evaluate phi and phi' at the trial rate, and take it in."""
+    bracket, best = wolfe.unpack(carry[0]), carry[1]
+    t, u, dtype = bracket.trial, call.updates, start.value.dtype
+    step = jax.tree.map(lambda leaf: (t * leaf).astype(leaf.dtype), u)
+    value, grad = jax.value_and_grad(call.objective)(applied(call.params, step))
+
+    # psi and psi', in units of the start; jax.grad of complex leaves is conjugated
+    change = jnp.asarray(value, dtype) - start.value
+    along = jnp.asarray(inner(jax.tree.map(jnp.conj, grad), u), dtype)
+    bracket = wolfe.advance(
+        bracket, change * start.per_unit, along * start.per_unit, conditions
+    )
+    new = jax.tree.map(
+        lambda x, like: jnp.asarray(x, like.dtype), _Accepted(step, value, grad), best
+    )
+    return wolfe.pack(bracket), select(bracket.best.rate == t, new, best)
