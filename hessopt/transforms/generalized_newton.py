@@ -21,12 +21,12 @@ import optax
 from hessopt._checks import check_range, choose
 from hessopt.calculus.taylor import taylor
 from hessopt.kinds.rates import (
-    Measured,
+    Measurement,
     Memory,
     RateInfo,
-    Restricted,
+    RateProblem,
+    RateSolution,
     Rule,
-    Solved,
     inner_by_group,
     scale_by_rates,
     scaled,
@@ -56,18 +56,20 @@ class GeneralizedNewtonState(NamedTuple):
     info: RateInfo
 
 
-Mode = Callable[[Restricted, Vector], Measured]
-"""`(at, rate) -> Measured` with a `Parabola` for a model."""
+Mode = Callable[[RateProblem, Vector], Measurement]
+"""`(at, rate) -> Measurement` with a `Parabola` for a model."""
 
 
-def exact(at: Restricted, rate: Vector) -> Measured:
+def exact(at: RateProblem, rate: Vector) -> Measurement:
     """By derivatives: one sweep of tangents."""
     terms = taylor(at.objective, at.params, at.updates, groups=at.groups, order=2)
     assert terms.hessian is not None
-    return Measured(terms.value, Parabola(-terms.gradient, jnp.diagonal(terms.hessian)))
+    return Measurement(
+        terms.value, Parabola(-terms.gradient, jnp.diagonal(terms.hessian))
+    )
 
 
-def forward(at: Restricted, rate: Vector) -> Measured:
+def forward(at: RateProblem, rate: Vector) -> Measurement:
     """From a value at the last rate, and the slope of the gradient."""
     if at.value is None or at.grad is None:
         start, slope = taylor(
@@ -79,7 +81,7 @@ def forward(at: Restricted, rate: Vector) -> Measured:
     return _fitted(at, start, -slope * rate, change - slope * rate, rate)
 
 
-def central(at: Restricted, rate: Vector) -> Measured:
+def central(at: RateProblem, rate: Vector) -> Measurement:
     """From two values, at the last rate and as far on the other side."""
     start = at.objective(at.params) if at.value is None else at.value
     changes = _values(at, jnp.concatenate([jnp.diag(rate), jnp.diag(-rate)])) - start
@@ -90,7 +92,7 @@ def central(at: Restricted, rate: Vector) -> Measured:
 MODES: dict[str, Mode] = {"exact": exact, "forward": forward, "central": central}
 
 
-def _values(at: Restricted, rates: jax.Array) -> Vector:
+def _values(at: RateProblem, rates: jax.Array) -> Vector:
     """phi at each row of `(k, S)`, in the dtype of the objective."""
     return jax.lax.map(
         lambda rate: at.objective(
@@ -101,8 +103,8 @@ def _values(at: Restricted, rates: jax.Array) -> Vector:
 
 
 def _fitted(
-    at: Restricted, start: jax.Array, fall: Vector, bend: Vector, rate: Vector
-) -> Measured:
+    at: RateProblem, start: jax.Array, fall: Vector, bend: Vector, rate: Vector
+) -> Measurement:
     """The parabola through phi(0) that falls by `fall - bend` up to `rate`, `bend`
     being due to its curvature.
 
@@ -120,7 +122,7 @@ def _fitted(
     model = Parabola(
         jnp.where(known, fall / rate, 0), jnp.where(known, 2 * bend / rate**2, 0)
     )
-    return Measured(start, model, known, beyond)
+    return Measurement(start, model, known, beyond)
 
 
 def _bounds(
@@ -211,7 +213,7 @@ def scale_by_generalized_newton(
 
     def solve(
         model: Parabola, rate: Vector, solved: jax.Array, count: jax.Array
-    ) -> Solved:
+    ) -> RateSolution:
         b, A = model
         usable = (b > 0) & (A > 0)
         eta = b / jnp.where(usable, A, 1)
@@ -219,7 +221,7 @@ def scale_by_generalized_newton(
             solved, jnp.clip(eta, rate / max_change, rate * max_change), eta
         )
         eta = jnp.clip(eta, *_bounds(min_rate, max_rate))
-        return Solved(
+        return RateSolution(
             eta,
             usable,
             {

@@ -20,12 +20,12 @@ import optax
 from hessopt._checks import check_range
 from hessopt.calculus.taylor import taylor
 from hessopt.kinds.rates import (
-    Measured,
+    Measurement,
     Memory,
     RateInfo,
-    Restricted,
+    RateProblem,
+    RateSolution,
     Rule,
-    Solved,
     scale_by_rates,
 )
 from hessopt.numerics.cubic import solve_cubic
@@ -59,14 +59,14 @@ class GroupedNewtonState(NamedTuple):
     info: RateInfo
 
 
-def _measure(at: Restricted, rate: Vector) -> Measured:
+def _measure(at: RateProblem, rate: Vector) -> Measurement:
     """By derivatives: one sweep of tangents."""
     value, gradient, hessian, third = taylor(
         at.objective, at.params, at.updates, groups=at.groups
     )
     assert hessian is not None
     assert third is not None
-    return Measured(value, Cubic(-gradient, hessian, jnp.cbrt(jnp.abs(third))))
+    return Measurement(value, Cubic(-gradient, hessian, jnp.cbrt(jnp.abs(third))))
 
 
 def _bounded(g: Vector, H: Matrix) -> Vector:
@@ -181,7 +181,7 @@ def scale_by_grouped_newton(
 
     def solve(
         model: Cubic, rate: Vector, solved: jax.Array, count: jax.Array
-    ) -> Solved:
+    ) -> RateSolution:
         g, H, d = model
         diagonal = jnp.diagonal(H)
         H = (H if cross_groups else jnp.diag(diagonal)) + ridge * jnp.diag(
@@ -193,7 +193,7 @@ def scale_by_grouped_newton(
         unbounded = facts[StepStatus.UNBOUNDED_MODEL]
         eta = jnp.where(unbounded, _bounded(g, H), eta)
         usable = ~facts[StepStatus.NONFINITE] & (~unbounded | jnp.any(H != 0, axis=1))
-        return Solved(jnp.maximum(eta, 0) if nonnegative else eta, usable, facts)
+        return RateSolution(jnp.maximum(eta, 0) if nonnegative else eta, usable, facts)
 
     return scale_by_rates(
         Rule(_NAME, GroupedNewtonState, blank, _measure, solve),

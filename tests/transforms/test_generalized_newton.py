@@ -17,7 +17,7 @@ from hessopt import (
     restriction,
     scale_by_generalized_newton,
 )
-from hessopt.kinds.rates import HALVINGS
+from hessopt.kinds.rates import MAX_HALVINGS
 
 MODES = ("exact", "forward", "central")
 
@@ -247,8 +247,8 @@ def test_the_safeguard_halves_and_in_the_end_stays():
     )
     assert state.info.status == StepStatus.SAFEGUARDED | StepStatus.STEP_REJECTED
     assert step == 0.0
-    assert state.info.halvings == HALVINGS
-    np.testing.assert_allclose(state.memory.rate, 2.0**-HALVINGS)
+    assert state.info.halvings == MAX_HALVINGS
+    np.testing.assert_allclose(state.memory.rate, 2.0**-MAX_HALVINGS)
 
 
 def test_a_batch_that_rises_along_the_update_keeps_the_rate_and_may_stop_the_step():
