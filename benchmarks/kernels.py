@@ -15,7 +15,7 @@ from benchmarks.harness import Contender, Table, compare, compiled
 from benchmarks.problems import mlp
 
 # updates between two writings of the matrix
-from hessopt.transforms.bfgs import ROOM as PERIOD
+from hessopt.transforms.bfgs import FOLD_PERIOD as PERIOD
 
 LANES, STEPS = 64, 10
 RATED = 16  # training steps, behind those that are all measured

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.numerics.guards import matmul, or_one
+from hessopt.numerics.guards import matmul, or_one, select
 from hessopt.typing import Matrix, Vector
 
 Formula = Callable[[jax.Array, jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -95,20 +95,23 @@ class InverseHessian(NamedTuple):
 
 
 def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
-    """Shapes and dtypes, with room for the terms of this many updates; all zeros, it is
-    the zero matrix."""
-    like: list[Any] = [
-        jax.ShapeDtypeStruct(size, dtype)
-        for size in ((2,), (n, n), (2 * room, n), (2 * room,))
-    ]
-    return InverseHessian(*like)
+    """Shapes and dtypes, with room for the terms of this many updates; filled with
+    zeros they are the zero matrix."""
+    shape: Any = jax.ShapeDtypeStruct
+    sizes = (2,), (n, n), (2 * room, n), (2 * room,)
+    return InverseHessian(*(shape(size, dtype) for size in sizes))
+
+
+def room(H: InverseHessian) -> int:
+    """The number of updates whose terms can be kept aside."""
+    return len(H.terms) // 2
 
 
 def product(H: InverseHessian, g: Vector) -> Vector:
     """`H g`, in one reading of the base."""
     a, b = H.weights
     total = a * g + jnp.where(b == 0, 0.0, b * matmul(H.base, g))
-    if not len(H.terms):
+    if not room(H):
         return total
     return total + matmul(H.terms * matmul(H.columns, g), H.columns)
 
@@ -133,32 +136,33 @@ def updated(
     tau: jax.Array,
     good: jax.Array,
 ) -> InverseHessian:
-    """`H / tau` and two terms, `(2, n)` and `(2,)`, in this slot, or without room in
-    the base; H where not good."""
-    weights, terms = H.weights / jnp.where(good, tau, 1.0), jnp.where(good, terms, 0.0)
-    if not len(H.terms):
-        return folded(
-            InverseHessian(weights, H.base, jnp.where(good, columns, 0.0), terms)
-        )._replace(columns=H.columns, terms=H.terms)
-    columns = jnp.where(
-        good, columns, jax.lax.dynamic_slice_in_dim(H.columns, 2 * slot, 2)
-    )
+    """`H / tau` plus two terms, columns `(2, n)` and factors `(2,)`, in this slot, or
+    in the base where there is no room; H where not good."""
+    # tau = 1 and terms of zero leave H as it is
+    terms, start = jnp.where(good, terms, 0.0), 2 * slot
+    weights = H.weights / jnp.where(good, tau, 1.0)
+    if not room(H):
+        columns = jnp.where(good, columns, 0.0)
+        whole = folded(InverseHessian(weights, H.base, columns, terms))
+        return whole._replace(columns=H.columns, terms=H.terms)
+    # the slot is written in either case, or all columns would be copied
+    old = jax.lax.dynamic_slice_in_dim(H.columns, start, 2)
+    put = jax.lax.dynamic_update_slice_in_dim
     return InverseHessian(
-        weights,
-        H.base,
-        jax.lax.dynamic_update_slice_in_dim(H.columns, columns, 2 * slot, 0),
-        jax.lax.dynamic_update_slice_in_dim(
-            H.terms / jnp.where(good, tau, 1.0), terms, 2 * slot, 0
-        ),
+        weights=weights,
+        base=H.base,
+        columns=put(H.columns, select(good, columns, old), start, 0),
+        terms=put(H.terms / jnp.where(good, tau, 1.0), terms, start, 0),
     )
 
 
 def restarted(
     H: InverseHessian, condition: jax.Array, scale: jax.Array
 ) -> InverseHessian:
-    """`scale I` where the condition holds, else H; nothing n by n is written."""
-    weights = jnp.where(condition, jnp.stack([scale, jnp.zeros_like(scale)]), H.weights)
-    return H._replace(weights=weights, terms=jnp.where(condition, 0.0, H.terms))
+    """`scale I` where the condition holds, else H; the base is not written."""
+    identity = jnp.stack([scale, jnp.zeros_like(scale)]), 0.0
+    weights, terms = select(condition, identity, (H.weights, H.terms))
+    return H._replace(weights=weights, terms=terms)
 
 
 def folded(H: InverseHessian) -> InverseHessian:
@@ -167,9 +171,9 @@ def folded(H: InverseHessian) -> InverseHessian:
     base = jnp.where(b == 0, 0.0, b * base) + jnp.where(
         jnp.eye(len(base), dtype=bool), a, 0.0
     )
-    # one sum of outer products, not a matrix product: XLA's is slower on CPUs, and not
-    # exactly symmetric. Zero is added so that products are rounded alike in all
-    # entries, whichever of them a compiler fuses with the sum
+    # one sum of outer products: XLA's matrix product is slower on CPUs and not exactly
+    # symmetric. The zero makes all entries round their products alike, whichever of
+    # them a compiler fuses with the sum
     zero = (a > jnp.inf).astype(base.dtype)
     for sign, column in zip(
         jnp.sign(H.terms), jnp.sqrt(jnp.abs(H.terms))[:, None] * H.columns, strict=True

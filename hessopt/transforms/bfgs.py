@@ -1,68 +1,70 @@
 """BFGS and its relatives of the Broyden class, plain and self-scaled: H approximates
 the inverse Hessian, p = H g.
 
-H takes in the pairs `s = params - params_old`, `y = grad - grad_old`
-(`numerics/broyden.py`). What an update needs of it is `H y = H grad - H grad_old`, and
-the second term is the last direction: one product with H per step, no more.
+The pairs `s = params - params_old`, `y = grad - grad_old` update H
+(`numerics/broyden.py`). An update needs `H y = H grad - H grad_old`, and the second
+term is the last direction: a step costs one product with H.
 
-Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., chapter 6; Al-Baali,
-1998; Urban, Stefanou and Pons, arXiv 2405.04230; Powell, "Algorithms for nonlinear
-constraints that use Lagrangian functions", 1978, for the damping.
+Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., 2006, chapter 6;
+Al-Baali, 1998; Urban, Stefanou and Pons, arXiv 2405.04230; Powell, "Algorithms for
+nonlinear constraints that use Lagrangian functions", 1978, for the damping.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_word, choose
+from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
-from hessopt.numerics.guards import divide, or_one
+from hessopt.numerics.guards import divide, or_one, select
 from hessopt.numerics.secant import accepts, first_scale
-from hessopt.objective.binding import require_params
 from hessopt.trees.sharding import zeros
-from hessopt.trees.vectors import eps, gram, inner, ravel, unravel
-from hessopt.typing import Matrix, Params, StepStatus, step_status
+from hessopt.trees.vectors import all_finite, eps, gram, inner, ravel, unravel
+from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
 
-_NAME = "scale_by_bfgs"
-
-ROOM = 16
-"""Updates whose terms are kept aside."""
-SMALL = 128
-"""Parameters up to which none are."""
-BENT = 1e-3
-"""Squared sine of s to the last direction up to which s is taken as a multiple of it."""
-LONG = 10.0
+FOLD_PERIOD = 16
+"""Updates whose terms are kept aside, until all are folded into the matrix."""
+MAX_DIRECT_SIZE = 128
+"""Parameters up to which every update is written to the matrix at once."""
+MAX_BEND = 1e-3
+"""Squared sine of the angle between s and the last direction up to which s is taken as
+a multiple of it."""
+MAX_EXACT_BEND = 100
+"""The same for damping, in units of rounding: s is then a multiple up to rounding."""
+FIRST_LENGTH = 10.0
 """The first H, in units of the inverse curvature along the first step. BFGS soon
 shortens an H that is too long, and is slow to lengthen one that is too short. (A PINN,
 2000 steps: an error of 5e-3 from `s.y / y.y`, of 1e-3 from this.)"""
-DAMPED = 0.2
-"""The part of s'Bs that s'y keeps at least when damped."""
+DAMPED_SHARE = 0.2
+"""The share of s'B s that s'y keeps at least when damped."""
 
 
 class BfgsInfo(NamedTuple):
-    """What the last update found."""
+    """Diagnostics of the last update."""
 
     status: jax.Array  # int32 scalar, StepStatus
-    pairs: jax.Array  # int32 scalar, pairs taken in since H was last reset
+    pairs: jax.Array  # int32 scalar, updates of H since its last reset
     # int32 scalar, pairs that failed the curvature test, since the start
     pairs_skipped: jax.Array
     resets: jax.Array  # int32 scalar, since the start
-    evaluations: jax.Array  # int32 scalar, of the objective: 0
+    evaluations: jax.Array  # int32 scalar, of the objective; none
 
 
 class BfgsState(NamedTuple):
     """State of `scale_by_bfgs`; vectors have the n real entries of params, in the order
     of `jax.tree.leaves`."""
 
-    count: jax.Array  # int32 scalar, iterates taken in
+    count: jax.Array  # int32 scalar, updates at finite iterates
     # (3, n), the last one: params x, gradient g, and H g (0 where H was not used)
     last: jax.Array
     # scalar, s.y / y.y of the newest pair, in units of params^2 / f; 0 before the first
     gamma: jax.Array
-    # H, of no use where info.pairs is 0: the next pair begins it anew
+    # H; where info.pairs is 0, the next pair begins it anew
     inverse: broyden.InverseHessian
     info: BfgsInfo
 
@@ -77,35 +79,36 @@ def scale_by_bfgs(
       formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or with a scaling of
         H at every update `"ssbfgs"`, `"ssbroyden"`; or a callable `(b, h, n) -> (tau,
         phi)`, see `numerics/broyden.py`.
-      on_bad_curvature: what becomes of a pair that fails the curvature test: `"skip"`,
-        or `"powell"`, which mixes y with B s until `s.y = 0.2 s.Bs`.
+      on_bad_curvature: the treatment of a pair that fails the curvature test: `"skip"`,
+        or `"powell"`, which mixes y with B s such that `s.y = 0.2 s.Bs`.
 
     Returns:
       A transformation, gradient in and `+H g` out. `update(grads, state, params, *,
       grad)` takes the pairs from `grad` if given, else from `grads`. Its status is
       `state.info.status`.
 
-      A pair is taken in iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| +
-      |g_old|)`, else skipped and counted (PAIR_SKIPPED), unless damped. The first one
-      sets `H = 10 (s.s / s.y) I` beforehand. Before it the direction is along the
-      gradient, of unit length, or after a reset by the scale of the last pair where
-      that is shorter. Parameters that have not moved since the last update tell of a
-      failed search, and reset H (MEMORY_RESET), as do a direction that would not
-      descend and an H that is no longer positive definite or finite. A value, or a
-      squared gradient, that is not finite gives an update of zero (NONFINITE). The
-      state is then as before, but for info.
+      A pair is used iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`,
+      else skipped and counted (PAIR_SKIPPED), unless damped. The first pair sets `H =
+      10 (s.s / s.y) I` beforehand. Before it the direction is along the gradient, of
+      unit length, or after a reset by the scale of the last pair where that is shorter.
+      H is reset (MEMORY_RESET) where the parameters have not moved since the last
+      update, a sign of a failed search, where the direction would not descend, and
+      where H is no longer positive definite or finite. A value, or a squared gradient,
+      that is not finite gives an update of zero (NONFINITE). The state is then as
+      before, but for info.
 
-      Self-scaling and damping need s'Bs, known where s is a multiple of the last
-      direction `H g_old`. Where clipping, masking or momentum has turned it, the update
-      is that of plain BFGS; a pair is then skipped rather than damped.
+      Self-scaling and damping need s'Bs, which is known where s is a multiple of the
+      last direction `H g_old`. Where clipping, masking or momentum has turned the step,
+      the update is that of plain BFGS, and a pair is skipped rather than damped.
 
     Raises:
-      ValueError: for a formula or an on_bad_curvature that is none of these.
+      ValueError: for an unknown formula or on_bad_curvature.
       TypeError: in `update`, for missing params.
 
     Cost per update: one product with an n by n matrix, two where `grads` is not `grad`,
-    and every 16 updates a writing of it, `32 n^2` multiplications (under vmap in every
-    update; up to 128 parameters always, in `2 n^2`). No gradient. Memory: `n^2 + 35 n`.
+    and every 16 updates one pass that writes it, `32 n^2` multiplications (under vmap
+    in every update; up to 128 parameters in every update, `2 n^2`). No gradient.
+    Memory: `n^2 + 35 n`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -120,155 +123,328 @@ def scale_by_bfgs(
       >>> bool(value_fn(x) < 1e-6)
       True
 
-    Source: see the head of this file.
+    Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., 2006, chapter 6, and
+    procedure 18.2 for the damping; Al-Baali, "Numerical experience with a class of
+    self-scaling quasi-Newton algorithms", 1998; Urban, Stefanou and Pons, arXiv
+    2405.04230, for `"ssbroyden"`.
     """
-    factors = choose("formula", formula, FORMULAS)
     check_word("on_bad_curvature", on_bad_curvature, ("skip", "powell"))
+    options = _Options(
+        formula=choose("formula", formula, FORMULAS),
+        damps=on_bad_curvature == "powell",
+    )
+    return transformation("scale_by_bfgs", _init, functools.partial(_step, options))
 
-    def init(params: Params) -> BfgsState:
-        vector = jax.eval_shape(ravel, params)
-        room = 0 if vector.size <= SMALL else ROOM
-        count: Any = jax.ShapeDtypeStruct((), jnp.int32)
-        scalar: Any = jax.ShapeDtypeStruct((), vector.dtype)
-        inverse = broyden.shapes(vector.size, room, vector.dtype)
-        last: Any = jax.ShapeDtypeStruct((3, vector.size), vector.dtype)
-        return zeros(
-            BfgsState(
-                count,
-                last,
-                scalar,
-                inverse,
-                BfgsInfo(count, count, count, count, count),
-            ),
-            params,
-        )
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Params | None = None,
-        *,
-        value: Any = None,
-        grad: optax.Updates | None = None,
-        **data: Any,
-    ) -> tuple[optax.Updates, BfgsState]:
-        require_params(params, caller=_NAME)
-        grad = updates if grad is None else grad
-        same = all(
-            a is b for a, b in zip(*map(jax.tree.leaves, (updates, grad)), strict=True)
-        )
-        x, g, v = (
-            ravel(tree).astype(state.gamma.dtype) for tree in (params, grad, updates)
-        )
-        (x_old, g_old, p_old), H, info = state.last, state.inverse, state.info
+_T = TypeVar("_T")
 
-        # the next pair, s and y, and H y
-        s, y, p = x - x_old, g - g_old, broyden.product(H, g)
-        u = p - p_old
-        inners = gram(s, y, g, g_old, p_old, u)
-        ss, sy, sg, sg_old, sp_old, _ = inners[0]
-        yy, yg, yu = inners[1, [1, 2, 5]]
-        gg, gu, gg_old, pp_old = inners[2, 2], inners[2, 5], inners[3, 3], inners[4, 4]
-        vv = gg if same else inner(v, v)
-        finite = (
-            (value is None or jnp.isfinite(value))
-            & jnp.isfinite(vv)
-            & jnp.all(jnp.isfinite(inners[:4, :4]))
-        )
-        known = finite & (state.count > 0)
-        stuck = known & (ss == 0)
-        good = known & accepts(ss, sy, sg_old, gg, gg_old, eps(grad)) & (yy > 0)
-        gamma = jnp.where(good, sy / or_one(yy), state.gamma)
 
-        # without pairs, or where rounding has spoilt it, H begins as a multiple of the
-        # identity
-        sound = jnp.all(jnp.isfinite(inners[:, 4:])) & (~good | (yu > 0))
-        spoilt = finite & (info.pairs > 0) & ~sound
-        pairs = jnp.where(spoilt, 0, info.pairs)
-        fresh = pairs == 0
-        first = divide(LONG * ss, sy, good, first_scale(gamma, gg_old))
-        u, p = (jnp.where(fresh, first * a, b) for a, b in ((y, u), (g, p)))
-        yu, gu = (jnp.where(fresh, first * a, b) for a, b in ((yy, yu), (yg, gu)))
+class _Options(NamedTuple):
+    """The arguments of `scale_by_bfgs`, checked and resolved."""
 
-        # s'Bs, by B s = -alpha g_old where s = -alpha H g_old
-        sBs = jnp.where(fresh, ss / first, sp_old * sg_old / or_one(pp_old))
-        # the product may underflow
-        per_ss, per_pp = (sp_old / jnp.where(x > 0, x, jnp.inf) for x in (ss, pp_old))
-        turned = jnp.where(fresh, 0.0, 1 - per_ss * per_pp)
-        straight = (turned <= BENT) & (sBs > 0)
+    formula: Formula
+    damps: bool
 
-        # Powell's damping: a mixture of y and B s in place of y
-        exact = straight & (turned <= 100 * jnp.finfo(g.dtype).eps)
-        damped = (
-            known
-            & (ss > 0)
-            & ~good
-            & exact
-            & (sy < DAMPED * sBs)
-            & (on_bad_curvature == "powell")
-        )
-        theta = divide((1 - DAMPED) * sBs, sBs - sy, damped, 1.0)
-        yu = theta**2 * yu + 2 * theta * (1 - theta) * sy + (1 - theta) ** 2 * sBs
-        u, gu, sy = (
-            theta * a + (1 - theta) * b for a, b in ((u, s), (gu, sg), (sy, sBs))
-        )
 
-        # the update
-        good = (good | damped) & (yu > 0)
-        sy, yu = (jnp.where(good, a, 1.0) for a in (sy, yu))
-        tau, phi = (
-            jnp.asarray(a, g.dtype)
-            for a in factors(jnp.where(good & straight, sBs / sy, 1.0), yu / sy, x.size)
-        )
-        r, terms = broyden.term(sy, yu, tau, phi)
-        good &= (tau > 0) & jnp.isfinite(tau) & jnp.all(jnp.isfinite(terms))
-        c, room = s - r * u, len(H.terms) // 2
-        H = broyden.restarted(H, spoilt | (fresh & good), first)
-        H = broyden.updated(
-            H, pairs % max(room, 1), jnp.stack([c, u]), terms, tau, good
-        )
-        p = jnp.where(
-            good, p / tau + terms[0] * (sg - r * gu) * c + terms[1] * gu * u, p
-        )
-        pairs += good
+def _init(params: Params) -> BfgsState:
+    vector = jax.eval_shape(ravel, params)
+    room = 0 if vector.size <= MAX_DIRECT_SIZE else FOLD_PERIOD
+    shape: Any = jax.ShapeDtypeStruct
+    count, scalar = shape((), jnp.int32), shape((), vector.dtype)
+    state = BfgsState(
+        count=count,
+        last=shape((3, vector.size), vector.dtype),
+        gamma=scalar,
+        inverse=broyden.shapes(vector.size, room, vector.dtype),
+        info=BfgsInfo(count, count, count, count, count),
+    )
+    return zeros(state, params)
 
-        # the direction
-        direction = p if same else broyden.product(H, v)
-        slope = inner(v, direction)
-        lost = finite & (pairs > 0) & (vv > 0) & ~((slope > 0) & jnp.isfinite(slope))
-        plain = stuck | lost | (pairs == 0)
-        direction = jnp.where(plain, first_scale(gamma, vv) * v, direction)
-        # after a failed search H stays as it is, to be read, until the next pair
-        H = broyden.restarted(H, lost, gamma)
-        if room:
-            H = jax.lax.cond(
-                good & ~plain & (pairs % room == 0), broyden.folded, lambda H: H, H
-            )
 
-        reset = spoilt | lost | (stuck & (info.pairs > 0))
-        skipped = known & (ss > 0) & ~good
-        status = {
-            StepStatus.NONFINITE: ~finite,
-            StepStatus.PAIR_SKIPPED: skipped,
-            StepStatus.MEMORY_RESET: reset,
-        }
-        return unravel(jnp.where(finite, direction, 0.0), updates), BfgsState(
-            count=state.count + finite.astype(jnp.int32),
-            last=jnp.where(
-                finite, jnp.stack([x, g, jnp.where(plain, 0.0, p)]), state.last
-            ),
-            gamma=gamma,
-            inverse=H,
-            info=BfgsInfo(
-                status=step_status(status),
-                pairs=jnp.where(plain & finite, 0, pairs),
-                pairs_skipped=info.pairs_skipped + skipped.astype(jnp.int32),
-                resets=info.resets + reset.astype(jnp.int32),
-                evaluations=jnp.zeros((), jnp.int32),
-            ),
-        )
+class _PerVector(NamedTuple, Generic[_T]):
+    """One item for each vector of an update that inner products are taken of."""
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    s: _T  # x - x_old
+    y: _T  # g - g_old
+    g: _T
+    g_old: _T
+    p_old: _T  # H g_old
+    u: _T  # H y
+
+
+class _Measured(NamedTuple):
+    """The step since the last update and its products with the H of the state."""
+
+    x: Vector
+    v: Vector  # the updates, to which H is applied
+    p: Vector  # H g
+    vectors: _PerVector[Vector]
+    dot: _PerVector[_PerVector[jax.Array]]  # dot.s.y is the scalar s'y
+    vv: jax.Array  # scalar, v'v
+    # bool scalars, whether the value and the inner products without H are finite, and
+    # whether those with H are
+    finite: jax.Array
+    image_finite: jax.Array
+
+
+class _Facts(NamedTuple):
+    """Whether the pair and H can be used; scalars."""
+
+    finite: jax.Array  # bool, whether the iterate is finite
+    stuck: jax.Array  # bool, whether params are those of the last update
+    moved: jax.Array  # bool, whether there is a pair with s != 0
+    accepted: jax.Array  # bool, whether the pair passes the curvature test
+    spoilt: jax.Array  # bool, whether rounding has spoilt H
+    fresh: jax.Array  # bool, whether H is to begin as a multiple of the identity
+    pairs: jax.Array  # int32, pairs in H, 0 where it has been spoilt
+    gamma: jax.Array  # s'y / y'y of the newest pair that was accepted
+
+
+class _Pair(NamedTuple):
+    """A pair as the update of H needs it: y enters by u = H y and products only."""
+
+    s: Vector
+    u: Vector  # H y
+    p: Vector  # H g
+    sy: jax.Array  # scalar, s'y
+    sg: jax.Array  # scalar, s'g
+    yu: jax.Array  # scalar, y'H y
+    gu: jax.Array  # scalar, g'H y
+    sBs: jax.Array  # scalar, s'B s with B = H^-1, provided that s is along H g_old
+    bend: jax.Array  # scalar, squared sine of the angle between s and H g_old
+    usable: jax.Array  # bool scalar, whether it passes the test, or is damped
+
+
+class _Memory(NamedTuple):
+    """H after the update by the pair."""
+
+    inverse: broyden.InverseHessian
+    p: Vector  # H g
+    pairs: jax.Array  # int32 scalar
+    taken: jax.Array  # bool scalar, whether the pair was used
+
+
+class _Direction(NamedTuple):
+    """The direction, H v or a multiple of v."""
+
+    p: Vector
+    plain: jax.Array  # bool scalar, whether it is a multiple of v
+    lost: jax.Array  # bool scalar, whether H v would not descend
+
+
+def _step(
+    options: _Options, call: Call, state: BfgsState
+) -> tuple[optax.Updates, BfgsState]:
+    # s, y, p = H g and u = H y, and whether they can be used
+    found = _measure(call, state)
+    facts = _judge(call, state, found)
+
+    # H+ of the Broyden class (6.17 for BFGS), which needs s'y > 0
+    scale, pair = _begin(found, facts)
+    if options.damps:
+        pair = _damp(facts, pair)
+    memory = _absorb(options, state, facts, scale, pair)
+
+    # H+ v, then H+ as the next step needs it
+    direction = _direct(call, found, facts, memory)
+    inverse = _settle(facts, memory, direction)
+
+    # H g of a step that was not along it is of no use to the next pair
+    p = jnp.where(direction.plain, 0.0, memory.p)
+    last = jnp.stack([found.x, found.vectors.g, p])
+    updates = unravel(select(facts.finite, direction.p, 0.0), call.updates)
+    return updates, BfgsState(
+        count=state.count + facts.finite.astype(jnp.int32),
+        last=select(facts.finite, last, state.last),
+        gamma=facts.gamma,
+        inverse=inverse,
+        info=_report(state.info, facts, memory, direction),
+    )
+
+
+def _measure(call: Call, state: BfgsState) -> _Measured:
+    """Form the pair and its products with H: `H y = H g - H g_old`, whose second term
+    is the last direction, costs no product of its own."""
+    dtype = state.gamma.dtype
+    trees = call.params, call.gradient, call.updates
+    x, g, v = (ravel(tree).astype(dtype) for tree in trees)
+    x_old, g_old, p_old = state.last
+    p = broyden.product(state.inverse, g)
+    vectors = _PerVector(x - x_old, g - g_old, g, g_old, p_old, p - p_old)
+    products = gram(*vectors)
+    dot = _PerVector(*(_PerVector(*row) for row in products))
+    vv = dot.g.g if call.is_gradient else inner(v, v)
+    return _Measured(
+        x=x,
+        v=v,
+        p=p,
+        vectors=vectors,
+        dot=dot,
+        vv=vv,
+        # the first four vectors are formed without H
+        finite=call.finite & jnp.isfinite(vv) & all_finite(products[:4, :4]),
+        image_finite=all_finite(products[:, 4:]),
+    )
+
+
+def _judge(call: Call, state: BfgsState, found: _Measured) -> _Facts:
+    """Decide whether the pair tells of curvature, and whether H is still sound."""
+    dot, finite = found.dot, found.finite
+    ss, sy, yy = dot.s.s, dot.s.y, dot.y.y
+    # before the first update there is no iterate to form a pair with
+    known = finite & (state.count > 0)
+    passes = accepts(ss, sy, dot.s.g_old, dot.g.g, dot.g_old.g_old, eps(call.gradient))
+    accepted = known & passes & (yy > 0)
+    # in exact arithmetic y'H y > 0
+    sound = found.image_finite & (~accepted | (dot.y.u > 0))
+    spoilt = finite & (state.info.pairs > 0) & ~sound
+    pairs = jnp.where(spoilt, 0, state.info.pairs)
+    return _Facts(
+        finite=finite,
+        stuck=known & (ss == 0),
+        moved=known & (ss > 0),
+        accepted=accepted,
+        spoilt=spoilt,
+        fresh=pairs == 0,
+        pairs=pairs,
+        gamma=jnp.where(accepted, sy / or_one(yy), state.gamma),
+    )
+
+
+def _begin(found: _Measured, facts: _Facts) -> tuple[jax.Array, _Pair]:
+    """Return the scale of a first `H = scale I`, and the pair with its products: those
+    with that H where there are no pairs yet, else those with the H of the state."""
+    (s, y, g, _, _, u), dot = found.vectors, found.dot
+    ss, pp_old, sp_old = dot.s.s, dot.p_old.p_old, dot.s.p_old
+    # the first H is 10 (s's / s'y) I, longer than (s'y / y'y) I of equation (6.20)
+    otherwise = first_scale(facts.gamma, dot.g_old.g_old)
+    scale = divide(FIRST_LENGTH * ss, dot.s.y, facts.accepted, otherwise)
+    # s = -alpha H g_old gives B s = -alpha g_old, hence s'B s; the squared cosine is a
+    # product of two quotients, since |s|^2 |p_old|^2 may underflow
+    to_s, to_p = (sp_old / jnp.where(xx > 0, xx, jnp.inf) for xx in (ss, pp_old))
+    remembered = _Pair(
+        s=s,
+        u=u,
+        p=found.p,
+        sy=dot.s.y,
+        sg=dot.s.g,
+        yu=dot.y.u,
+        gu=dot.g.u,
+        sBs=sp_old * dot.s.g_old / or_one(pp_old),
+        bend=1 - to_s * to_p,
+        usable=facts.accepted,
+    )
+    begun = remembered._replace(
+        u=scale * y,
+        p=scale * g,
+        yu=scale * dot.y.y,
+        gu=scale * dot.y.g,
+        sBs=ss / scale,
+        bend=0.0,
+    )
+    return scale, select(facts.fresh, begun, remembered)
+
+
+def _damp(facts: _Facts, pair: _Pair) -> _Pair:
+    """Powell's damping (procedure 18.2): where `s'y < 0.2 s'B s`, mix y with B s in
+    place of y,
+
+        r = theta y + (1 - theta) B s,    theta = 0.8 s'B s / (s'B s - s'y),
+
+    so that `s'r = 0.2 s'B s > 0`. By `H B s = s` its products with H are mixtures too.
+    """
+    # s'B s has to be exact, or H would lose its definiteness
+    exact = pair.bend <= MAX_EXACT_BEND * jnp.finfo(pair.s.dtype).eps
+    exact &= pair.sBs > 0
+    bad = facts.moved & ~pair.usable & (pair.sy < DAMPED_SHARE * pair.sBs)
+    damped = exact & bad
+    # theta = 1 leaves the pair as it is
+    theta = divide((1 - DAMPED_SHARE) * pair.sBs, pair.sBs - pair.sy, damped, 1.0)
+    rest = 1 - theta
+    return pair._replace(
+        u=theta * pair.u + rest * pair.s,
+        sy=theta * pair.sy + rest * pair.sBs,
+        yu=theta**2 * pair.yu + 2 * theta * rest * pair.sy + rest**2 * pair.sBs,
+        gu=theta * pair.gu + rest * pair.sg,
+        usable=pair.usable | damped,
+    )
+
+
+def _absorb(
+    options: _Options,
+    state: BfgsState,
+    facts: _Facts,
+    scale: jax.Array,
+    pair: _Pair,
+) -> _Memory:
+    """Take the pair into H, `H+ = H / tau + t_0 c c' + t_1 u u'` with `c = s - r u`
+    (`numerics/broyden.py`), and update p = H g by the same terms."""
+    # s'y and y'H y are divisors; y'H y > 0 fails by rounding alone
+    usable = pair.usable & (pair.yu > 0)
+    sy, yu = select(usable, (pair.sy, pair.yu), (1.0, 1.0))
+    # b = s'B s / s'y gives the scaling; b = 1, that of plain BFGS, where s'B s is not
+    # known
+    straight = (pair.bend <= MAX_BEND) & (pair.sBs > 0)
+    b, n = divide(pair.sBs, sy, usable & straight, 1.0), pair.s.size
+    tau, phi = (jnp.asarray(x, b.dtype) for x in options.formula(b, yu / sy, n))
+    r, terms = broyden.term(sy, yu, tau, phi)
+    taken = usable & (tau > 0) & jnp.isfinite(tau) & jnp.all(jnp.isfinite(terms))
+
+    c, u = pair.s - r * pair.u, pair.u
+    H = broyden.restarted(state.inverse, facts.spoilt | (facts.fresh & taken), scale)
+    slot = facts.pairs % max(broyden.room(H), 1)
+    H = broyden.updated(H, slot, jnp.stack([c, u]), terms, tau, taken)
+    cg, ug = pair.sg - r * pair.gu, pair.gu
+    p = pair.p / tau + terms[0] * cg * c + terms[1] * ug * u
+    return _Memory(H, select(taken, p, pair.p), facts.pairs + taken, taken)
+
+
+def _direct(call: Call, found: _Measured, facts: _Facts, memory: _Memory) -> _Direction:
+    """Return `H v`, or a multiple of v where H has no pairs, the last search failed or
+    `H v` would not descend."""
+    # v is g in the usual case, and H g is known
+    v, vv, pairs = found.v, found.vv, memory.pairs
+    p = memory.p if call.is_gradient else broyden.product(memory.inverse, v)
+    slope = inner(v, p)
+    descends = (slope > 0) & jnp.isfinite(slope)
+    lost = facts.finite & (pairs > 0) & (vv > 0) & ~descends
+    plain = facts.stuck | lost | (pairs == 0)
+    p = select(plain, first_scale(facts.gamma, vv) * v, p)
+    return _Direction(p, plain, lost)
+
+
+def _settle(
+    facts: _Facts, memory: _Memory, direction: _Direction
+) -> broyden.InverseHessian:
+    """Return H as the state keeps it: reset where `H v` would not descend, and folded
+    where there is no room for more terms."""
+    # a failed search leaves H as it is until the next pair, so that it can be read
+    H = broyden.restarted(memory.inverse, direction.lost, facts.gamma)
+    room = broyden.room(H)
+    if not room:
+        return H
+    # the fold comes after the last product with H, or XLA would copy the matrix
+    full = memory.taken & ~direction.plain & (memory.pairs % room == 0)
+    return jax.lax.cond(full, broyden.folded, lambda H: H, H)
+
+
+def _report(
+    old: BfgsInfo, facts: _Facts, memory: _Memory, direction: _Direction
+) -> BfgsInfo:
+    skipped = facts.moved & ~memory.taken
+    reset = facts.spoilt | direction.lost | (facts.stuck & (old.pairs > 0))
+    status = {
+        StepStatus.NONFINITE: ~facts.finite,
+        StepStatus.PAIR_SKIPPED: skipped,
+        StepStatus.MEMORY_RESET: reset,
+    }
+    return BfgsInfo(
+        status=step_status(status),
+        pairs=jnp.where(direction.plain & facts.finite, 0, memory.pairs),
+        pairs_skipped=old.pairs_skipped + skipped.astype(jnp.int32),
+        resets=old.resets + reset.astype(jnp.int32),
+        evaluations=jnp.zeros((), jnp.int32),
+    )
 
 
 def inverse_hessian(state: optax.OptState) -> Matrix:
@@ -280,15 +456,14 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
     Returns:
       `(n, n)`, symmetric, in the order of the real entries of
       `jax.tree.leaves(params)`, real parts of a complex leaf before imaginary ones, in
-      units of params^2 / f. Positive definite, but for rounding; zero before the first
-      pair. After a failed search it is the one from before, until the next pair
-      replaces it.
+      units of params^2 / f. Positive definite, up to rounding; zero before the first
+      pair. After a failed search H stays until the next pair replaces it.
 
       At a minimum of a negative log posterior H estimates its covariance (Laplace's
-      approximation) along what the run has moved through: exact for a quadratic after n
-      steps, crude where few steps were taken, and scaled by its formula where that is a
-      self-scaled one. End the run by `gtol`: once searches fail in the noise of
-      rounding, the next pair begins H anew (`info.pairs` counts those in it).
+      approximation) in the directions in which the run has moved: exact for a quadratic
+      after n steps, crude after few steps, and scaled at every update by a self-scaled
+      formula. End the run by `gtol`: once searches fail in the noise of rounding, the
+      next pair begins H anew (`info.pairs` counts the pairs in it).
       `hessopt.hessian` gives the exact curvature.
 
     Raises:
@@ -304,7 +479,7 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
       >>> bool(jnp.max(jnp.abs(error)) < 0.05)
       True
 
-    Source: see the head of this file.
+    Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., 2006, section 6.1.
     """
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, BfgsState))
     found = [node for node in nodes if isinstance(node, BfgsState)]

@@ -46,8 +46,8 @@ def valley(x):
 @pytest.fixture(params=[0, 1, 3], ids=lambda room: f"room for {room}")
 def _room(request, monkeypatch):
     """Terms kept aside, on few parameters."""
-    monkeypatch.setattr(module, "SMALL", 0)
-    monkeypatch.setattr(module, "ROOM", request.param)
+    monkeypatch.setattr(module, "MAX_DIRECT_SIZE", 0)
+    monkeypatch.setattr(module, "FOLD_PERIOD", request.param)
 
 
 @pytest.mark.usefixtures("_room")
@@ -335,7 +335,7 @@ def test_a_step_copies_nothing_of_the_size_of_the_matrix():
     assert [re.search(r" (\w+)\(", line)[1] for line in written] == ["fusion"]
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= 8 * n * n
-    assert memory.temp_size_in_bytes < 8 * 8 * module.ROOM * n
+    assert memory.temp_size_in_bytes < 8 * 8 * module.FOLD_PERIOD * n
 
 
 @pytest.mark.parametrize("formula", EVERY)
