@@ -201,14 +201,10 @@ def _step(
     ) & (here.size > 0.9 * run.quiet.size)
     counts = jnp.where(_size(updates) == 0, jnp.where(meant_to_move, FAILED_STEP, 0), 1)
     change = jnp.abs(here.value - old.value)
-    new = Run(
+    new = run._replace(
         here=here,
         best=select(better, here, run.best),
         state=state,
-        start_value=run.start_value,
-        start_size=run.start_size,
-        extent=run.extent,
-        scale=run.scale,
         quiet=select(quiet, run.quiet, Point(None, here.value, None, here.size)),
         waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
         steps=run.steps + 1,
@@ -217,7 +213,6 @@ def _step(
             -1,
             run.evaluations + spent + (kept is None),
         ),
-        termination=run.termination,
     )
     return new._replace(termination=_judge(new, change, move, limits))
 

@@ -89,3 +89,8 @@ def transformation(
         return step(Call(updates, params, grad, value, objective, finite), state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def scheduled(number: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
+    """Return a number, or what a schedule says at this count."""
+    return number(count) if callable(number) else number

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, check_range
-from hessopt.kinds.protocol import Call, transformation
+from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.guards import divide, select
 from hessopt.trees.groups import Groups, check_groups, group_labels, take
 from hessopt.trees.sharding import beside
@@ -415,11 +415,6 @@ def _scalar(value: Any, dtype: Any, caller: str) -> jax.Array:
     if value.shape:
         raise TypeError(f"{caller} needs value to be a scalar, got shape {value.shape}")
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(dtype)
-
-
-def scheduled(number: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
-    """Return a number, or what a schedule says at this count."""
-    return number(count) if callable(number) else number
 
 
 def inner_by_group(a: Params, b: Params, labels: Any, like: Vector) -> Vector:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.numerics.guards import or_one
+from hessopt.numerics.guards import or_one, select
 from hessopt.typing import Vector
 
 SEARCHING, ACCEPTED, FAILED = 0, 1, 2
@@ -128,7 +128,7 @@ def advance(
     accepted = (flat & (decreased | (jnp.abs(here.value) <= noise))) | capped
 
     beyond = (here.value > low.value + noise) | (here.slope >= 0)  # of a minimiser
-    new_low, new_high = _where(beyond, low, here), _where(beyond, here, high)
+    new_low, new_high = select(beyond, low, here), select(beyond, here, high)
     width = new_high.rate - new_low.rate
     bounded = jnp.isfinite(width)
     trials = bracket.trials + 1
@@ -150,7 +150,7 @@ def advance(
     return Bracket(
         low=new_low,
         high=new_high,
-        best=_where(accepted | better, here, bracket.best),
+        best=select(accepted | better, here, bracket.best),
         trial=trial,
         width=width,
         older_width=bracket.width,
@@ -160,10 +160,6 @@ def advance(
             accepted, ACCEPTED, jnp.where(failed, FAILED, SEARCHING)
         ).astype(jnp.int32),
     )
-
-
-def _where(condition: jax.Array, a: Trial, b: Trial) -> Trial:
-    return Trial(*(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True)))
 
 
 def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:

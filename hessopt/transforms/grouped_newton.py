@@ -19,6 +19,7 @@ import optax
 
 from hessopt._checks import check_range
 from hessopt.calculus.taylor import taylor
+from hessopt.kinds.protocol import scheduled
 from hessopt.kinds.rates import (
     Measurement,
     Memory,
@@ -187,8 +188,7 @@ def scale_by_grouped_newton(
         H = (H if cross_groups else jnp.diag(diagonal)) + ridge * jnp.diag(
             jnp.abs(diagonal)
         )
-        damping = cubic_damping(count) if callable(cubic_damping) else cubic_damping
-        eta, _, status = solve_cubic(-g, H, d, damping)
+        eta, _, status = solve_cubic(-g, H, d, scheduled(cubic_damping, count))
         facts = {flag: status & flag != 0 for flag in FACTS}
         unbounded = facts[StepStatus.UNBOUNDED_MODEL]
         eta = jnp.where(unbounded, _bounded(g, H), eta)

@@ -178,7 +178,7 @@ def _init(params: Params) -> LinesearchState:
 def _step(
     options: _Options, call: Call, state: LinesearchState
 ) -> tuple[optax.Updates, LinesearchState]:
-    u, start, length = call.updates, *_measure(call)
+    u, (start, length) = call.updates, _measure(call)
 
     # the first trial; until one is better, the step is zero and the state as it was
     dtype = start.value.dtype

@@ -28,7 +28,7 @@ from hessopt.calculus.curvature import (
     block_hessians,
     resolve,
 )
-from hessopt.kinds.protocol import Call, transformation
+from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.guards import or_one, select
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.numerics.positivity import POSITIVITIES, Positivity
@@ -221,8 +221,7 @@ def _factorize(
 ) -> _Blocks:
     """Form and factorise all blocks of the curvature at params."""
     count, dtype = len(gradients), solve_dtype(call.params)
-    damping = options.damping
-    lam = jnp.asarray(damping(state.count) if callable(damping) else damping, dtype)
+    lam = jnp.asarray(scheduled(options.damping, state.count), dtype)
     matrices = block_hessians(
         call.objective, call.params, labels, count, curvature=options.curvature
     )
