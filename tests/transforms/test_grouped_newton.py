@@ -25,6 +25,9 @@ PARAMS = {
     "b": jnp.asarray(RNG.normal(size=3)),
     "c": jnp.array(0.4),
 }
+# drawn here, or they would depend on which tests ran before
+SCALARS = dict(enumerate(jnp.asarray(RNG.normal(size=5))))
+INPUTS = jnp.asarray(RNG.normal(size=(64, 3)))
 
 
 def convex(params):
@@ -86,9 +89,8 @@ def test_one_group_without_third_derivative_is_generalized_newton():
 
 
 def test_every_scalar_its_own_group_without_damping_is_newtons_step():
-    params = dict(enumerate(jnp.asarray(RNG.normal(size=5))))
-    step, _ = first(scale_by_grouped_newton(cubic_damping=0.0), convex, params)
-    flat = jnp.stack(list(params.values()))
+    step, _ = first(scale_by_grouped_newton(cubic_damping=0.0), convex, SCALARS)
+    flat = jnp.stack(list(SCALARS.values()))
     of_vector = lambda x: convex(dict(enumerate(x)))
     newton = -jnp.linalg.solve(jax.hessian(of_vector)(flat), jax.grad(of_vector)(flat))
     np.testing.assert_allclose(jnp.stack(list(step.values())), newton, rtol=1e-9)
@@ -244,7 +246,7 @@ def test_wide_hyperparameters_leave_the_state_as_it_is():
 
 def test_curvature_of_the_whole_data_and_damping_on_plateau():
     """The two recommendations of the paper, by pieces of optax and a closure."""
-    x = jnp.asarray(RNG.normal(size=(64, 3)))
+    x = INPUTS
     y = x @ jnp.array([1.0, -2.0, 0.5])
     loss = lambda w, x, y: jnp.mean((x @ w - y) ** 2)
     plateau = optax.contrib.reduce_on_plateau(
