@@ -306,8 +306,9 @@ def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
     """The flags of all blocks, the extremes of their figures, the sum of their
     attempts; zeros for no block."""
     if not infos:
-        figure, count = jnp.zeros((), dtype), jnp.zeros((), jnp.int32)
-        return NewtonInfo(count, figure, figure, figure, count, count)
+        # an array for each field: a state that shares buffers cannot be donated
+        kinds = jnp.int32, dtype, dtype, dtype, jnp.int32, jnp.int32
+        return NewtonInfo(*(jnp.zeros((), kind) for kind in kinds))
     every = NewtonInfo(*(jnp.stack(field) for field in zip(*infos, strict=True)))
     return NewtonInfo(
         status=functools.reduce(jnp.bitwise_or, every.status),
