@@ -24,7 +24,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("[!_]*.py"))
 SUMMARY = ROOT / "benchmarks" / "RESULTS.md"
 RESULTS = [SUMMARY, *sorted(SUMMARY.parent.glob("results/*/*.png"))]
 PUBLIC = re.findall(
-    r" as (\w+)$", (ROOT / "hessopt" / "__init__.py").read_text(), re.MULTILINE
+    r" as (\w+),?$", (ROOT / "hessopt" / "__init__.py").read_text(), re.MULTILINE
 )
 LINKED = {*PUBLIC, "linen.TrainState", "nnx.Optimizer"}
 
@@ -32,7 +32,8 @@ log = logging.getLogger("mkdocs.hooks")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Extend the navigation by the examples, the results and the changelog."""
+    """Extend the navigation by the examples, the results, the developers' pages and the
+    changelog."""
     examples = [
         {"Gallery": "examples/index.md"},
         *({path.stem: f"examples/{path.stem}.md"} for path in EXAMPLES),
@@ -43,6 +44,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         {"Examples": examples},
         {"Study": "study.md"},
         {"Results": results},
+        {"Developers": [{"Design": "design.md"}, {"Contributing": "CONTRIBUTING.md"}]},
         {"Changelog": "CHANGELOG.md"},
     ]
     return config
@@ -56,9 +58,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "study.md": "docs/study.md",
         "CHANGELOG.md": "CHANGELOG.md",
     }
-    own = {uri: ROOT / name for uri, name in own.items()}
+    developers = {"design.md": "docs/design.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
+    pages = {uri: ROOT / name for uri, name in (own | developers).items()}
     for uri, path in (
-        own | {str(path.relative_to(ROOT)): path for path in RESULTS}
+        pages | {str(path.relative_to(ROOT)): path for path in RESULTS}
     ).items():
         # a page that has no others beside it
         wide = "---\nhide: [navigation]\n---\n\n" if uri in own else ""
@@ -77,10 +80,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"examples/{path.stem}.md", content=page))
 
     text = "\n".join(file.content_string for file in files.documentation_pages())
-    amiss = set(PUBLIC) ^ set(re.findall(r"^::: hessopt\.(\w+)$", text, re.MULTILINE))
-    if amiss:
+    differing = set(PUBLIC) ^ set(
+        re.findall(r"^::: hessopt\.(\w+)$", text, re.MULTILINE)
+    )
+    if differing:
         log.warning(
-            f"the names that pages show and those that hessopt has differ in {sorted(amiss)}"
+            f"the names on the pages and those that hessopt exports differ in {sorted(differing)}"
         )
     return files
 
@@ -147,6 +152,7 @@ def adapted(text: str) -> str:
         .replace("](../../README.md", "](index.md")
         .replace("](../../", "](")
         .replace("../benchmarks/", "benchmarks/")
+        .replace("](../CONTRIBUTING.md", "](CONTRIBUTING.md")
         .replace("](pages/", "](")
     )
     parts = re.split(r"(^```.*?^```$)", text, flags=re.MULTILINE | re.DOTALL)
@@ -171,8 +177,8 @@ def linked(text: str, here: str = "") -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Reads arguments that share a description, headings of their own, and comments
-    behind fields."""
+    """Read arguments that share a description, headings of their own, and comments on
+    fields."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Rewrite the docstrings of all that a package defines."""
@@ -203,20 +209,29 @@ def document_fields(cls: griffe.Class) -> None:
         str(base).endswith(("NamedTuple", "IntEnum", "IntFlag")) for base in cls.bases
     ):
         return
-    items = []
-    for name, field in cls.attributes.items():
-        comment = re.search(r"  # (.*)$", field.source)
-        explained = (
-            field.docstring.value
-            if field.docstring
-            else comment[1]
-            if comment
-            else "see above"
-        )
-        items.append(f"  {name}: {' '.join(explained.split())}")
+    items = [
+        f"  {name}: {' '.join(explanation(field).split())}"
+        for name, field in cls.attributes.items()
+    ]
     cls.docstring.value = "\n".join(
         [inspect.cleandoc(cls.docstring.value), "", "Attributes:", *items]
     )
+
+
+def explanation(field: griffe.Attribute) -> str:
+    """The docstring of a field, or the comment on its line or on the lines above it."""
+    if field.docstring:
+        return field.docstring.value
+    comment = re.search(r"  # (.*)$", field.source)
+    if comment:
+        return comment[1]
+    assert field.lineno is not None
+    above: list[str] = []
+    for line in reversed(field.lines_collection[field.filepath][: field.lineno - 1]):
+        if not line.lstrip().startswith("# "):
+            break
+        above.insert(0, line.lstrip().removeprefix("# "))
+    return " ".join(above) or "see above"
 
 
 def rearranged(text: str, thing: griffe.Object) -> str:
