@@ -70,7 +70,8 @@ def spectrum(
       >>> round(float(largest[0] / smallest[0]), 3)
       50.0
 
-    Source: see the head of this file.
+    Source: Golub and Van Loan, "Matrix Computations", 4th ed., chapter 10; Parlett,
+    "The Symmetric Eigenvalue Problem".
     """
     like = ravel(params)
     n = like.size

@@ -167,7 +167,8 @@ def minimize(
       >>> solution.reason
       'GRADIENT'
 
-    Source: see the head of this file.
+    Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv
+    2105.15183, for the derivatives.
     """
     check_count("log_every", log_every)
     check_range("max_steps", max_steps, 0, np.iinfo(np.int32).max)

@@ -121,7 +121,8 @@ def scale_by_newton(
       >>> jnp.allclose(updates, -x / 3).item()
       True
 
-    Source: see the head of this file.
+    Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.4; Dauphin
+    et al., arXiv 1406.2572.
     """
     check_range("damping", damping, 0)
     check_count("update_every", update_every)

@@ -111,7 +111,8 @@ def scale_by_newton_cg(
       >>> jnp.round(x, 3).tolist()
       [1.0, 1.0, 1.0]
 
-    Source: see the head of this file.
+    Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 7.1;
+    Martens, "Deep learning via Hessian-free optimization", 2010, for the warm start.
     """
     check_count("max_iterations", max_iterations)
     linearize = resolve(curvature).linearize

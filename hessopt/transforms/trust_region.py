@@ -148,7 +148,10 @@ def trust_region_newton(
       >>> jnp.round(jnp.abs(solution.params), 3).tolist()
       [1.0, 0.0]
 
-    Source: see the head of this file.
+    Source: Conn, Gould and Toint, "Trust-Region Methods", 2000; Cartis, Gould and
+    Toint, "Adaptive cubic regularisation methods for unconstrained optimization", 2011;
+    Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the
+    Lanczos method", 1999; Transtrum and Sethna, arXiv 1201.5885.
     """
     check_count("max_trials", max_trials)
     if initial_radius is not None:

@@ -89,7 +89,9 @@ def taylor(
       >>> terms.gradient.tolist(), terms.hessian.tolist(), terms.third.tolist()
       ([45.0, 18.0], [[54.0, 30.0], [30.0, 0.0]], [36.0, 0.0])
 
-    Source: see the head of this file.
+    Source: the sums are the chain rule for second and third derivatives, see Griewank
+    and Walther, "Evaluating Derivatives", 2nd ed., 2008, chapter 13; the use of these
+    terms is that of arXiv 2312.03885.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
