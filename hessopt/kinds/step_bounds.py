@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt._checks import renamed_attributes
 from hessopt.numerics import secular
 from hessopt.numerics.guards import or_one
 from hessopt.typing import Vector
@@ -88,3 +89,5 @@ CUBIC = StepBound(secular.with_cubic_term, _first_sigma, _adapt_sigma)
 """The quadratic model with `sigma/3 |p|^3`; its size is sigma."""
 
 STEP_BOUNDS = {"radius": RADIUS, "cubic": CUBIC}
+
+__getattr__ = renamed_attributes(__name__, {"Model": "StepBound"})

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hessopt._checks import renamed_attributes
 from hessopt.calculus.curvature import Curvature, block_hessians, product
 from hessopt.calculus.krylov import combination, krylov, within
 from hessopt.calculus.least_squares import Root
@@ -171,3 +172,6 @@ def _largest(scales: Any, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
     scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
     largest = unit_scale(scales)
     return scales, 1 / jnp.where(scales > 0, scales, largest)
+
+
+__getattr__ = renamed_attributes(__name__, {"Subproblem": "SubproblemSolver"})
