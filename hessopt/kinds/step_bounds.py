@@ -17,11 +17,11 @@ from hessopt.numerics import secular
 from hessopt.numerics.guards import or_one
 from hessopt.typing import Vector
 
-TAKEN = 1e-4
+TAKEN_RATIO = 1e-4
 """Least ratio at which a step is taken."""
-POOR = 0.1
+POOR_RATIO = 0.1
 """Below this ratio the model is trusted less."""
-GOOD = 0.5
+GOOD_RATIO = 0.5
 """Above this ratio the model is trusted more."""
 
 
@@ -50,7 +50,7 @@ def _adapt_radius(
     """A quarter of a poor step, twice a good one that was held back."""
     larger = jnp.where(step.shift > 0, jnp.maximum(size, 2 * step.length), size)
     return jnp.where(
-        ratio < POOR, step.length / 4, jnp.where(ratio > GOOD, larger, size)
+        ratio < POOR_RATIO, step.length / 4, jnp.where(ratio > GOOD_RATIO, larger, size)
     )
 
 
@@ -79,7 +79,9 @@ def _adapt_sigma(
         secular.within_radius(w, z, jnp.where(step.length > 0, step.length / 2, 1.0))
     )
     more, less = jnp.maximum(2 * size, half), jnp.maximum(size / 4, least)
-    return jnp.where(ratio < POOR, more, jnp.where(ratio > GOOD, less, size))
+    return jnp.where(
+        ratio < POOR_RATIO, more, jnp.where(ratio > GOOD_RATIO, less, size)
+    )
 
 
 RADIUS = StepBound(secular.within_radius, lambda w, ball: ball.length, _adapt_radius)

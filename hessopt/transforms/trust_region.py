@@ -33,7 +33,7 @@ import optax
 from hessopt._checks import check_count, check_range, choose, renamed_arguments
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
-from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN, StepBound, gain_ratio
+from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
 from hessopt.kinds.subproblems import (
     SUBPROBLEMS,
     EigenModel,
@@ -57,7 +57,7 @@ from hessopt.trees.vectors import (
 )
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
-BEND = 0.75
+MAX_ACCELERATION = 0.75
 """Largest length of an acceleration in that of its step: beyond, the series in t means
 nothing, and p is not bent."""
 
@@ -235,7 +235,7 @@ def _step(
     # trials, each shorter than the one before, until one is taken
     def goes_on(last: _Trial) -> jax.Array:
         unsettled = last.told & (last.count < options.max_trials)
-        return problem.finite & unsettled & ~(last.ratio >= TAKEN)
+        return problem.finite & unsettled & ~(last.ratio >= TAKEN_RATIO)
 
     zero = jnp.zeros((), w.dtype)
     none = jax.tree.map(jnp.zeros_like, problem.parts)
@@ -243,7 +243,7 @@ def _step(
     attempt = functools.partial(_attempt, options, problem)
     last = jax.lax.while_loop(goes_on, attempt, begin)
 
-    taken = last.ratio >= TAKEN
+    taken = last.ratio >= TAKEN_RATIO
     rounding = jnp.finfo(w.dtype).eps * len(w) * jnp.max(jnp.abs(w))
     status = {
         StepStatus.NONFINITE: ~problem.finite,
@@ -322,7 +322,9 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
     if options.geodesic_acceleration:
         bending = model.project(_bending(objective, parts, p))
         a = secular.divided(model.w, bending, step.shift)
-        p = model.lift(step.y + jnp.where(norm(a) <= BEND * step.length, a / 2, 0.0))
+        p = model.lift(
+            step.y + jnp.where(norm(a) <= MAX_ACCELERATION * step.length, a / 2, 0.0)
+        )
     p = [
         jnp.where(sound, x, 0.0).astype(part.dtype)
         for x, part in zip(p, parts, strict=True)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.kinds.step_bounds import GOOD, POOR, STEP_BOUNDS, gain_ratio
+from hessopt.kinds.step_bounds import GOOD_RATIO, POOR_RATIO, STEP_BOUNDS, gain_ratio
 from hessopt.numerics.secular import within_radius
 
 W, Z = jnp.array([1.0, 4.0]), jnp.array([3.0, 1.0])
@@ -36,11 +36,11 @@ def test_a_poor_trial_shortens_the_next_and_a_good_one_lengthens_it(name):
     step = bound.minimize(W, Z, size)
     lengths = [
         bound.minimize(W, Z, bound.adapt(W, Z, size, jnp.asarray(r), step)).length
-        for r in (POOR / 2, 0.3, 1.0)
+        for r in (POOR_RATIO / 2, 0.3, 1.0)
     ]
     assert lengths[0] < lengths[1] < lengths[2]
     assert lengths[1] == step.length
-    assert GOOD > POOR
+    assert GOOD_RATIO > POOR_RATIO
 
 
 @pytest.mark.parametrize("name", STEP_BOUNDS)
