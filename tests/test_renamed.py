@@ -126,6 +126,12 @@ def test_hyperparameters_are_injected_by_new_and_by_old_names():
     identical(trained(injected()), trained(injected(on_indefinite="shift")))
 
 
+def test_an_injected_number_that_shapes_the_program_is_told_to_be_static():
+    tx = optax.inject_hyperparams(hessopt.newton)(damping=1e-3)
+    with pytest.raises(ValueError, match="update_every .* list it in static_args"):
+        tx.init(jnp.ones(2))
+
+
 def test_arguments_bind_by_old_names_also_in_part():
     signature = inspect.signature(hessopt.newton)
     with pytest.warns(DeprecationWarning, match="positivity"):

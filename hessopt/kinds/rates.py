@@ -431,7 +431,7 @@ def scaled(updates: Params, labels: Any, rate: Vector) -> Params:
     )
 
 
-__getattr__ = renamed_attributes(
+__getattr__: Callable[[str], Any] = renamed_attributes(
     __name__,
     {
         "Restricted": "RateProblem",

@@ -7,7 +7,7 @@ optimization", part I, 2011.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,4 +92,4 @@ CUBIC = StepBound(secular.with_cubic_term, _first_sigma, _adapt_sigma)
 
 STEP_BOUNDS = {"radius": RADIUS, "cubic": CUBIC}
 
-__getattr__ = renamed_attributes(__name__, {"Model": "StepBound"})
+__getattr__: Callable[[str], Any] = renamed_attributes(__name__, {"Model": "StepBound"})

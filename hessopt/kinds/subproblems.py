@@ -174,4 +174,6 @@ def _largest(scales: Any, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
     return scales, 1 / jnp.where(scales > 0, scales, largest)
 
 
-__getattr__ = renamed_attributes(__name__, {"Subproblem": "SubproblemSolver"})
+__getattr__: Callable[[str], Any] = renamed_attributes(
+    __name__, {"Subproblem": "SubproblemSolver"}
+)

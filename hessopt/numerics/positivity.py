@@ -1,10 +1,13 @@
 """The old name of `hessopt.numerics.indefiniteness`, until 0.3."""
 
+from collections.abc import Callable
+from typing import Any
+
 from hessopt._checks import renamed_attributes
 
 _NEW = "hessopt.numerics.indefiniteness"
 
-__getattr__ = renamed_attributes(
+__getattr__: Callable[[str], Any] = renamed_attributes(
     __name__,
     {
         "Factorization": f"{_NEW}.Factorization",
