@@ -133,8 +133,9 @@ def _by_new_names(
     """The arguments by their new names, with a warning at the caller's caller for each
     old one."""
     found = dict(arguments)
-    for old in names.keys() & arguments.keys():
-        new = names[old]
+    for old, new in names.items():
+        if old not in arguments:
+            continue
         if new in arguments:
             raise TypeError(
                 f"{old} is the old name of {new}: give {new} alone, not both"
@@ -158,7 +159,7 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
         another one.
     """
 
-    def getattr_(name: str) -> Any:
+    def attribute(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         warnings.warn(
@@ -169,4 +170,4 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
         home, _, new = names[name].rpartition(".")
         return getattr(importlib.import_module(home or module), new)
 
-    return getattr_
+    return attribute

@@ -26,8 +26,8 @@ LEAST_SHIFT = 1e-10
 a convergence."""
 
 MAX_ATTEMPTS = 18
-"""Remembered shift, `FIRST_SHIFT`, and doublings of it: the last exceeds the norm, so every
-finite matrix succeeds."""
+"""Remembered shift, `FIRST_SHIFT`, and doublings of it: the last exceeds the norm, so
+every finite matrix succeeds."""
 
 
 class ShiftedCholesky(NamedTuple):
