@@ -128,7 +128,7 @@ def test_hyperparameters_are_injected_by_new_and_by_old_names():
 
 def test_an_injected_number_that_shapes_the_program_is_told_to_be_static():
     tx = optax.inject_hyperparams(hessopt.newton)(damping=1e-3)
-    with pytest.raises(ValueError, match="update_every .* list it in static_args"):
+    with pytest.raises(ValueError, match=r"update_every .* list it in static_args"):
         tx.init(jnp.ones(2))
 
 
