@@ -40,7 +40,7 @@ WITHOUT_ROOT = "eigenvectors of J'J instead of singular vectors of J"
 VARIANTS: dict[str, Callable[[], optax.GradientTransformation]] = {
     WHOLE: gauss_newton,
     "no geodesic acceleration": lambda: gauss_newton(geodesic_acceleration=False),
-    "a radius instead of the cubic term": lambda: gauss_newton(model="radius"),
+    "a radius instead of the cubic term": lambda: gauss_newton(step_bound="radius"),
     "D of the iterate instead of the largest so far": lambda: gauss_newton(
         subproblem=subproblems.SubproblemSolver(
             of_this_iterate, scaled=True, complete=True

@@ -42,7 +42,7 @@ INPUTS, TARGETS = (-2, -1, 0, 1, 2), (-3, -2, 1, 2, 3)
 START = (0.8, 0.2, 3.0)  # w, b, a of the network a tanh(w x + b)
 
 METHODS: dict[str, optax.GradientTransformation] = {
-    "plain Newton": hessopt.newton(damping=0.0, positivity="none", linesearch=None),
+    "plain Newton": hessopt.newton(damping=0.0, on_indefinite="none", linesearch=None),
     "newton()": hessopt.newton(),
     "trust_region_newton()": hessopt.trust_region_newton(),
     "bfgs()": hessopt.bfgs(),

@@ -1,13 +1,24 @@
-"""Range checks of hyperparameters."""
+"""Checks of arguments, and the old names of what was renamed."""
 
+import functools
+import importlib
+import inspect
 import math
 import numbers
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import numpy as np
 from jax.core import Tracer
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+REMOVED_IN = "0.3"
+"""The version from which on old names are missing."""
 
 
 def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
@@ -24,8 +35,8 @@ def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
     except TypeError:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
     if not inside:
-        bound = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
-        raise ValueError(f"{name} must be {bound}, got {value}")
+        allowed = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -68,3 +79,95 @@ def choose(name: str, value: Any, table: Mapping[str, Any]) -> Any:
             f"{name} must be one of {sorted(table)}, or {kind} that does the same, got {value!r}"
         )
     return value
+
+
+def renamed_arguments(
+    names: Mapping[str, str],
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Return a decorator by which a function takes arguments by their old names too,
+    with a `DeprecationWarning`.
+
+    The signature has the new names alone. It binds the old ones, since
+    `optax.inject_hyperparams` binds the arguments before it calls the function.
+
+    Args:
+      names: old name -> new name, of arguments that are given by keyword.
+
+    Raises:
+      TypeError: in the function, when both names of an argument are given.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def renamed(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            named = _by_new_names(names, kwargs)
+            return cast(Callable[..., _R], function)(*args, **named)
+
+        signature = inspect.signature(function)
+        binding = _Renaming(
+            list(signature.parameters.values()),
+            return_annotation=signature.return_annotation,
+        )
+        binding.names = names
+        vars(renamed)["__signature__"] = binding
+        return renamed
+
+    return decorate
+
+
+class _Renaming(inspect.Signature):
+    """A signature that binds arguments by their old names too."""
+
+    names: Mapping[str, str] = MappingProxyType({})  # old -> new
+
+    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return super().bind(*args, **_by_new_names(self.names, kwargs))
+
+    def bind_partial(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return super().bind_partial(*args, **_by_new_names(self.names, kwargs))
+
+
+def _by_new_names(
+    names: Mapping[str, str], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments by their new names, with a warning at the caller's caller for each
+    old one."""
+    found = dict(arguments)
+    for old, new in names.items():
+        if old not in arguments:
+            continue
+        if new in arguments:
+            raise TypeError(
+                f"{old} is the old name of {new}: give {new} alone, not both"
+            )
+        warnings.warn(
+            f"{old} is named {new}; the old name works until {REMOVED_IN}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+        found[new] = found.pop(old)
+    return found
+
+
+def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module that gives what was renamed by its old names
+    too, with a `DeprecationWarning`.
+
+    Args:
+      module: its `__name__`.
+      names: old name -> new name, after the name of the module that has it if that is
+        another one.
+    """
+
+    def attribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is named {names[name]}; the old name works until {REMOVED_IN}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        home, _, new = names[name].rpartition(".")
+        return getattr(importlib.import_module(home or module), new)
+
+    return attribute

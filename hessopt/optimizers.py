@@ -6,11 +6,11 @@ from typing import Any
 
 import optax
 
-from hessopt._checks import check_transformation
+from hessopt._checks import check_transformation, renamed_arguments
 from hessopt.calculus.curvature import Curvature, CurvatureFn
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.guards import select
-from hessopt.numerics.positivity import Positivity
+from hessopt.numerics.indefiniteness import IndefiniteTreatment
 from hessopt.transforms.bfgs import scale_by_bfgs
 from hessopt.transforms.generalized_newton import Mode, scale_by_generalized_newton
 from hessopt.transforms.grouped_newton import scale_by_grouped_newton
@@ -36,11 +36,12 @@ self-scaling. (A PINN, 2000 steps of SSBroyden: 1.02 gradients per step, and 1.5
 first rate of 1.)"""
 
 
+@renamed_arguments({"positivity": "on_indefinite"})
 def newton(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     damping: optax.ScalarOrSchedule = 0.0,
-    positivity: str | Positivity = "shift",
+    on_indefinite: str | IndefiniteTreatment = "shift",
     blocks: Groups = "all",
     update_every: int = 1,
     curvature: str | CurvatureFn | Curvature = "hessian",
@@ -52,10 +53,11 @@ def newton(
       learning_rate: factor on the step before the line search, or a schedule of it;
         None means 1.
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
-      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`:
-        add a sufficient multiple of the identity, remembered between updates and halved
-        at each; `"absolute"`: take eigenvalues by magnitude; `"none"`: nothing, which
-        may step towards a saddle or a maximum and says so in the status.
+      on_indefinite: what to do where `H + lambda I` is not positive definite.
+        `"shift"`: add a sufficient multiple of the identity, remembered between updates
+        and halved at each; `"absolute"`: take eigenvalues by magnitude; `"none"`:
+        nothing, which may step towards a saddle or a maximum and says so in the status;
+        or an `IndefiniteTreatment`.
       blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal
         blocks only, each computed on its own.
       update_every: number of updates for which a factorisation serves. Shapes the
@@ -93,7 +95,7 @@ def newton(
     """
     direction = scale_by_newton(
         damping,
-        positivity=positivity,
+        on_indefinite=on_indefinite,
         blocks=blocks,
         update_every=update_every,
         curvature=curvature,

@@ -1,11 +1,72 @@
-"""Names for the arrays and functions that every signature of hessopt speaks of."""
+"""Names for the arrays, functions and records that the signatures of hessopt speak of.
+
+Those of records and functions that an argument accepts in place of a word are loaded
+when they are asked for: their modules import this one.
+"""
 
 import enum
+import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from hessopt.calculus.curvature import Curvature as Curvature
+    from hessopt.calculus.curvature import CurvatureFn as CurvatureFn
+    from hessopt.calculus.curvature import RootFn as RootFn
+    from hessopt.calculus.least_squares import Root as Root
+    from hessopt.kinds.protocol import Call as Call
+    from hessopt.kinds.rates import Measurement as Measurement
+    from hessopt.kinds.rates import RateProblem as RateProblem
+    from hessopt.kinds.step_bounds import StepBound as StepBound
+    from hessopt.kinds.subproblems import EigenModel as EigenModel
+    from hessopt.kinds.subproblems import LocalModel as LocalModel
+    from hessopt.kinds.subproblems import SubproblemSolver as SubproblemSolver
+    from hessopt.numerics.broyden import Formula as Formula
+    from hessopt.numerics.indefiniteness import Factorization as Factorization
+    from hessopt.numerics.indefiniteness import (
+        IndefiniteTreatment as IndefiniteTreatment,
+    )
+    from hessopt.objective.binding import Objective as Objective
+    from hessopt.transforms.generalized_newton import Mode as Mode
+    from hessopt.transforms.generalized_newton import Parabola as Parabola
+    from hessopt.transforms.linesearch import InitialGuess as InitialGuess
+    from hessopt.transforms.newton_cg import Preconditioner as Preconditioner
+    from hessopt.trees.groups import Groups as Groups
+else:
+    _HOMES = {
+        "Call": "kinds.protocol",
+        "Curvature": "calculus.curvature",
+        "CurvatureFn": "calculus.curvature",
+        "EigenModel": "kinds.subproblems",
+        "Factorization": "numerics.indefiniteness",
+        "Formula": "numerics.broyden",
+        "Groups": "trees.groups",
+        "IndefiniteTreatment": "numerics.indefiniteness",
+        "InitialGuess": "transforms.linesearch",
+        "LocalModel": "kinds.subproblems",
+        "Measurement": "kinds.rates",
+        "Mode": "transforms.generalized_newton",
+        "Objective": "objective.binding",
+        "Parabola": "transforms.generalized_newton",
+        "Preconditioner": "transforms.newton_cg",
+        "RateProblem": "kinds.rates",
+        "Root": "calculus.least_squares",
+        "RootFn": "calculus.curvature",
+        "StepBound": "kinds.step_bounds",
+        "SubproblemSolver": "kinds.subproblems",
+    }
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"hessopt.{_HOMES[name]}"), name)
+
+    def __dir__():
+        return sorted({*globals(), *_HOMES})
+
 
 Params: TypeAlias = Any
 """A pytree of floating or complex arrays."""

@@ -69,10 +69,10 @@ def masked_newton() -> optax.GradientTransformation:
 
 HESSOPT = (
     newton("shift")._replace(main=True),
-    newton("absolute", positivity="absolute"),
+    newton("absolute", on_indefinite="absolute"),
     newton(
         "none, backtracking",
-        positivity="none",
+        on_indefinite="none",
         linesearch=optax.scale_by_backtracking_linesearch(30),
     ),
     newton("leaf blocks", blocks="leaf", update_every=2),
@@ -214,7 +214,7 @@ HESSOPT += (
     Case(
         "trust_region_newton, radius, cg",
         hessopt.trust_region_newton,
-        {"model": "radius", "subproblem": "cg"},
+        {"step_bound": "radius", "subproblem": "cg"},
         needs=("value_fn",),
         unitless=True,
     ),

@@ -79,7 +79,7 @@ def resolve(curvature: str | CurvatureFn | Curvature) -> Curvature:
     return next(known, Curvature(found))
 
 
-def product(
+def curvature_product(
     value_fn: ValueFn,
     params: Params,
     curvature: str | CurvatureFn | Curvature = "hessian",
@@ -127,7 +127,7 @@ def hvp(value_fn: ValueFn, params: Params, vector: Params) -> Params:
         raise ValueError(
             f"vector must have the shapes of params, {expected}, got {shapes}"
         )
-    return product(value_fn, params)(
+    return curvature_product(value_fn, params)(
         jax.tree.map(lambda v, p: jnp.asarray(v, jnp.result_type(p)), vector, params)
     )
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hessopt._checks import check_range
-from hessopt.calculus.curvature import product
+from hessopt.calculus.curvature import curvature_product
 from hessopt.numerics.guards import matmul, or_one
 from hessopt.numerics.norms import norm
 from hessopt.trees.vectors import ravel, unravel
@@ -76,7 +76,7 @@ def spectrum(
     like = ravel(params)
     n = like.size
     check_range("k", k, 1, n)
-    linear = product(value_fn, params)
+    linear = curvature_product(value_fn, params)
 
     def multiply(vector: Vector) -> Vector:
         return ravel(linear(unravel(vector, params)))

@@ -47,7 +47,7 @@ from hessopt.trees.vectors import (
 )
 from hessopt.typing import Matrix, Params, Termination
 
-DENSE = 512
+MAX_DENSE_SIZE = 512
 """Real parameters up to which derivatives come from the dense Hessian; conjugate
 gradients take as many products."""
 
@@ -279,7 +279,7 @@ def _solve_jvp(
 
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
     against = jax.tree.map(jnp.negative, shift)
-    if sum(part.size for part in parts) <= DENSE:
+    if sum(part.size for part in parts) <= MAX_DENSE_SIZE:
         restored = precompose(objective_and_aux(problem, data)[0], restore)
         d_parts = _solve_dense(
             block_hessians(restored, parts, [0] * len(parts), 1)[0], against

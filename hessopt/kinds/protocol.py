@@ -28,14 +28,14 @@ class Call(NamedTuple):
     grad: Params | None  # gradient at params, in optax's convention, if it was given
     value: jax.Array | None  # scalar, objective at params, if it was given
     # value_fn with its data bound; None for a method that does not need it
-    bound: Objective | None
+    bound_objective: Objective | None
     finite: jax.Array | bool  # bool scalar, whether the value, if given, is finite
 
     @property
     def objective(self) -> Objective:
         """The objective as a function of params alone, for a method that needs it."""
-        assert self.bound is not None, "needs must name value_fn"
-        return self.bound
+        assert self.bound_objective is not None, "needs must name value_fn"
+        return self.bound_objective
 
     @property
     def gradient(self) -> Params:

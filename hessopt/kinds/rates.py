@@ -11,7 +11,6 @@ to solve.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range
+from hessopt._checks import check_count, check_range, renamed_attributes
 from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.guards import divide, select
 from hessopt.trees.groups import Groups, check_groups, group_labels, take
@@ -432,21 +431,11 @@ def scaled(updates: Params, labels: Any, rate: Vector) -> Params:
     )
 
 
-RENAMED = {
-    "Restricted": "RateProblem",
-    "Measured": "Measurement",
-    "Solved": "RateSolution",
-}
-"""Old names of the types in this module, and the new ones."""
-
-
-def __getattr__(name: str) -> Any:
-    if name not in RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    new = RENAMED[name]
-    warnings.warn(
-        f"{__name__}.{name} is named {new}; the old name works until 0.3",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return globals()[new]
+__getattr__: Callable[[str], Any] = renamed_attributes(
+    __name__,
+    {
+        "Restricted": "RateProblem",
+        "Measured": "Measurement",
+        "Solved": "RateSolution",
+    },
+)

@@ -7,20 +7,21 @@ optimization", part I, 2011.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from hessopt._checks import renamed_attributes
 from hessopt.numerics import secular
 from hessopt.numerics.guards import or_one
 from hessopt.typing import Vector
 
-TAKEN = 1e-4
+TAKEN_RATIO = 1e-4
 """Least ratio at which a step is taken."""
-POOR = 0.1
+POOR_RATIO = 0.1
 """Below this ratio the model is trusted less."""
-GOOD = 0.5
+GOOD_RATIO = 0.5
 """Above this ratio the model is trusted more."""
 
 
@@ -49,7 +50,7 @@ def _adapt_radius(
     """A quarter of a poor step, twice a good one that was held back."""
     larger = jnp.where(step.shift > 0, jnp.maximum(size, 2 * step.length), size)
     return jnp.where(
-        ratio < POOR, step.length / 4, jnp.where(ratio > GOOD, larger, size)
+        ratio < POOR_RATIO, step.length / 4, jnp.where(ratio > GOOD_RATIO, larger, size)
     )
 
 
@@ -78,7 +79,9 @@ def _adapt_sigma(
         secular.within_radius(w, z, jnp.where(step.length > 0, step.length / 2, 1.0))
     )
     more, less = jnp.maximum(2 * size, half), jnp.maximum(size / 4, least)
-    return jnp.where(ratio < POOR, more, jnp.where(ratio > GOOD, less, size))
+    return jnp.where(
+        ratio < POOR_RATIO, more, jnp.where(ratio > GOOD_RATIO, less, size)
+    )
 
 
 RADIUS = StepBound(secular.within_radius, lambda w, ball: ball.length, _adapt_radius)
@@ -88,3 +91,5 @@ CUBIC = StepBound(secular.with_cubic_term, _first_sigma, _adapt_sigma)
 """The quadratic model with `sigma/3 |p|^3`; its size is sigma."""
 
 STEP_BOUNDS = {"radius": RADIUS, "cubic": CUBIC}
+
+__getattr__: Callable[[str], Any] = renamed_attributes(__name__, {"Model": "StepBound"})

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.calculus.curvature import Curvature, block_hessians, product
+from hessopt._checks import renamed_attributes
+from hessopt.calculus.curvature import Curvature, block_hessians, curvature_product
 from hessopt.calculus.krylov import combination, krylov, within
 from hessopt.calculus.least_squares import Root
 from hessopt.numerics import secular
@@ -24,7 +25,7 @@ from hessopt.objective.binding import Objective
 from hessopt.trees.vectors import all_finite, inner, ravel, solve_dtype, unravel
 from hessopt.typing import Vector
 
-DIMENSION = 50
+MAX_KRYLOV_DIMENSION = 50
 """Largest Krylov space; each of its vectors is kept."""
 
 
@@ -128,14 +129,14 @@ def _of_root(local: LocalModel, root: Root) -> _Factored:
 def conjugate(local: LocalModel) -> EigenModel:
     """The Krylov space of the gradient, unscaled."""
     wide = solve_dtype(local.parts)
-    linear = product(local.objective, local.parts, local.curvature)
+    linear = curvature_product(local.objective, local.parts, local.curvature)
 
     def multiply(v: Leaves) -> Leaves:
         image = linear(optax.tree.cast_like(v, local.parts))
         return [x.astype(wide) for x in image]
 
     g = optax.tree.cast(local.gradient, wide)
-    size = min(DIMENSION, sum(part.size for part in local.parts))
+    size = min(MAX_KRYLOV_DIMENSION, sum(part.size for part in local.parts))
     tolerance = local.tolerance * jnp.sqrt(inner(g, g))
     space = krylov(multiply, g, size, local.minimize, tolerance)
     return EigenModel(
@@ -171,3 +172,8 @@ def _largest(scales: Any, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
     scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
     largest = unit_scale(scales)
     return scales, 1 / jnp.where(scales > 0, scales, largest)
+
+
+__getattr__: Callable[[str], Any] = renamed_attributes(
+    __name__, {"Subproblem": "SubproblemSolver"}
+)

@@ -18,16 +18,16 @@ import jax.numpy as jnp
 from hessopt.numerics.norms import norm
 from hessopt.typing import Matrix, Vector
 
-START = 1e-4
+FIRST_SHIFT = 1e-4
 """First nonzero shift, in units of the Frobenius norm, which bounds every eigenvalue."""
 
-FLOOR = 1e-10
+LEAST_SHIFT = 1e-10
 """In the same units, the shift below which none is tried: it would only slow the end of
 a convergence."""
 
 MAX_ATTEMPTS = 18
-"""Remembered shift, `START`, and doublings of it: the last exceeds the norm, so every
-finite matrix succeeds."""
+"""Remembered shift, `FIRST_SHIFT`, and doublings of it: the last exceeds the norm, so
+every finite matrix succeeds."""
 
 
 class ShiftedCholesky(NamedTuple):
@@ -58,11 +58,11 @@ def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
     eye = jnp.eye(len(matrix), dtype=matrix.dtype)
     diagonal = jnp.diagonal(matrix)
     size = norm(matrix)
-    first = jnp.minimum(jnp.where(shift / 2 < FLOOR * size, 0.0, shift / 2), size)
+    first = jnp.minimum(jnp.where(shift / 2 < LEAST_SHIFT * size, 0.0, shift / 2), size)
 
     def attempt(last: ShiftedCholesky) -> ShiftedCholesky:
         shift = jnp.where(
-            last.attempts == 0, first, jnp.maximum(2 * last.shift, START * size)
+            last.attempts == 0, first, jnp.maximum(2 * last.shift, FIRST_SHIFT * size)
         )
         factor = jax.lax.linalg.cholesky(matrix + shift * eye, symmetrize_input=False)
         pivots = jnp.diagonal(factor) ** 2

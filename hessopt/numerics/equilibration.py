@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hessopt.numerics.guards import or_one
 from hessopt.typing import Matrix, Vector
 
-ROUNDS = 10
+EQUILIBRATION_ROUNDS = 10
 """Each takes the square root of what the rows still differ by."""
 
 
@@ -26,7 +26,7 @@ def equilibration(H: Matrix) -> Vector:
 
     # from the diagonal on, since so begun they follow a change of units exactly
     return jax.lax.fori_loop(
-        0, ROUNDS, improve, unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H))))
+        0, EQUILIBRATION_ROUNDS, improve, unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H))))
     )
 
 

@@ -1,96 +1,20 @@
-"""A symmetric matrix, factorised as it is or made positive definite: what Newton's step
-is solved with."""
+"""The old name of `hessopt.numerics.indefiniteness`, until 0.3."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
+from hessopt._checks import renamed_attributes
 
-from hessopt.numerics.cholesky import cholesky_solve, shifted_cholesky
-from hessopt.numerics.guards import matmul
-from hessopt.typing import Matrix, Vector
+_NEW = "hessopt.numerics.indefiniteness"
 
-ABSOLUTE_FLOOR = 1e-8
-"""Smallest magnitude, relative to the largest, that `absolute` lets an eigenvalue have."""
-
-
-class Factorization(NamedTuple):
-    """A symmetric `(n, n)` matrix A, ready for solves."""
-
-    factor: Any  # pytree of arrays, what `Positivity.solve` takes
-    # (n,), magnitudes whose smallest tells how near to singular the factorised matrix
-    # is
-    pivots: Vector
-    # scalar, added to the diagonal of A; handed to the next factorisation
-    shift: jax.Array
-    attempts: jax.Array  # int32 scalar, factorisations tried
-    indefinite: jax.Array  # bool scalar, A is known not to be positive definite
-    ok: jax.Array  # bool scalar, the factor can be used
-
-
-class Positivity(NamedTuple):
-    """A way to solve with a matrix that need not be positive definite."""
-
-    # of a matrix and the shift of the last factorisation
-    factorize: Callable[[Matrix, jax.Array], Factorization]
-    solve: Callable[[Any, Vector], Vector]  # of its factor and a vector
-
-
-def _shift(matrix: Matrix, shift: jax.Array) -> Factorization:
-    found = shifted_cholesky(matrix, shift)
-    # what a remembered shift may hide
-    indefinite = (found.attempts > 1) | jnp.any(jnp.diagonal(matrix) <= 0)
-    return Factorization(
-        found.factor, found.pivots, found.shift, found.attempts, indefinite, found.ok
-    )
-
-
-def _absolute(matrix: Matrix, shift: jax.Array) -> Factorization:
-    eigenvalues, vectors = jnp.linalg.eigh(matrix, symmetrize_input=False)
-    magnitudes = jnp.abs(eigenvalues)
-    magnitudes = jnp.maximum(
-        magnitudes, ABSOLUTE_FLOOR * jnp.max(magnitudes, initial=0.0)
-    )
-    ok = jnp.all(jnp.isfinite(eigenvalues)) & jnp.all(magnitudes > 0)
-    return Factorization(
-        (vectors, magnitudes),
-        magnitudes,
-        shift,
-        jnp.ones((), jnp.int32),
-        jnp.any(eigenvalues <= 0),
-        ok,
-    )
-
-
-def _solve_absolute(factor: Any, vector: Vector) -> Vector:
-    vectors, magnitudes = factor
-    coefficients = matmul(vector, vectors) / magnitudes
-    return matmul(vectors, coefficients)
-
-
-def _none(matrix: Matrix, shift: jax.Array) -> Factorization:
-    lu, permutation = jax.scipy.linalg.lu_factor(matrix)
-    pivots = jnp.abs(jnp.diagonal(lu))
-    definite = jnp.all(
-        jnp.isfinite(jax.lax.linalg.cholesky(matrix, symmetrize_input=False))
-    )
-    ok = jnp.all(jnp.isfinite(lu)) & jnp.all(pivots > 0)
-    return Factorization(
-        (lu, permutation), pivots, shift, jnp.ones((), jnp.int32), ~definite, ok
-    )
-
-
-SHIFT = Positivity(_shift, cholesky_solve)
-"""`A + s I` with a remembered s, halved or doubled until it serves; Cholesky, n^3/3
-multiplications an attempt."""
-
-ABSOLUTE = Positivity(_absolute, _solve_absolute)
-"""`|A|`, the eigenvalues by magnitude: no step is attracted by a saddle. `eigh`, about
-9 n^3."""
-
-NONE = Positivity(_none, jax.scipy.linalg.lu_solve)
-"""A itself, definite or not. LU, and a Cholesky that only tells whether it is definite:
-n^3."""
-
-POSITIVITIES = {"shift": SHIFT, "absolute": ABSOLUTE, "none": NONE}
+__getattr__: Callable[[str], Any] = renamed_attributes(
+    __name__,
+    {
+        "Factorization": f"{_NEW}.Factorization",
+        "Positivity": f"{_NEW}.IndefiniteTreatment",
+        "SHIFT": f"{_NEW}.SHIFT",
+        "ABSOLUTE": f"{_NEW}.ABSOLUTE",
+        "NONE": f"{_NEW}.NONE",
+        "POSITIVITIES": f"{_NEW}.INDEFINITE_TREATMENTS",
+    },
+)

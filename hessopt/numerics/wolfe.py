@@ -26,11 +26,11 @@ from hessopt.typing import Vector
 
 SEARCHING, ACCEPTED, FAILED = 0, 1, 2
 
-NOISE = 0.5
+NOISE_POWER = 0.5
 """Values of the objective are trusted to its machine epsilon to this power, relative:
 sums of large terms cancel."""
 
-FAR = 4
+MAX_TRIALS_TOO_FAR = 4
 """Trials that are all too far, after which the next one is a tenth as far at most: a
 first step may be in other units than the parameters, and where the objective is of high
 order beyond a minimiser, a cubic is a poor guide to it."""
@@ -132,7 +132,7 @@ def advance(
     width = new_high.rate - new_low.rate
     bounded = jnp.isfinite(width)
     trials = bracket.trials + 1
-    far = (trials >= FAR) & (new_low.rate == 0)
+    far = (trials >= MAX_TRIALS_TOO_FAR) & (new_low.rate == 0)
     inside = new_low.rate + width * jnp.minimum(
         _fraction(new_low, new_high, noise), jnp.where(far, 0.1, 1.0)
     )

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from hessopt.trees.groups import combine, take
 from hessopt.typing import Params, ValueFn
 
-PROTOCOL = ("value", "grad", "value_fn")
+PROTOCOL_KEYWORDS = ("value", "grad", "value_fn")
 """The keywords of `update` that are no data."""
 
-UPDATE = "tx.update(grads, state, params, value_fn={name}, {given})"
+UPDATE_CALL = "tx.update(grads, state, params, value_fn={name}, {given})"
 """The call to write for an objective that lacks data."""
 
 
@@ -129,7 +129,7 @@ def bind(
     data: Mapping[str, Any],
     *,
     caller: str,
-    call: str = UPDATE,
+    call: str = UPDATE_CALL,
     has_aux: bool = False,
 ) -> Objective:
     """Return `value_fn` as an objective of params alone, given the data that it names.
@@ -218,12 +218,14 @@ def of_group(
     own = {
         name: thing
         for name, thing in keywords.items()
-        if thing is not None or name not in PROTOCOL
+        if thing is not None or name not in PROTOCOL_KEYWORDS
     }
     if "grad" in own:
         own["grad"] = take(own["grad"], labels, group)
     if "value_fn" in own:
-        data = {name: thing for name, thing in own.items() if name not in PROTOCOL}
+        data = {
+            name: thing for name, thing in own.items() if name not in PROTOCOL_KEYWORDS
+        }
         objective = bind(own["value_fn"], data, caller=caller)
         own["value_fn"] = precompose(objective, lambda part: combine(part, params))
     return own

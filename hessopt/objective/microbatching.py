@@ -65,15 +65,15 @@ def microbatched(
 
     @functools.wraps(value_fn)
     def whole(*args: Any, **kwargs: Any) -> jax.Array:
-        bound = signature.bind(*args, **kwargs)
-        (first, params), *data = bound.arguments.items()
+        call = signature.bind(*args, **kwargs)
+        (first, params), *data = call.arguments.items()
         split = {name: part for name, part in data if over is None or name in over}
         parts = jax.tree.map(functools.partial(_parts, count), split)
 
         @jax.checkpoint
         def one(params: Any, part: dict[str, Any]) -> jax.Array:
-            bound.arguments.update({first: params} | part)
-            return value_fn(*bound.args, **bound.kwargs)
+            call.arguments.update({first: params} | part)
+            return value_fn(*call.args, **call.kwargs)
 
         total = jax.eval_shape(one, params, jax.tree.map(lambda part: part[0], parts))
         zero = jnp.zeros(total.shape, total.dtype)

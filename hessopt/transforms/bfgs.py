@@ -24,7 +24,7 @@ from hessopt.numerics.broyden import FORMULAS, Formula
 from hessopt.numerics.guards import divide, or_one, select
 from hessopt.numerics.secant import accepts, first_scale
 from hessopt.trees.sharding import zeros
-from hessopt.trees.vectors import all_finite, eps, gram, inner, ravel, unravel
+from hessopt.trees.vectors import all_finite, eps, inner, inner_products, ravel, unravel
 from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
 
 FOLD_PERIOD = 16
@@ -271,7 +271,7 @@ def _measure(call: Call, state: BfgsState) -> _Measured:
     x_old, g_old, p_old = state.last
     p = broyden.product(state.inverse, g)
     vectors = _PerVector(x - x_old, g - g_old, g, g_old, p_old, p - p_old)
-    products = gram(*vectors)
+    products = inner_products(*vectors)
     dot = _PerVector(*(_PerVector(*row) for row in products))
     vv = dot.g.g if call.is_gradient else inner(v, v)
     return _Measured(

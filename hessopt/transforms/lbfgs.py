@@ -24,7 +24,7 @@ from hessopt.numerics.secant import accepts, first_scale, to_unit_length
 from hessopt.objective.binding import bind, require_params
 from hessopt.trees import vectors
 from hessopt.trees.sharding import contract, stack_of, zeros
-from hessopt.trees.vectors import eps, gram, inner, solve_dtype
+from hessopt.trees.vectors import eps, inner, inner_products, solve_dtype
 from hessopt.typing import Matrix, Params, StepStatus, ValueFn, Vector, step_status
 
 _NAME = "scale_by_lbfgs"
@@ -174,7 +174,7 @@ def scale_by_lbfgs(
         # the next pair
         s = jax.tree.map(_difference, params, old_params, state.pairs)
         y = jax.tree.map(_difference, grad, old_grad, state.pairs)
-        inners = gram(grad, s, y)
+        inners = inner_products(grad, s, y)
         (gg, sg, _), (_, ss, sy), (_, _, yy) = inners
         gg_old = inner(old_grad, old_grad) if same_batch_pairs else state.gg
         same = all(

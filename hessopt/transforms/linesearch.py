@@ -26,7 +26,13 @@ from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import wolfe
 from hessopt.numerics.guards import select
 from hessopt.trees.sharding import beside
-from hessopt.trees.vectors import applied, gram, inner, solve_dtype, strongly_typed
+from hessopt.trees.vectors import (
+    applied,
+    inner,
+    inner_products,
+    solve_dtype,
+    strongly_typed,
+)
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
 InitialGuess = Callable[[jax.Array, jax.Array], jax.Array]
@@ -220,14 +226,14 @@ def _step(
 
 def _measure(call: Call) -> tuple[_Start, jax.Array]:
     """phi(0) and phi'(0) = Re <g, u>; and the squared length of u."""
-    inners = gram(call.grad, call.updates)
+    inners = inner_products(call.grad, call.updates)
     value_dtype = jnp.result_type(call.value)
     dtype = solve_dtype((call.params, call.value))
     value, slope = jnp.asarray(call.value, dtype), jnp.asarray(inners[0, 1], dtype)
     finite = jnp.isfinite(value) & jnp.isfinite(slope)
     descends = finite & (slope < -jnp.finfo(dtype).tiny)
     per_unit = 1.0 / jnp.where(descends, -slope, 1.0)
-    noise = jnp.finfo(value_dtype).eps ** wolfe.NOISE * jnp.abs(value) * per_unit
+    noise = jnp.finfo(value_dtype).eps ** wolfe.NOISE_POWER * jnp.abs(value) * per_unit
     slope = jnp.where(descends, slope, -1.0)
     return _Start(value, slope, per_unit, finite, descends, noise), inners[1, 1]
 

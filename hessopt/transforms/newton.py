@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, choose
+from hessopt._checks import check_count, check_range, choose, renamed_arguments
 from hessopt.calculus.curvature import (
     Curvature,
     CurvatureFn,
@@ -30,8 +30,8 @@ from hessopt.calculus.curvature import (
 )
 from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.guards import or_one, select
+from hessopt.numerics.indefiniteness import INDEFINITE_TREATMENTS, IndefiniteTreatment
 from hessopt.numerics.norms import norm, unit_scale
-from hessopt.numerics.positivity import POSITIVITIES, Positivity
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import all_finite, ravel, solve_dtype, unravel
@@ -66,10 +66,11 @@ class NewtonState(NamedTuple):
     info: NewtonInfo
 
 
+@renamed_arguments({"positivity": "on_indefinite"})
 def scale_by_newton(
     damping: optax.ScalarOrSchedule = 0.0,
     *,
-    positivity: str | Positivity = "shift",
+    on_indefinite: str | IndefiniteTreatment = "shift",
     blocks: Groups = "all",
     update_every: int = 1,
     curvature: str | CurvatureFn | Curvature = "hessian",
@@ -80,10 +81,11 @@ def scale_by_newton(
 
     Args:
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
-      positivity: what to do where `H + lambda I` is not positive definite. `"shift"`:
-        add a sufficient multiple of the identity, remembered between updates and halved
-        at each; `"absolute"`: take eigenvalues by magnitude; `"none"`: nothing, which
-        may step towards a saddle or a maximum and says so in the status.
+      on_indefinite: what to do where `H + lambda I` is not positive definite.
+        `"shift"`: add a sufficient multiple of the identity, remembered between updates
+        and halved at each; `"absolute"`: take eigenvalues by magnitude; `"none"`:
+        nothing, which may step towards a saddle or a maximum and says so in the status;
+        or an `IndefiniteTreatment`.
       blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal
         blocks only, each computed on its own.
       update_every: number of updates for which a factorisation serves. Shapes the
@@ -127,8 +129,8 @@ def scale_by_newton(
     check_range("damping", damping, 0)
     check_count("update_every", update_every)
     check_groups("blocks", blocks)
-    method = choose("positivity", positivity, POSITIVITIES)
-    options = _Options(damping, method, blocks, update_every, resolve(curvature))
+    treatment = choose("on_indefinite", on_indefinite, INDEFINITE_TREATMENTS)
+    options = _Options(damping, treatment, blocks, update_every, resolve(curvature))
     init, step = functools.partial(_init, options), functools.partial(_step, options)
     return transformation("scale_by_newton", init, step, needs=("value_fn",))
 
@@ -137,7 +139,7 @@ class _Options(NamedTuple):
     """The arguments of `scale_by_newton`, checked and resolved."""
 
     damping: optax.ScalarOrSchedule
-    method: Positivity
+    treatment: IndefiniteTreatment
     blocks: Groups
     update_every: int
     curvature: Curvature
@@ -194,7 +196,7 @@ def _step(
     # p_b = (H_b + lambda I)^-1 g_b; a block without a finite solution stays
     direction, status = call.updates, blocks.info.status
     for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
-        p = unravel(options.method.solve(blocks.factors[group], g), part)
+        p = unravel(options.treatment.solve(blocks.factors[group], g), part)
         solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))
         facts = {
             StepStatus.NONFINITE: ~finite,
@@ -232,7 +234,7 @@ def _factorize(
     factors, shifts, infos = [], [], []
     for group, (H, g) in enumerate(zip(matrices, gradients, strict=True)):
         factor, shift, info = _factorize_block(
-            options.method, H, g, lam, old[group], state.shift[group]
+            options.treatment, H, g, lam, old[group], state.shift[group]
         )
         factors.append(factor)
         shifts.append(shift)
@@ -249,7 +251,7 @@ def _empty_factors(
         size = jax.eval_shape(ravel, take(params, labels, group)).size
         matrix = jax.ShapeDtypeStruct((size, size), solve_dtype(params))
         shift = jax.ShapeDtypeStruct((), matrix.dtype)
-        shapes = jax.eval_shape(options.method.factorize, matrix, shift).factor
+        shapes = jax.eval_shape(options.treatment.factorize, matrix, shift).factor
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     return [empty(group) for group in range(count)]
@@ -265,7 +267,7 @@ def _points_uphill(direction: optax.Updates, call: Call) -> jax.Array:
 
 
 def _factorize_block(
-    method: Positivity,
+    treatment: IndefiniteTreatment,
     H: Matrix,
     g: Vector,
     lam: jax.Array,
@@ -277,7 +279,7 @@ def _factorize_block(
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
     diagonal = jnp.where(flat, or_one(length), lam)
-    new = method.factorize(H + diagonal * jnp.eye(len(H), dtype=H.dtype), old_shift)
+    new = treatment.factorize(H + diagonal * jnp.eye(len(H), dtype=H.dtype), old_shift)
 
     smallest = jnp.min(new.pivots, initial=jnp.inf)
     status = step_status(

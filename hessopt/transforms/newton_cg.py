@@ -26,7 +26,7 @@ from hessopt.numerics.cg import conjugate_gradients, forcing
 from hessopt.numerics.guards import divide, or_one, select
 from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import zeros
-from hessopt.trees.vectors import gram, inner, real_leaves, solve_dtype
+from hessopt.trees.vectors import inner, inner_products, real_leaves, solve_dtype
 from hessopt.typing import Params, StepStatus, step_status
 
 Preconditioner = Callable[[Params, Params], Params]
@@ -169,7 +169,7 @@ def _step(
         multiply,
         g,
         start,
-        gram=gram,
+        gram=inner_products,
         precondition=precondition,
         tolerance=forcing(length, first_length) * length,
         max_iterations=options.max_iterations,
@@ -259,7 +259,7 @@ def _warm(
     """The multiple of p that minimises the model, and H times it; zero where p has no
     positive curvature."""
     q = multiply(p)
-    (_, pq, _), (_, _, _), (pg, _, _) = gram(p, q, g)
+    (_, pq, _), (_, _, _), (pg, _, _) = inner_products(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)
     rate = divide(pg, pq, usable)
     x, Hx = ([jnp.where(usable, rate * leaf, 0.0) for leaf in tree] for tree in (p, q))

@@ -14,7 +14,7 @@ from hessopt._checks import check_transformation
 from hessopt.kinds.line_searches import LinesearchState
 from hessopt.numerics.guards import select
 from hessopt.objective.binding import bind, precompose, require_given, require_params
-from hessopt.trees.sharding import beside, gathered, placed
+from hessopt.trees.sharding import beside, gathered, split_like
 from hessopt.trees.vectors import strongly_typed
 from hessopt.typing import Params, ValueFn
 
@@ -64,7 +64,7 @@ def fitted(
         array_params = jax.tree.map(jnp.asarray, params)
 
         def place(tree: Any) -> Any:
-            return jax.tree.map(placed, tree, array_params)
+            return jax.tree.map(split_like, tree, array_params)
 
         def with_grad(state: Any, change: Any) -> Any:
             return (

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, choose
+from hessopt._checks import check_count, check_range, choose, renamed_arguments
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
-from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN, StepBound, gain_ratio
+from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
 from hessopt.kinds.subproblems import (
     SUBPROBLEMS,
     EigenModel,
@@ -57,7 +57,7 @@ from hessopt.trees.vectors import (
 )
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
-BEND = 0.75
+MAX_ACCELERATION = 0.75
 """Largest length of an acceleration in that of its step: beyond, the series in t means
 nothing, and p is not bent."""
 
@@ -88,9 +88,10 @@ class TrustRegionState(NamedTuple):
     info: TrustRegionInfo
 
 
+@renamed_arguments({"model": "step_bound"})
 def trust_region_newton(
     *,
-    model: str | StepBound = "cubic",
+    step_bound: str | StepBound = "cubic",
     subproblem: str | SubproblemSolver = "exact",
     curvature: str | CurvatureFn | Curvature = "hessian",
     initial_radius: float | None = None,
@@ -100,7 +101,8 @@ def trust_region_newton(
     """Newton's method in a region of trust, with any curvature.
 
     Args:
-      model: `"cubic"`, with `sigma/3 |D p|^3`, or `"radius"`, with `|D p| <= radius`.
+      step_bound: what keeps steps to where the model is good: `"cubic"`, a term
+        `sigma/3 |D p|^3`, or `"radius"`, the limit `|D p| <= radius`; or a `StepBound`.
       subproblem: `"exact"`, by an eigendecomposition, with a D that makes units of
         parameters irrelevant, or `"cg"`, in the space that conjugate gradients span (at
         most 50 products with the curvature, D = 1), until the residual is at most
@@ -159,7 +161,7 @@ def trust_region_newton(
             "initial_radius", initial_radius, float(jnp.finfo(jnp.float32).tiny)
         )
     options = _Options(
-        bound=choose("model", model, STEP_BOUNDS),
+        step_bound=choose("step_bound", step_bound, STEP_BOUNDS),
         solver=choose("subproblem", subproblem, SUBPROBLEMS),
         curvature=resolve(curvature),
         initial_radius=initial_radius,
@@ -179,7 +181,7 @@ def trust_region_newton(
 class _Options(NamedTuple):
     """The arguments of `trust_region_newton`, checked and resolved."""
 
-    bound: StepBound
+    step_bound: StepBound
     solver: SubproblemSolver
     curvature: Curvature
     initial_radius: float | None
@@ -233,7 +235,7 @@ def _step(
     # trials, each shorter than the one before, until one is taken
     def goes_on(last: _Trial) -> jax.Array:
         unsettled = last.told & (last.count < options.max_trials)
-        return problem.finite & unsettled & ~(last.ratio >= TAKEN)
+        return problem.finite & unsettled & ~(last.ratio >= TAKEN_RATIO)
 
     zero = jnp.zeros((), w.dtype)
     none = jax.tree.map(jnp.zeros_like, problem.parts)
@@ -241,7 +243,7 @@ def _step(
     attempt = functools.partial(_attempt, options, problem)
     last = jax.lax.while_loop(goes_on, attempt, begin)
 
-    taken = last.ratio >= TAKEN
+    taken = last.ratio >= TAKEN_RATIO
     rounding = jnp.finfo(w.dtype).eps * len(w) * jnp.max(jnp.abs(w))
     status = {
         StepStatus.NONFINITE: ~problem.finite,
@@ -286,7 +288,7 @@ def _measure(
         parts,
         gradient,
         options.curvature,
-        lambda w, z: options.bound.minimize(w, z, _size(options, state, w, z)),
+        lambda w, z: options.step_bound.minimize(w, z, _size(options, state, w, z)),
         forcing(length, first_length),
         state.scales,
     )
@@ -305,14 +307,14 @@ def _size(
     """The radius or sigma of the last update; for the first, by Cauchy's step."""
     given = options.initial_radius
     radius = _cauchy(w, z) if given is None else jnp.asarray(given, w.dtype)
-    first = options.bound.first(w, secular.within_radius(w, z, radius))
+    first = options.step_bound.first(w, secular.within_radius(w, z, radius))
     return jnp.where(state.size > 0, state.size, first)
 
 
 def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
     """Minimise the bounded model, and judge the step by the objective."""
     objective, parts, value, noise, model, *_ = problem
-    step = options.bound.minimize(model.w, model.z, last.size)
+    step = options.step_bound.minimize(model.w, model.z, last.size)
     sound = jnp.isfinite(step.length)
 
     # p + a / 2, unless the acceleration is too long for the series in t
@@ -320,7 +322,9 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
     if options.geodesic_acceleration:
         bending = model.project(_bending(objective, parts, p))
         a = secular.divided(model.w, bending, step.shift)
-        p = model.lift(step.y + jnp.where(norm(a) <= BEND * step.length, a / 2, 0.0))
+        p = model.lift(
+            step.y + jnp.where(norm(a) <= MAX_ACCELERATION * step.length, a / 2, 0.0)
+        )
     p = [
         jnp.where(sound, x, 0.0).astype(part.dtype)
         for x, part in zip(p, parts, strict=True)
@@ -333,7 +337,7 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
     ratio = gain_ratio(fall, step.decrease, noise).astype(model.w.dtype)
     told = step.decrease > noise
     judged = jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0)
-    size = options.bound.adapt(model.w, model.z, last.size, judged, step)
+    size = options.step_bound.adapt(model.w, model.z, last.size, judged, step)
     return _Trial(p, size, ratio, step.shift, told, last.count + 1)
 
 

@@ -50,7 +50,7 @@ def gathered(x: jax.Array) -> jax.Array:
     return x if whole is None else jax.sharding.reshard(x, whole)
 
 
-def placed(x: jax.Array, like: jax.Array) -> jax.Array:
+def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """The same array, split as another of its shape is on an explicit mesh."""
     return (
         x

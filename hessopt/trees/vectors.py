@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.numerics.norms import unit_scale
-from hessopt.trees.sharding import contract, gathered, placed
+from hessopt.trees.sharding import contract, gathered, split_like
 from hessopt.typing import Matrix, Params, Vector
 
 
@@ -73,7 +73,7 @@ def unravel(vector: Vector, like: Params) -> Params:
     pieces, start = [], 0
     for part in parts:
         piece = vector[start : start + part.size].reshape(part.shape)
-        pieces.append(placed(piece.astype(part.dtype), part))
+        pieces.append(split_like(piece.astype(part.dtype), part))
         start += part.size
     return restore(pieces)
 
@@ -82,7 +82,7 @@ LARGE = 2**16
 """Entries of a leaf from which on passes over memory count for more than kernels."""
 
 
-def gram(*vectors: Params) -> Matrix:
+def inner_products(*vectors: Params) -> Matrix:
     """The real inner products among k trees, `(k, k)`, leaf by leaf as they lie, in
     `solve_dtype`."""
     k, dtype = len(vectors), solve_dtype(vectors)

@@ -11,7 +11,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from hessopt import composite, group_labels, hessian, hvp
-from hessopt.calculus.curvature import product
+from hessopt.calculus.curvature import curvature_product
 from tests.problems import cross_entropy, init_mlp, mlp
 
 PARAMS = init_mlp(0, (5, 7, 3)) | {
@@ -103,7 +103,9 @@ def test_gauss_newton_equals_the_explicit_product_of_jacobians(name):
     value_fn = composite(lambda p: mlp(p, X), LOSSES[name])
     G = hessian(value_fn, params, curvature="gauss_newton")
     np.testing.assert_allclose(G, J.T @ L @ J, rtol=1e-10, atol=1e-13)
-    times = product(value_fn, params, "gauss_newton")(unravel(jnp.ones_like(vector)))
+    times = curvature_product(value_fn, params, "gauss_newton")(
+        unravel(jnp.ones_like(vector))
+    )
     np.testing.assert_allclose(
         ravel_pytree(times)[0],
         J.T @ (L @ (J @ jnp.ones_like(vector))),

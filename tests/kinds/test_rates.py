@@ -4,26 +4,6 @@ import optax
 import pytest
 
 from hessopt import generalized_newton, grouped_newton
-from hessopt.kinds import rates
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("Restricted", "RateProblem"),
-        ("Measured", "Measurement"),
-        ("Solved", "RateSolution"),
-    ],
-)
-def test_an_old_name_is_the_new_type_and_says_until_when(old: str, new: str):
-    with pytest.warns(DeprecationWarning, match=rf"{old} .*{new}.*until 0\.3") as said:
-        assert getattr(rates, old) is getattr(rates, new)
-    assert [warning.filename for warning in said] == [__file__]
-
-
-def test_other_names_are_missing_as_in_any_module():
-    with pytest.raises(AttributeError, match="has no attribute 'Restrictions'"):
-        _ = rates.Restrictions
 
 
 @pytest.mark.parametrize("method", [generalized_newton, grouped_newton])

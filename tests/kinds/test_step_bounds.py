@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.kinds.step_bounds import GOOD, POOR, STEP_BOUNDS, gain_ratio
+from hessopt.kinds.step_bounds import GOOD_RATIO, POOR_RATIO, STEP_BOUNDS, gain_ratio
 from hessopt.numerics.secular import within_radius
 
 W, Z = jnp.array([1.0, 4.0]), jnp.array([3.0, 1.0])
@@ -31,25 +31,25 @@ def test_nothing_promised_is_nothing_gained():
 
 @pytest.mark.parametrize("name", STEP_BOUNDS)
 def test_a_poor_trial_shortens_the_next_and_a_good_one_lengthens_it(name):
-    model = STEP_BOUNDS[name]
-    size = model.first(W, within_radius(W, Z, jnp.asarray(0.1)))
-    step = model.minimize(W, Z, size)
+    bound = STEP_BOUNDS[name]
+    size = bound.first(W, within_radius(W, Z, jnp.asarray(0.1)))
+    step = bound.minimize(W, Z, size)
     lengths = [
-        model.minimize(W, Z, model.adapt(W, Z, size, jnp.asarray(r), step)).length
-        for r in (POOR / 2, 0.3, 1.0)
+        bound.minimize(W, Z, bound.adapt(W, Z, size, jnp.asarray(r), step)).length
+        for r in (POOR_RATIO / 2, 0.3, 1.0)
     ]
     assert lengths[0] < lengths[1] < lengths[2]
     assert lengths[1] == step.length
-    assert GOOD > POOR
+    assert GOOD_RATIO > POOR_RATIO
 
 
 @pytest.mark.parametrize("name", STEP_BOUNDS)
 def test_every_poor_trial_halves_the_step_at_least_also_after_any_number_of_good_ones(
     name,
 ):
-    model = STEP_BOUNDS[name]
-    step = jax.jit(lambda size: model.minimize(W, Z, size))
-    after = jax.jit(lambda size, ratio: model.adapt(W, Z, size, ratio, step(size)))
+    bound = STEP_BOUNDS[name]
+    step = jax.jit(lambda size: bound.minimize(W, Z, size))
+    after = jax.jit(lambda size, ratio: bound.adapt(W, Z, size, ratio, step(size)))
     size = jnp.asarray(1.0)
     for _ in range(400):
         size = after(size, 1.0)

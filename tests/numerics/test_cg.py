@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hessopt.numerics.cg import conjugate_gradients, forcing
-from hessopt.trees.vectors import gram
+from hessopt.trees.vectors import inner_products
 
 N = 12
 
@@ -20,7 +20,7 @@ def solve(H, g, tolerance=0.0, max_iterations=N, precondition=lambda r: r, start
         lambda v: H @ v,
         jnp.asarray(g),
         start,
-        gram=gram,
+        gram=inner_products,
         precondition=precondition,
         tolerance=jnp.asarray(tolerance),
         max_iterations=max_iterations,
@@ -106,7 +106,7 @@ def test_a_product_that_is_not_finite_ends_it_with_what_came_before(at):
         multiply,
         jnp.asarray(G),
         None,
-        gram=gram,
+        gram=inner_products,
         precondition=lambda r: r,
         tolerance=jnp.zeros(()),
         max_iterations=N,
@@ -130,7 +130,7 @@ def test_trees_are_solved_leaf_by_leaf():
         lambda v: restore(jnp.asarray(H) @ jax.flatten_util.ravel_pytree(v)[0]),
         tree,
         None,
-        gram=gram,
+        gram=inner_products,
         precondition=lambda r: r,
         tolerance=jnp.asarray(1e-10),
         max_iterations=2 * N,

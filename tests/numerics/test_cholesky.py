@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessopt.numerics.cholesky import START, shifted_cholesky
+from hessopt.numerics.cholesky import FIRST_SHIFT, shifted_cholesky
 
 factorize = jax.jit(shifted_cholesky)
 
@@ -52,7 +52,7 @@ def test_the_shift_makes_the_matrix_positive_definite_and_is_not_much_too_large(
     assert found.ok
     assert residual(found, matrix) < 1e-13
     assert found.shift >= needed - 1e-12 * norm
-    assert found.shift <= max(2.01 * needed + 1.01 * START * norm, remembered)
+    assert found.shift <= max(2.01 * needed + 1.01 * FIRST_SHIFT * norm, remembered)
 
 
 def test_the_remembered_shift_is_tried_at_half_then_whole_then_doubled():

@@ -15,7 +15,7 @@ import hessopt
 from hessopt import StepStatus, scale_by_newton
 from tests.problems import cross_entropy, digits, init_mlp, mlp
 
-POSITIVITIES = ("shift", "absolute", "none")
+TREATMENTS = ("shift", "absolute", "none")
 X = jax.random.normal(jax.random.key(1), (11, 5), jnp.float64)
 Y = jax.random.randint(jax.random.key(2), (11,), 0, 3)
 
@@ -37,8 +37,8 @@ def saddle(x):
     return x[0] ** 2 - x[1] ** 2
 
 
-@pytest.mark.parametrize("positivity", POSITIVITIES)
-def test_one_undamped_step_solves_a_quadratic_to_rounding(positivity):
+@pytest.mark.parametrize("on_indefinite", TREATMENTS)
+def test_one_undamped_step_solves_a_quadratic_to_rounding(on_indefinite):
     rng = np.random.default_rng(0)
     A = rng.normal(size=(8, 8))
     A, b = A @ A.T + np.eye(8), rng.normal(size=8)
@@ -48,7 +48,7 @@ def test_one_undamped_step_solves_a_quadratic_to_rounding(positivity):
         return 0.5 * x @ A @ x - b @ x
 
     params = {"a": jnp.ones(2), "b": jnp.ones((2, 3))}
-    tx = hessopt.newton(1.0, damping=0.0, positivity=positivity, linesearch=None)
+    tx = hessopt.newton(1.0, damping=0.0, on_indefinite=on_indefinite, linesearch=None)
     updates, _ = direction(tx, f, params)
     params = optax.apply_updates(params, updates)
     solution = np.concatenate([params["a"], params["b"].ravel()])
@@ -171,11 +171,11 @@ def test_a_factorisation_serves_update_every_updates():
     assert state.count == 4
 
 
-@pytest.mark.parametrize("positivity", POSITIVITIES)
-def test_every_positivity_works_with_reused_factors_and_leaf_blocks(positivity):
+@pytest.mark.parametrize("on_indefinite", TREATMENTS)
+def test_every_treatment_works_with_reused_factors_and_leaf_blocks(on_indefinite):
     f = lambda p: jnp.sum(p["a"] ** 2) + 2 * jnp.sum(p["b"] ** 2)
     params = {"a": jnp.ones(2), "b": jnp.ones((2, 2)), "none": jnp.zeros((0,))}
-    tx = scale_by_newton(positivity=positivity, blocks="leaf", update_every=2)
+    tx = scale_by_newton(on_indefinite=on_indefinite, blocks="leaf", update_every=2)
     state = tx.init(params)
     for _ in range(3):
         updates, state = direction(tx, f, params, state)
@@ -196,62 +196,66 @@ def test_an_indefinite_hessian_is_shifted_until_the_step_descends():
 
 def test_absolute_turns_a_saddle_into_a_minimum_and_none_steps_into_it():
     x = jnp.array([1.0, 0.1])
-    step, state = direction(scale_by_newton(positivity="absolute"), saddle, x)
+    step, state = direction(scale_by_newton(on_indefinite="absolute"), saddle, x)
     np.testing.assert_allclose(step, [1.0, -0.1])
     assert status(state) == StepStatus.NEGATIVE_CURVATURE
-    step, state = direction(scale_by_newton(positivity="none"), saddle, x)
+    step, state = direction(scale_by_newton(on_indefinite="none"), saddle, x)
     np.testing.assert_allclose(step, [1.0, 0.1])
     assert status(state) == StepStatus.NEGATIVE_CURVATURE
-    _, state = direction(scale_by_newton(positivity="none"), saddle, x[::-1])
+    _, state = direction(scale_by_newton(on_indefinite="none"), saddle, x[::-1])
     assert status(state) == StepStatus.NEGATIVE_CURVATURE | StepStatus.NOT_DESCENT
 
 
-@pytest.mark.parametrize("positivity", POSITIVITIES)
+@pytest.mark.parametrize("on_indefinite", TREATMENTS)
 def test_from_the_axis_of_a_saddle_the_step_stays_on_it_and_says_that_the_curvature_is_negative(
-    positivity,
+    on_indefinite,
 ):
     step, state = direction(
-        scale_by_newton(positivity=positivity), saddle, jnp.array([1.0, 0.0])
+        scale_by_newton(on_indefinite=on_indefinite), saddle, jnp.array([1.0, 0.0])
     )
     assert 0 < step[0] <= 1
     assert step[1] == 0
     assert status(state) == StepStatus.NEGATIVE_CURVATURE
     step, state = direction(
-        scale_by_newton(positivity=positivity), saddle, jnp.zeros(2)
+        scale_by_newton(on_indefinite=on_indefinite), saddle, jnp.zeros(2)
     )
     assert jnp.all(step == 0)
     assert status(state) == StepStatus.NEGATIVE_CURVATURE
 
 
-@pytest.mark.parametrize("positivity", ["shift", "absolute"])
+@pytest.mark.parametrize("on_indefinite", ["shift", "absolute"])
 def test_a_singular_hessian_gives_newtons_step_where_there_is_curvature_and_a_finite_one_elsewhere(
-    positivity,
+    on_indefinite,
 ):
     f = lambda x: (x[0] - 1.0) ** 2 + 0.0 * x[1]
     step, _ = direction(
-        scale_by_newton(positivity=positivity), f, jnp.array([3.0, 5.0])
+        scale_by_newton(on_indefinite=on_indefinite), f, jnp.array([3.0, 5.0])
     )
     np.testing.assert_allclose(step, [2.0, 0.0], rtol=1e-3, atol=1e-12)
 
 
 def test_a_singular_hessian_as_it_is_gives_no_step_and_says_so():
     step, state = direction(
-        scale_by_newton(positivity="none"), lambda x: x[0] ** 2 + x[1], jnp.ones(2)
+        scale_by_newton(on_indefinite="none"), lambda x: x[0] ** 2 + x[1], jnp.ones(2)
     )
     assert jnp.all(step == 0)
     assert StepStatus.FACTORIZATION_FAILED in status(state)
 
 
-@pytest.mark.parametrize("positivity", POSITIVITIES)
-def test_without_any_curvature_the_step_has_unit_length_along_the_gradient(positivity):
+@pytest.mark.parametrize("on_indefinite", TREATMENTS)
+def test_without_any_curvature_the_step_has_unit_length_along_the_gradient(
+    on_indefinite,
+):
     slope = jnp.array([3.0, 4.0])
     step, state = direction(
-        scale_by_newton(positivity=positivity), lambda x: x @ slope, jnp.ones(2)
+        scale_by_newton(on_indefinite=on_indefinite), lambda x: x @ slope, jnp.ones(2)
     )
     np.testing.assert_allclose(step, [0.6, 0.8])
     assert status(state) == StepStatus.NO_CURVATURE
     step, state = direction(
-        scale_by_newton(positivity=positivity), lambda x: 0.0 * jnp.sum(x), jnp.ones(2)
+        scale_by_newton(on_indefinite=on_indefinite),
+        lambda x: 0.0 * jnp.sum(x),
+        jnp.ones(2),
     )
     assert jnp.all(step == 0)
     assert status(state) == StepStatus.NO_CURVATURE
@@ -271,15 +275,15 @@ def test_a_unit_step_without_curvature_is_never_reused():
         assert StepStatus.NO_CURVATURE in status(state)
 
 
-@pytest.mark.parametrize("positivity", POSITIVITIES)
+@pytest.mark.parametrize("on_indefinite", TREATMENTS)
 @pytest.mark.parametrize("update_every", [1, 5])
 def test_a_nan_hessian_keeps_the_older_factor_or_gives_no_step(
-    positivity, update_every
+    on_indefinite, update_every
 ):
     f = lambda x, bad: jnp.sum(x**2) * jnp.where(bad, jnp.nan, 1.0)
     x, tx = (
         jnp.array([1.0, 2.0]),
-        scale_by_newton(positivity=positivity, update_every=update_every),
+        scale_by_newton(on_indefinite=on_indefinite, update_every=update_every),
     )
     update = jax.jit(lambda state, bad: tx.update(2 * x, state, x, value_fn=f, bad=bad))
     step, state = update(tx.init(x), True)
@@ -307,9 +311,9 @@ def test_a_nan_gradient_moves_nothing_in_its_block_only():
     assert StepStatus.NONFINITE in status(state)
 
 
-@pytest.mark.parametrize("positivity", POSITIVITIES)
-def test_a_zero_gradient_a_scalar_and_an_empty_tree(positivity):
-    tx = scale_by_newton(positivity=positivity)
+@pytest.mark.parametrize("on_indefinite", TREATMENTS)
+def test_a_zero_gradient_a_scalar_and_an_empty_tree(on_indefinite):
+    tx = scale_by_newton(on_indefinite=on_indefinite)
     step, state = direction(tx, lambda x: jnp.sum(x**2), jnp.zeros(3))
     assert jnp.all(step == 0)
     assert status(state) == StepStatus.OK
@@ -338,9 +342,9 @@ def test_updates_keep_the_gradients_dtype(dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-@pytest.mark.parametrize("positivity", POSITIVITIES)
+@pytest.mark.parametrize("on_indefinite", TREATMENTS)
 def test_in_float32_scaling_the_objective_changes_neither_step_nor_status(
-    positivity, scale
+    on_indefinite, scale
 ):
     x = jnp.array([1.0, 0.5, -2.0], jnp.float32)
 
@@ -349,9 +353,11 @@ def test_in_float32_scaling_the_objective_changes_neither_step_nor_status(
             x[0] ** 2 - x[1] ** 2 + 0.1 * x[1] ** 4 + 3.0 * x[2] ** 2 + x[0] * x[2]
         )
 
-    step, state = direction(scale_by_newton(positivity=positivity), f, x)
+    step, state = direction(scale_by_newton(on_indefinite=on_indefinite), f, x)
     expected, reference = direction(
-        scale_by_newton(positivity=positivity), lambda x: f(x) / np.float32(scale), x
+        scale_by_newton(on_indefinite=on_indefinite),
+        lambda x: f(x) / np.float32(scale),
+        x,
     )
     np.testing.assert_allclose(step, expected, rtol=1e-4)
     assert status(state) == status(reference)
@@ -361,8 +367,8 @@ def test_in_float32_scaling_the_objective_changes_neither_step_nor_status(
     "options",
     [
         {},
-        {"positivity": "absolute", "blocks": "leaf"},
-        {"positivity": "none", "update_every": 2},
+        {"on_indefinite": "absolute", "blocks": "leaf"},
+        {"on_indefinite": "none", "update_every": 2},
     ],
 )
 def test_the_state_keeps_its_types_and_one_compilation_serves(options):
@@ -398,7 +404,7 @@ def test_wrong_arguments_are_named():
     for options, message in [
         ({"damping": -1.0}, "damping must be at least 0, got -1.0"),
         ({"update_every": 0}, "update_every must be an int, at least 1, got 0"),
-        ({"positivity": "abs"}, "positivity must be one of .*, got 'abs'"),
+        ({"on_indefinite": "abs"}, "on_indefinite must be one of .*, got 'abs'"),
         ({"blocks": "rows"}, "blocks must be one of .*, got 'rows'"),
         ({"curvature": "fisher"}, "curvature must be one of .*, got 'fisher'"),
     ]:
@@ -424,12 +430,12 @@ def test_hyperparameters_can_be_injected():
 
 
 @functools.cache
-def digits_run(positivity, seed, steps):
+def digits_run(on_indefinite, seed, steps):
     """Full-batch Newton on 64-16-10: steps until max|g| < 1e-8, accuracy, statuses,
     factorisations a step."""
     data = digits()
     f = lambda p: cross_entropy(p, data.x, data.y, 1e-4)
-    tx = hessopt.newton(positivity=positivity)
+    tx = hessopt.newton(on_indefinite=on_indefinite)
     params = init_mlp(seed, (64, 16, 10))
     state = tx.init(params)
 

@@ -14,9 +14,9 @@ from tests.problems import init_mlp, mlp
 
 VARIANTS = {
     "cubic": {},
-    "radius": {"model": "radius"},
+    "radius": {"step_bound": "radius"},
     "cubic, cg": {"subproblem": "cg"},
-    "radius, cg": {"model": "radius", "subproblem": "cg"},
+    "radius, cg": {"step_bound": "radius", "subproblem": "cg"},
 }
 
 
@@ -67,10 +67,10 @@ def test_rosenbrock_is_minimized_and_every_trial_counted(name):
     assert found.evaluations >= 2 * found.steps + 1
 
 
-@pytest.mark.parametrize("model", ["cubic", "radius"])
+@pytest.mark.parametrize("step_bound", ["cubic", "radius"])
 @pytest.mark.parametrize("start", [[1.0, 0.0], [0.0, 0.0]])
-def test_a_saddle_is_left_without_any_gradient_along_the_way_out(model, start):
-    x, tx = jnp.array(start), trust_region_newton(model=model)
+def test_a_saddle_is_left_without_any_gradient_along_the_way_out(step_bound, start):
+    x, tx = jnp.array(start), trust_region_newton(step_bound=step_bound)
 
     def step(_, carry):
         x, state = carry
@@ -91,10 +91,10 @@ def test_negative_curvature_is_reported_where_it_is():
     assert state.info.lowest > 0
 
 
-@pytest.mark.parametrize("model", ["cubic", "radius"])
-def test_the_unit_of_no_parameter_matters(model):
+@pytest.mark.parametrize("step_bound", ["cubic", "radius"])
+def test_the_unit_of_no_parameter_matters(step_bound):
     units = 2.0 ** jnp.array([-20, 3, 17])
-    tx, start = trust_region_newton(model=model), jnp.array([-1.2, 1.0, 0.5])
+    tx, start = trust_region_newton(step_bound=step_bound), jnp.array([-1.2, 1.0, 0.5])
     plain = hessopt.minimize(rosenbrock, start, tx, max_steps=12)
     scaled = hessopt.minimize(
         lambda x: 2.0**40 * rosenbrock(x / units), start * units, tx, max_steps=12
@@ -131,7 +131,7 @@ def test_a_bend_is_left_out_where_it_is_longer_than_the_step(bend, taken):
                 curvature="gauss_newton",
                 geodesic_acceleration=geodesic,
                 max_trials=1,
-                model="radius",
+                step_bound="radius",
             ),
             value_fn,
             jnp.full(1, -0.01),
@@ -145,7 +145,7 @@ def test_a_bend_is_left_out_where_it_is_longer_than_the_step(bend, taken):
 def test_one_decomposition_serves_all_trials():
     x, tx = (
         jnp.array([3.0, 4.0]),
-        trust_region_newton(initial_radius=1e3, model="radius"),
+        trust_region_newton(initial_radius=1e3, step_bound="radius"),
     )
     f = lambda x: jnp.sum(jnp.sqrt(1 + x**2))  # from here Newton's steps go to -x^3
     _, state = once(tx, f, x)
@@ -251,7 +251,7 @@ def test_fewer_outputs_than_parameters_still_have_their_whole_gradient(far, dtyp
         lambda z: jnp.sum(optax.huber_loss(z, y.astype(dtype))),
     )
     tx = trust_region_newton(
-        curvature="gauss_newton", model="radius", initial_radius=0.05
+        curvature="gauss_newton", step_bound="radius", initial_radius=0.05
     )
     step, state = once(tx, value_fn, jnp.zeros(6, dtype))
     assert status(state) == StepStatus.OK
@@ -271,10 +271,10 @@ def test_fewer_outputs_than_parameters_still_have_their_whole_gradient(far, dtyp
     )
 
 
-@pytest.mark.parametrize("model", ["cubic", "radius"])
-def test_parameters_that_no_curved_output_sees_move(model):
+@pytest.mark.parametrize("step_bound", ["cubic", "radius"])
+def test_parameters_that_no_curved_output_sees_move(step_bound):
     value_fn = composite(lambda x: x[3:] - 10.0, lambda z: jnp.sum(optax.huber_loss(z)))
-    tx = trust_region_newton(curvature="gauss_newton", model=model)
+    tx = trust_region_newton(curvature="gauss_newton", step_bound=step_bound)
     found = jax.jit(
         jax.vmap(lambda x: hessopt.minimize(value_fn, x, tx, max_steps=50))
     )(jnp.zeros((2, 4)))
@@ -382,7 +382,7 @@ def test_no_parameters_is_no_trouble():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "ball"}, "model must be one of"),
+        ({"step_bound": "ball"}, "step_bound must be one of"),
         ({"subproblem": "lanczos"}, "subproblem must be one of"),
         ({"curvature": "fisher"}, "curvature must be one of"),
         ({"initial_radius": 0.0}, "initial_radius must be at least"),
@@ -409,11 +409,11 @@ def test_gauss_newton_needs_a_composite():
 
 
 @pytest.mark.parametrize("subproblem", ["exact", "cg"])
-@pytest.mark.parametrize("model", ["cubic", "radius"])
-def test_a_bound_that_promises_less_than_rounding_is_loosened(model, subproblem):
+@pytest.mark.parametrize("step_bound", ["cubic", "radius"])
+def test_a_bound_that_promises_less_than_rounding_is_loosened(step_bound, subproblem):
     """From where curvature is nothing; once seen, it makes the bound of before far too
     strict."""
-    tx = trust_region_newton(model=model, subproblem=subproblem)
+    tx = trust_region_newton(step_bound=step_bound, subproblem=subproblem)
     solution = hessopt.minimize(
         lambda x: jnp.sum(jnp.logaddexp(x, -x)),
         jnp.array([15.0], jnp.float32),
@@ -423,12 +423,15 @@ def test_a_bound_that_promises_less_than_rounding_is_loosened(model, subproblem)
     np.testing.assert_allclose(solution.params, 0.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", ["cubic", "radius"])
-def test_a_wide_value_is_not_rounded_to_the_parameters(model):
+@pytest.mark.parametrize("step_bound", ["cubic", "radius"])
+def test_a_wide_value_is_not_rounded_to_the_parameters(step_bound):
     f = lambda x: rosenbrock(x.astype(jnp.float64)) + 1e4
     narrow, wide = (
         hessopt.minimize(
-            f, jnp.full(6, -0.5, dtype), trust_region_newton(model=model), gtol=1e-5
+            f,
+            jnp.full(6, -0.5, dtype),
+            trust_region_newton(step_bound=step_bound),
+            gtol=1e-5,
         )
         for dtype in (jnp.float32, jnp.float64)
     )

@@ -25,7 +25,7 @@ from hessopt.calculus.taylor.tangents import (
 )
 from hessopt.calculus.taylor.tape import Operation
 
-NAMES = frozenset(
+POINTWISE_PRIMITIVES = frozenset(
     "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp cos cosh digamma div erf erf_inv erfc exp exp2 "  # noqa: SIM905
     "expm1 integer_pow lgamma log log1p logistic max min mul neg pow rsqrt sin sinh sqrt square sub tan tanh".split()
 )
@@ -35,7 +35,11 @@ operand only."""
 
 def is_pointwise(operation: Operation, adjoint: tuple[jax.Array, ...]) -> bool:
     """Whether the operation is one of these, real, in one operand."""
-    if operation.name not in NAMES or len(operation.values) != 1 or len(adjoint) != 1:
+    if (
+        operation.name not in POINTWISE_PRIMITIVES
+        or len(operation.values) != 1
+        or len(adjoint) != 1
+    ):
         return False
     (value,), (lam,) = operation.values, adjoint
     return (
@@ -45,7 +49,7 @@ def is_pointwise(operation: Operation, adjoint: tuple[jax.Array, ...]) -> bool:
     )
 
 
-def contract(
+def contract_pointwise(
     operation: Operation,
     adjoint: tuple[jax.Array, ...],
     x: Tangents,

@@ -19,8 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.taylor.pointwise import contract as contract_pointwise
-from hessopt.calculus.taylor.pointwise import is_pointwise
+from hessopt.calculus.taylor.pointwise import contract_pointwise, is_pointwise
 from hessopt.calculus.taylor.tangents import (
     Contribution,
     Groups,

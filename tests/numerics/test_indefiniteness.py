@@ -5,19 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hessopt.numerics.positivity import POSITIVITIES
+from hessopt.numerics.indefiniteness import INDEFINITE_TREATMENTS
 
 MATRIX = np.array([[1.0, 2.0, 0.0], [2.0, -3.0, 0.5], [0.0, 0.5, 4.0]])
 VECTOR = np.array([1.0, -2.0, 3.0])
 
 
 def solve(word, matrix):
-    method = POSITIVITIES[word]
-    found = jax.jit(method.factorize)(jnp.asarray(matrix), jnp.zeros(()))
-    return found, method.solve(found.factor, jnp.asarray(VECTOR))
+    treatment = INDEFINITE_TREATMENTS[word]
+    found = jax.jit(treatment.factorize)(jnp.asarray(matrix), jnp.zeros(()))
+    return found, treatment.solve(found.factor, jnp.asarray(VECTOR))
 
 
-@pytest.mark.parametrize("word", POSITIVITIES)
+@pytest.mark.parametrize("word", INDEFINITE_TREATMENTS)
 def test_a_positive_definite_matrix_is_solved_exactly(word):
     matrix = MATRIX @ MATRIX.T + np.eye(3)
     found, x = solve(word, matrix)
@@ -40,13 +40,13 @@ def test_an_indefinite_matrix_becomes_what_the_word_says():
 
 
 def test_a_remembered_shift_does_not_hide_a_negative_diagonal():
-    found = POSITIVITIES["shift"].factorize(
+    found = INDEFINITE_TREATMENTS["shift"].factorize(
         jnp.diag(jnp.array([1.0, -0.01])), jnp.asarray(1.0)
     )
     assert (found.attempts, found.indefinite) == (1, True)
 
 
-@pytest.mark.parametrize("word", POSITIVITIES)
+@pytest.mark.parametrize("word", INDEFINITE_TREATMENTS)
 def test_a_nonfinite_matrix_is_not_ok(word):
     assert not solve(word, np.full((3, 3), np.nan))[0].ok
 
