@@ -5,8 +5,8 @@ Every new vector is orthogonalized twice against all others, so that `T = V H V'
 spurious copies of eigenvalues. The basis is doubled until the residuals of all wanted
 pairs are small or the limit on its size is reached.
 
-Source: Golub and Van Loan, "Matrix Computations", 4th ed., chapter 10; Parlett, "The
-Symmetric Eigenvalue Problem".
+Source: Golub and Van Loan, "Matrix Computations", 4th ed., 2013, chapter 10; Parlett,
+"The Symmetric Eigenvalue Problem", 1980.
 """
 
 from collections.abc import Callable
@@ -72,8 +72,8 @@ def spectrum(
       >>> round(float(largest[0] / smallest[0]), 3)
       50.0
 
-    Source: Golub and Van Loan, "Matrix Computations", 4th ed., chapter 10; Parlett,
-    "The Symmetric Eigenvalue Problem".
+    Source: Golub and Van Loan, "Matrix Computations", 4th ed., 2013, chapter 10;
+    Parlett, "The Symmetric Eigenvalue Problem", 1980.
     """
     like = ravel(params)
     n = like.size
