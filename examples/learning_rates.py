@@ -175,7 +175,7 @@ def train(
 
 
 def print_table(runs: dict[str, dict[str, Run]]) -> None:
-    """One line per run."""
+    """Print one line per run."""
     titles = (
         "network",
         "method",
@@ -192,8 +192,8 @@ def print_table(runs: dict[str, dict[str, Run]]) -> None:
 
 
 def normalized_hessian(run: Run) -> np.ndarray:
-    """Return `H_st / sqrt(|H_ss H_tt|)` of a run of grouped Newton; its state has H
-    averaged over the last models."""
+    """Return `H_st / sqrt(|H_ss H_tt|)` of a run of grouped Newton, with the averaged H
+    of its state."""
     hessian = np.asarray(run.opt_state[1].memory.model.hessian)
     scale = np.sqrt(np.abs(np.diagonal(hessian)))
     return (
@@ -202,8 +202,8 @@ def normalized_hessian(run: Run) -> np.ndarray:
 
 
 def draw_losses(ax: Axes, network: str, of_network: dict[str, Run]) -> None:
-    """Training losses; a colour for each base optimizer, from light to dark, and thick
-    lines for rates found."""
+    """Draw training losses, with a color for each base optimizer, from light to dark,
+    and thick lines for automatic rates."""
     shades = {
         "sgd": plt.colormaps["Blues"],
         "adamw": plt.colormaps["Oranges"],
@@ -235,7 +235,7 @@ def draw_losses(ax: Axes, network: str, of_network: dict[str, Run]) -> None:
 
 
 def draw_matrix(ax: Axes, matrix: np.ndarray, names: tuple[str, ...]) -> None:
-    """A heat map of entries in [-1, 1], with the names of rows and columns."""
+    """Draw a heat map of entries in [-1, 1], with the names of rows and columns."""
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     for (row, column), entry in np.ndenumerate(matrix):
         color = "white" if abs(entry) > 0.6 else "black"
@@ -246,8 +246,8 @@ def draw_matrix(ax: Axes, matrix: np.ndarray, names: tuple[str, ...]) -> None:
 
 
 def draw(runs: dict[str, dict[str, Run]], path: pathlib.Path) -> None:
-    """Losses by network; rates of generalized and of grouped Newton; the interaction of
-    the groups."""
+    """Draw the losses by network, the rates of generalized and grouped Newton, and the
+    interaction of the groups."""
     figure, axes = plt.subplot_mosaic("ABE;CDE", figsize=(18, 9), layout="constrained")
     for key, (network, of_network) in zip("AC", runs.items(), strict=True):
         draw_losses(axes[key], network, of_network)

@@ -187,7 +187,7 @@ def minimize(
         )
     if not isinstance(data or {}, Mapping):
         raise TypeError(
-            f"data must be a mapping from the names that value_fn gives them, got {type(data)}"
+            f"data must be a mapping from argument names of value_fn to arrays, got {type(data)}"
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
@@ -347,7 +347,7 @@ def _bar(total: int) -> Any:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(
-            "progress=True shows a tqdm bar: pip install hessopt[progress]"
+            "progress=True requires tqdm: pip install hessopt[progress]"
         ) from error
     return tqdm(total=total, unit="step")
 
@@ -366,7 +366,7 @@ def _in_blocks(
     run = _begin_jit(problem, params, state, data, limits)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
         raise TypeError(
-            "minimize shows progress and calls back from a run of its own: not under jit, vmap or grad"
+            "minimize supports progress and callback only in a plain call, not under jit, vmap or grad"
         )
     reason = Termination.MAX_STEPS
     try:
