@@ -1,11 +1,11 @@
-"""Train a digit classifier with second-order and first-order optimizers, side by side.
+"""Train a digit classifier with second-order and first-order optimizers.
 
-An MLP (64-32-10, tanh, softmax cross-entropy with a small L2 penalty) learns
-scikit-learn's digits from 1500 images, full batch, and is tested on the 297 others.
-Every optimizer starts from the same parameters and gets the same time; compilation is
-not counted. The table shows where each one ends and how soon it reaches the loss at
-which Adam ends, and the line below it names the winner; the figure shows how far each
-loss is above the lowest one reached, against steps and against seconds.
+An MLP (64-32-10, tanh, softmax cross-entropy with a small L2 penalty) is trained on
+1500 images of scikit-learn's digits, full batch, and tested on the other 297. Every
+optimizer starts from the same parameters and runs for the same time, not counting
+compilation. The table shows the final loss of each optimizer and the time to reach the
+final loss of Adam; the line below the table names the best one. The figure shows the
+difference between each loss and the lowest one, against steps and against seconds.
 
     python examples/digits.py                                  # ten optimizers, under two minutes on two cores
     python examples/digits.py --all                            # all of them, about three minutes
@@ -34,7 +34,7 @@ import hessopt
 from hessopt.linen import TrainState
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib import pyplot as plt  # after the backend is set
 from matplotlib.axes import Axes
 
 L2 = 1e-4
@@ -53,13 +53,13 @@ MODEL = MLP()
 
 
 def model_fn(params: Any, x: jax.Array) -> tuple[Any, Any]:
-    """Logits, and the parameters themselves, on which the penalty depends."""
+    """Return the logits, and the parameters, on which the penalty depends."""
     return MODEL.apply(params, x), params
 
 
 def penalised_cross_entropy(outputs: tuple[jax.Array, Any], y: jax.Array) -> jax.Array:
-    """Mean softmax cross-entropy and `L2/2 |params|^2`; convex in logits and
-    parameters."""
+    """Return the mean softmax cross-entropy plus `L2/2 |params|^2`, convex in logits
+    and parameters."""
     logits, params = outputs
     data_term = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
     return data_term + 0.5 * L2 * sum(
@@ -111,7 +111,7 @@ STORY = [
     "gen-newton-adam",
     "grouped-newton-adam",
 ]
-"""What runs by default."""
+"""Optimizers that run by default."""
 
 FAMILIES = {
     "black": ("adam", "sgd"),
@@ -131,15 +131,15 @@ LOOKS = {
     for color, names in FAMILIES.items()
     for name, style in zip(names, STYLES, strict=False)
 }
-"""Lines of the figure: a colour for each family, a style for each of its members."""
+"""Lines of the figure: a color for each family, a style for each of its members."""
 
-# of the figure: the lowest loss itself is at zero, which a logarithm cannot show
+# lower limit of the figure: the lowest loss is at zero, outside of a logarithmic axis
 FLOOR = 1e-7
 
 
 class Run(NamedTuple):
     """One training run; `losses` and `seconds` have one entry per step and one for the
-    end."""
+    final parameters."""
 
     losses: list[float]
     seconds: list[float]
@@ -148,10 +148,10 @@ class Run(NamedTuple):
 
 
 def gradients_of_step(opt_state: Any) -> int:
-    """Gradients that the last step evaluated: one per trial of a line search, of which
-    the last is reused, else one.
+    """Return the number of gradients that the last step evaluated: one per trial of a
+    line search (the last one is reused), or one without a line search.
 
-    A product with the Hessian counts as two.
+    A Hessian-vector product counts as two.
     """
     found = hessopt.diagnostics(opt_state)
     products = found.get("newton_cg.products", found.get("trust_region.products", 0))
@@ -182,7 +182,7 @@ def train(
 
     @jax.jit
     def step(state: TrainState) -> tuple[TrainState, jax.Array]:
-        # full batch: what a search found is valid
+        # full batch: value and gradient of the last search are still valid
         value, grads = value_and_grad(state.params, state=state.opt_state)
         return state.apply_gradients(
             grads=grads, value=value, value_fn=objective
@@ -190,7 +190,7 @@ def train(
 
     evaluate = jax.jit(objective)
     bar.set_postfix_str("compiles")
-    # two steps compile everything: some of optax's states change type once
+    # two steps for compilation, since some states of optax change type once
     jax.block_until_ready((step(step(state)[0]), evaluate(state.params)))
 
     losses, seconds, gradients, before = [], [], 1, bar.n
@@ -220,10 +220,10 @@ def train_all(
     max_steps: int,
     max_seconds: float,
 ) -> dict[str, Run]:
-    """Train with one optimizer after the other; a terminal shows a bar, and a line
-    follows each of them anywhere."""
+    """Train with one optimizer after the other and print a line for each; a terminal
+    also shows a progress bar."""
     runs, shape = {}, "{desc} {percentage:3.0f}%|{bar}|{postfix}"
-    # milliseconds: whole numbers add up without rounding
+    # milliseconds, since whole numbers add up without rounding
     total = len(names) * round(1000 * max_seconds)
     with tqdm(total=total, bar_format=shape, disable=None, leave=False) as bar:
         for number, name in enumerate(names, start=1):
@@ -235,12 +235,12 @@ def train_all(
                 f"{number:2d}/{len(names)} {name:23} {len(run.losses) - 1:6d} steps in {run.seconds[-1]:4.1f} s, "
                 f"after {compiling:4.1f} s of compilation: loss {run.losses[-1]:.6f}"
             )
-            sys.stdout.flush()  # a pipe would hold the lines back until the end
+            sys.stdout.flush()  # a pipe would buffer the lines until the end
     return runs
 
 
 def print_table(runs: dict[str, Run]) -> None:
-    """One line per optimizer."""
+    """Print one line per optimizer."""
     target = runs["adam"].losses[-1] if "adam" in runs else None
     titles = (
         "optimizer",
@@ -272,8 +272,8 @@ def print_table(runs: dict[str, Run]) -> None:
 
 
 def winner(runs: dict[str, Run]) -> str:
-    """Who ends at the lowest training loss, and who recognises most of the images held
-    out."""
+    """Describe the optimizer with the lowest training loss and those with the highest
+    test accuracy."""
     first = min(runs, key=lambda name: np.nan_to_num(runs[name].losses[-1], nan=np.inf))
     highest = max(run.accuracy for run in runs.values())
     best = " and ".join(name for name, run in runs.items() if run.accuracy == highest)
@@ -284,7 +284,7 @@ def winner(runs: dict[str, Run]) -> str:
 
 
 def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
-    """Loss above the lowest one reached by any run, against steps and against seconds."""
+    """Draw the difference to the lowest loss of all runs, against steps and seconds."""
     lowest = np.nanmin(np.concatenate([run.losses for run in runs.values()]))
     figure, axes = plt.subplots(
         1, 2, figsize=(14, 5.5), sharey=True, layout="constrained"
@@ -311,16 +311,16 @@ def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
 
 def label_ends(ax: Axes) -> None:
     """Write the name of each line to the right of the axes, as near to the height of
-    its end as the others allow."""
-    ax.autoscale_view()  # what follows is in fractions of the axes
-    lines = list(ax.lines)  # before those that lead to the names are added
+    its end as possible without overlap."""
+    ax.autoscale_view()  # fixes the limits: positions are in fractions of the axes
+    lines = list(ax.lines)  # without the leader lines that are added below
     points = [np.transpose(line.get_data())[-1] for line in lines]
     ends = np.nan_to_num(
         ax.transAxes.inverted().transform(ax.transData.transform(points)), nan=1.0
     )
     order = np.argsort(ends[:, 1], kind="stable")
     gaps = np.arange(len(order)) * min(0.05, 1 / len(order))
-    # the nearest heights that far apart: less the gaps, they only have to increase
+    # nearest heights with these gaps: after subtracting the gaps, they must increase
     heights = gaps + isotonic_regression(
         ends[order, 1] - gaps, y_min=0.0, y_max=1.0 - gaps[-1]
     )

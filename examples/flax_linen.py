@@ -1,11 +1,10 @@
-"""Train a Flax linen network with BatchNorm and Dropout by a learning rate that finds
-itself.
+"""Train a Flax Linen network with BatchNorm and Dropout with automatic learning rates.
 
-A CNN learns scikit-learn's digits in mini-batches. `hessopt.linen.TrainState` hands the
-objective to the optimizer, keeps BatchNorm's running statistics, and gives every
-evaluation the gradient's dropout mask. The lines tell, epoch by epoch, the loss, the
-rates that grouped Newton has found for the first and the last tensor, and the accuracy
-on 297 test images.
+A CNN is trained on scikit-learn's digits in mini-batches. `hessopt.linen.TrainState`
+passes the objective to the optimizer, stores BatchNorm's running statistics, and uses
+the dropout mask of the gradient in every evaluation. The program prints, for each
+epoch, the loss, the rates of grouped Newton for the first and the last tensor, and the
+accuracy on 297 test images.
 
     python examples/flax_linen.py
 """
@@ -41,7 +40,7 @@ MODEL = CNN()
 
 
 def loss_fn(params: Any, x: Any, y: Any, *, collections: Any, rngs: Any) -> Any:
-    """Cross-entropy, and the new running statistics."""
+    """Return the cross-entropy and the new running statistics."""
     logits, new = MODEL.apply(
         {"params": params, **collections},
         x,
@@ -54,7 +53,7 @@ def loss_fn(params: Any, x: Any, y: Any, *, collections: Any, rngs: Any) -> Any:
 
 @jax.jit
 def step(state: TrainState, x: Any, y: Any, key: jax.Array) -> Any:
-    """One step, with masks of its own."""
+    """Take one step with new dropout masks."""
     return state.step_with(
         loss_fn, x, y, rngs={"dropout": jax.random.fold_in(key, state.step)}
     )

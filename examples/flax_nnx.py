@@ -1,10 +1,10 @@
-"""Train a Flax NNX network by L-BFGS on the whole data, with its first half frozen.
+"""Train a Flax NNX network by L-BFGS on the full data set, with its first half frozen.
 
-An MLP with BatchNorm learns scikit-learn's breast cancer data; only its last layers are
-trained, from features that an untrained layer makes. `hessopt.nnx.Optimizer` takes the
-model as it is: the line search evaluates copies of it, running statistics are updated
-once a step, and the frozen layer does not change by one bit. The lines tell the loss
-and the accuracy on the test data.
+An MLP with BatchNorm is trained on scikit-learn's breast cancer data; only its last
+layers are trained, on the features of an untrained layer. `hessopt.nnx.Optimizer`
+accepts the model without splitting it: the line search evaluates copies of it, running
+statistics are updated once per step, and the frozen layer does not change by one bit.
+The program prints the loss and the accuracy on the test data.
 
     python examples/flax_nnx.py
 """
@@ -48,7 +48,7 @@ TRAINED = nnx.All(
 def step(
     model: MLP, optimizer: hessopt.nnx.Optimizer, x: jax.Array, y: jax.Array
 ) -> jax.Array:
-    """One step; the model and the optimizer change in place."""
+    """Take one step; the model and the optimizer are updated in place."""
 
     def loss_fn(model: MLP) -> jax.Array:
         weights = sum(

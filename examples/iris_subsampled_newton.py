@@ -1,23 +1,24 @@
 """Train on iris with Newton steps for randomly drawn layers, on the full batch and on
 minibatches.
 
-A network 4-15-10-3 (tanh, softmax cross-entropy with a small L2 penalty). At every step
-each layer gets the direction of damped Newton (with the Gauss-Newton matrix) with
-probability p, else its gradient; a rate of 0.3 follows, or a Wolfe search. The maps
-show where training ends, over p and the damping lambda; the curves show the best
-settings beside SGD and Adam at the best of five rates. On the full batch lambda wants
-to be small, and a part of the layers is enough: medians of 0.0064 at p = 1/2 with the
-search and 0.0067 at p = 1 without (some seeds diverge there), where Adam ends at 0.027
-and SGD at 0.043. On minibatches of 15 the same lambda ends at 0.18 at best, and without
-the search most runs diverge; with lambda = 1 Newton ends at 0.052, SGD at 0.056, Adam
-at 0.047.
+The network is 4-15-10-3 (tanh, softmax cross-entropy with a small L2 penalty). At every
+step each layer uses the direction of damped Newton (with the Gauss-Newton matrix) with
+probability p, else its gradient. The step length is a rate of 0.3 or found by a Wolfe
+search. The maps show the final loss as a function of p and the damping lambda; the
+curves compare the best settings with SGD and Adam at the best of five rates. On the
+full batch small lambda is best, and Newton directions for some of the layers suffice:
+the median loss is 0.0064 at p = 1/2 with the search and 0.0067 at p = 1 without (some
+seeds diverge in the latter case), compared to 0.027 for Adam and 0.043 for SGD. On
+minibatches of 15 the loss with the same lambda is 0.18 at best, and most runs without
+the search diverge; with lambda = 1 the loss is 0.052 for Newton, 0.056 for SGD and
+0.047 for Adam.
 
-The last column shows what batches do to the step, at a fixed point early in training.
-Gradients and matrices of batches have no bias, but steps have: the mean of (H_B +
-lambda I)^-1 g_B over batches B of 15 is off the step of the full batch by 53% for
-lambda = 0.001, 21% for 0.1 and 10% for 1. With the gradient g of all flowers, so that
-only the inverse is of the batch, it is off by 262%, 8% and 0.8%. Twice the batch has
-about half the bias; damping lowers it, too.
+The last column shows the effect of batches on the step, at a fixed point early in
+training. Gradients and matrices of batches are unbiased, but steps are biased: the mean
+of (H_B + lambda I)^-1 g_B over batches B of 15 differs from the step of the full batch
+by 53% for lambda = 0.001, 21% for 0.1 and 10% for 1. With the gradient g of all
+flowers, so that only the inverse depends on the batch, it differs by 262%, 8% and 0.8%.
+The bias is about inversely proportional to the batch size, and damping reduces it.
 
     python -m examples.iris_subsampled_newton                            # about 2 minutes
     python -m examples.iris_subsampled_newton --seeds 9 --samples 900
@@ -44,7 +45,7 @@ import hessopt
 from examples.digits import penalised_cross_entropy
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib import pyplot as plt  # after the backend is set
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
@@ -57,9 +58,9 @@ PROBABILITIES = (0.0, 0.1, 0.25, 0.5, 1.0)
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 RATES = {"sgd": (0.1, 0.3, 1.0, 3.0, 10.0), "adam": (0.003, 0.01, 0.03, 0.1, 0.3)}
 SIZES = (5, 10, 15, 30, 50, 75)
-"""Of the batches whose steps are averaged; they divide the number of flowers."""
+"""Sizes of the batches for the average steps; they divide the number of flowers."""
 LAST = 10
-"""Steps over which a final loss is averaged: an epoch of minibatches."""
+"""Number of steps over which a final loss is averaged: an epoch of minibatches."""
 NORM, COLORS = LogNorm(0.005, 1.0), "viridis_r"
 
 
@@ -78,14 +79,14 @@ MODEL = MLP()
 
 
 def model_fn(params: Any, x: jax.Array) -> tuple[Any, Any]:
-    """Logits, and the parameters themselves, on which the penalty depends."""
+    """Return the logits, and the parameters, on which the penalty depends."""
     return MODEL.apply(params, x), params
 
 
 loss_fn = hessopt.composite(model_fn, penalised_cross_entropy)
 
 Data = dict[str, jax.Array]
-"""What the loss takes, by name: x `(batch, 4)`, y `(batch,)`."""
+"""Arguments of the loss, by name: x `(batch, 4)`, y `(batch,)`."""
 
 
 def drawn_layers(
@@ -117,19 +118,19 @@ class Sweep(NamedTuple):
 
 
 class Bias(NamedTuple):
-    """How far mean Newton steps of random batches are from the full batch's, in units
-    of it; each `(sizes, dampings)`.
+    """The difference between the mean Newton step of random batches and the step of the
+    full batch, relative to the latter; each `(sizes, dampings)`.
 
-    Step of a batch B: `(H_B + damping I)^-1 g`, layer by layer.
+    The step of a batch B is `(H_B + damping I)^-1 g`, layer by layer.
     """
 
-    own_gradient: np.ndarray  # g of B, too
-    full_gradient: np.ndarray  # g of the full batch
+    own_gradient: np.ndarray  # g is the gradient of B
+    full_gradient: np.ndarray  # g is the gradient of the full batch
 
 
 def minibatches(key: jax.Array, size: int, epochs: int) -> jax.Array:
-    """Indices `(steps, size)` of the batches of some epochs, each in an order of its
-    own."""
+    """Return the indices `(steps, size)` of the batches of some epochs, each shuffled
+    separately."""
     orders = jax.vmap(lambda key: jax.random.permutation(key, FLOWERS))(
         jax.random.split(key, epochs)
     )
@@ -183,8 +184,8 @@ def sweep(
 ) -> Sweep:
     """Train with `method(*setting, seed)` for every setting of a grid and every seed.
 
-    One after another, in one program: `vmap` would run both branches for every layer,
-      drawn or not.
+    The runs are sequential, in one program: `vmap` would run both branches for every
+    layer, drawn or not.
     """
     settings = [
         jnp.array(column)
@@ -199,14 +200,14 @@ def sweep(
 
 
 def finals(found: Sweep) -> np.ndarray:
-    """Return the loss at the end, of every setting; the median of the seeds, infinite
-    where they diverge."""
+    """Return the final loss of every setting: the median of the seeds, where divergent
+    runs count as infinite."""
     ends = np.nan_to_num(found.losses[..., -LAST:].mean(-1), nan=np.inf)
     return np.median(ends, axis=-1)
 
 
 def best(found: Sweep) -> tuple[int, ...]:
-    """Return the indices of the setting that ends lowest."""
+    """Return the indices of the setting with the lowest final loss."""
     return tuple(
         int(i) for i in np.unravel_index(np.argmin(finals(found)), finals(found).shape)
     )
@@ -216,9 +217,9 @@ def measure_bias(data: Data, samples: int) -> Bias:
     """Average the Newton steps of random batches of each size, at a point early in
     training.
 
-    The batches are those of whole epochs, so that their gradients average to that of
-    the full batch, and their matrices to its matrix. What remains is due to the
-    inverse, and with a batch's own gradient to the two together.
+    The batches form whole epochs, so their gradients average to that of the full batch,
+    and their matrices to its matrix. The bias with the full gradient is due to the
+    inverse; the bias with a batch's own gradient is also due to their correlation.
     """
     start = MODEL.init(jax.random.key(0), data["x"][:1])
     params = hessopt.minimize(
@@ -243,8 +244,8 @@ def measure_bias(data: Data, samples: int) -> Bias:
         )
 
     def damped(H: jax.Array, g: jax.Array) -> jax.Array:  # (dampings, rows of H, 2)
-        # no vmap: in jaxlib 0.10, on two cores, batched factorisations of several
-        # matrices can wait for each other
+        # not vmap: in jaxlib 0.10, on two cores, batched factorizations of several
+        # matrices can block each other
         return jax.lax.map(
             lambda damping: solve(H + damping * jnp.eye(len(H)), g, assume_a="pos"),
             jnp.array(DAMPINGS),
@@ -254,7 +255,7 @@ def measure_bias(data: Data, samples: int) -> Bias:
     bias = []
     for size in tqdm(SIZES, desc="batch sizes"):
         batches = minibatches(jax.random.key(1), size, samples * size // FLOWERS)
-        # the same means, and one program for all sizes
+        # repeating the batches keeps the means, and gives one program for all sizes
         repeated = jnp.tile(batches, FLOWERS // size)
         full, *others = np.asarray(
             run(jnp.concatenate([jnp.arange(FLOWERS)[None], repeated]))
@@ -275,7 +276,7 @@ def label(name: str, found: Sweep) -> str:
 
 
 def print_tables(sweeps: dict[str, dict[str, Sweep]], bias: Bias) -> None:
-    """Where the best settings end, and the bias."""
+    """Print the final losses of the best settings, and the bias."""
     for regime, of_regime in sweeps.items():
         for name, found in of_regime.items():
             print(
@@ -292,7 +293,7 @@ def print_tables(sweeps: dict[str, dict[str, Sweep]], bias: Bias) -> None:
 
 
 def draw_map(ax: Axes, found: Sweep) -> None:
-    """Final losses over probability and damping; the best has a frame."""
+    """Draw final losses over probability and damping, with a frame around the best."""
     ends = finals(found)
     ax.imshow(
         np.minimum(ends, 1.0), norm=NORM, cmap=COLORS, origin="lower", aspect="auto"

@@ -1,13 +1,14 @@
-"""Train with learning rates that find themselves, beside grids of constant rates and
+"""Train with automatic learning rates, and compare with grids of constant rates and
 cosine schedules.
 
-On minibatches of scikit-learn's digits, cross-entropy. A small CNN: generalized Newton
-finds one rate for SGD and one for AdamW. An MLP (64-32-10, tanh), SGD with momentum:
-generalized Newton finds one rate, grouped Newton one for each tensor. All runs of a
-network start from the same parameters and see the same batches. The table shows where
-each one ends and what an epoch takes; the figure shows the training losses, the rates
-that were applied at every step, and how the groups of the MLP interact. Note plain SGD:
-the rate that is best for one step is far below the best constant one.
+The networks are trained on minibatches of scikit-learn's digits with cross-entropy. For
+a small CNN, generalized Newton determines the rate of SGD and of AdamW. For an MLP
+(64-32-10, tanh) and SGD with momentum, generalized Newton determines one rate, and
+grouped Newton one rate for each tensor. All runs of a network use the same initial
+parameters and the same batches. The table shows the final loss of each run and the time
+of an epoch. The figure shows the training losses, the rates applied at every step, and
+the interaction of the groups of the MLP. With plain SGD, the rate that is optimal for
+one step is far below the best constant rate.
 
     python examples/learning_rates.py                                     # about 2 minutes
     python examples/learning_rates.py --epochs 100 --seed 1
@@ -33,11 +34,11 @@ import hessopt
 from hessopt.linen import TrainState
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib import pyplot as plt  # after the backend is set
 from matplotlib.axes import Axes
 
 BATCH = 128
-TRAIN = 11 * BATCH  # images of the 1797; the others are for the test
+TRAIN = 11 * BATCH  # training images of the 1797; the others are test images
 
 
 class CNN(nn.Module):
@@ -64,7 +65,7 @@ MODELS: dict[str, nn.Module] = {"CNN": CNN(), "MLP": MLP()}
 
 
 def optimizers(steps: int) -> dict[str, dict[str, optax.GradientTransformation]]:
-    """By network and name; `steps` is what the cosine schedules span."""
+    """Return optimizers by network and name; cosine schedules last `steps` steps."""
 
     def cosine(peak: float) -> optax.Schedule:
         return optax.cosine_decay_schedule(peak, steps)
@@ -98,7 +99,7 @@ class Run(NamedTuple):
     """One training run."""
 
     losses: list[float]  # on all training images: at the start, and after each epoch
-    # (steps, groups), as applied; None where the optimizer finds none
+    # (steps, groups), rates that were applied; None without automatic rates
     rates: np.ndarray | None
     accuracy: float  # on the test images
     seconds: float  # median of the epochs, compilation not counted
@@ -137,7 +138,7 @@ def train(
     def step(
         state: TrainState, batch: jax.Array
     ) -> tuple[TrainState, jax.Array | None]:
-        # the optimizer sees the loss on this batch
+        # the optimizer evaluates the loss on this batch
         state, *_ = state.step_with(loss_fn, x[batch], y[batch])
         return state, applied_rate(state.opt_state)
 
@@ -174,7 +175,7 @@ def train(
 
 
 def print_table(runs: dict[str, dict[str, Run]]) -> None:
-    """One line per run."""
+    """Print one line per run."""
     titles = (
         "network",
         "method",
@@ -191,8 +192,8 @@ def print_table(runs: dict[str, dict[str, Run]]) -> None:
 
 
 def normalized_hessian(run: Run) -> np.ndarray:
-    """Return `H_st / sqrt(|H_ss H_tt|)` of a run of grouped Newton; its state has H
-    averaged over the last models."""
+    """Return `H_st / sqrt(|H_ss H_tt|)` of a run of grouped Newton, with the averaged H
+    of its state."""
     hessian = np.asarray(run.opt_state[1].memory.model.hessian)
     scale = np.sqrt(np.abs(np.diagonal(hessian)))
     return (
@@ -201,8 +202,8 @@ def normalized_hessian(run: Run) -> np.ndarray:
 
 
 def draw_losses(ax: Axes, network: str, of_network: dict[str, Run]) -> None:
-    """Training losses; a colour for each base optimizer, from light to dark, and thick
-    lines for rates found."""
+    """Draw training losses, with a color for each base optimizer, from light to dark,
+    and thick lines for automatic rates."""
     shades = {
         "sgd": plt.colormaps["Blues"],
         "adamw": plt.colormaps["Oranges"],
@@ -234,7 +235,7 @@ def draw_losses(ax: Axes, network: str, of_network: dict[str, Run]) -> None:
 
 
 def draw_matrix(ax: Axes, matrix: np.ndarray, names: tuple[str, ...]) -> None:
-    """A heat map of entries in [-1, 1], with the names of rows and columns."""
+    """Draw a heat map of entries in [-1, 1], with the names of rows and columns."""
     image = ax.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
     for (row, column), entry in np.ndenumerate(matrix):
         color = "white" if abs(entry) > 0.6 else "black"
@@ -245,8 +246,8 @@ def draw_matrix(ax: Axes, matrix: np.ndarray, names: tuple[str, ...]) -> None:
 
 
 def draw(runs: dict[str, dict[str, Run]], path: pathlib.Path) -> None:
-    """Losses by network; rates of generalized and of grouped Newton; the interaction of
-    the groups."""
+    """Draw the losses by network, the rates of generalized and grouped Newton, and the
+    interaction of the groups."""
     figure, axes = plt.subplot_mosaic("ABE;CDE", figsize=(18, 9), layout="constrained")
     for key, (network, of_network) in zip("AC", runs.items(), strict=True):
         draw_losses(axes[key], network, of_network)

@@ -1,21 +1,22 @@
-"""Look at the loss along a training step, at its models of second and third order, and
-where methods land on it.
+"""Draw the loss along a training step, its models of second and third order, and the
+steps of the rate methods.
 
-An MLP (64-32-10, tanh) learns scikit-learn's digits, full batch, at a constant rate.
-After 2, 20 and 200 steps a panel shows phi(t) = f(params + t u) for the update u of
-SGD, momentum or Adam, with its parabola and its cubic model, and the points that the
-Wolfe search, generalized and grouped Newton reach from there in their first step.
-Generalized Newton lands where the parabola is lowest; grouped Newton with one group
-where the cubic model is, which takes the third derivative by magnitude and so ends
-earlier. With a rate for each tensor its step leaves the line, and is drawn as far out
-as it is long.
+An MLP (64-32-10, tanh) is trained on scikit-learn's digits, full batch, at a constant
+rate. After 2, 20 and 200 steps a panel shows phi(t) = f(params + t u) for the update u
+of SGD, momentum or Adam, with its parabola and its cubic model, and the points that the
+Wolfe search, generalized Newton and grouped Newton reach in their first step.
+Generalized Newton reaches the minimum of the parabola. Grouped Newton with one group
+reaches the minimum of the cubic model, which uses the absolute value of the third
+derivative and therefore gives a shorter step. With a rate for each tensor its step is
+not along u; it is drawn at the distance of its length.
 
-After two steps what counts is the line itself: rates for each tensor reach 0.91 from
-SGD's update, where the line is nowhere below 1.60. After 20 steps of SGD the minimum
-lies before its own step, at t = 0.7; those of momentum and Adam lie beyond, at t = 2
-and more. After 200 steps phi is a valley along which the training creeps: both models
-see its floor 140 to 360 steps ahead, too far out for momentum, and rates for each
-tensor gain nothing. The search takes the first of t = 1, 10, 100 that is flat enough.
+After two steps the direction limits the decrease: rates for each tensor reach a loss of
+0.91 from SGD's update, where the loss along u is at least 1.60. After 20 steps the
+minimum along the update of SGD is at t = 0.7, before the end of its step; for momentum
+and Adam it is beyond, at t >= 2. After 200 steps the training moves slowly along a
+valley of the loss: both models predict its minimum 140 to 360 steps ahead, which is too
+far for momentum, and rates for each tensor do not reduce the loss further. The search
+accepts the first of t = 1, 10, 100 at which the slope is small enough.
 
     python -m examples.loss_along_the_step                       # about 20 seconds
     python -m examples.loss_along_the_step --moments 5 50 1000
@@ -37,7 +38,7 @@ import hessopt
 from examples.digits import MODEL, loss_fn
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib import pyplot as plt  # after the backend is set
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -55,21 +56,21 @@ METHODS: dict[str, optax.GradientTransformation] = {
     "grouped Newton, one group": hessopt.scale_by_grouped_newton(groups="all"),
     EACH: hessopt.scale_by_grouped_newton(groups="leaf"),
 }
-"""Of an update `u` each makes a step: all but the last `t u`."""
+"""Methods that scale an update `u`; the steps of all except the last are `t u`."""
 
 LOOKS = {
     name: (f"C{i}", marker)
     for i, (name, marker) in enumerate(zip(METHODS, "oPsDv", strict=True))
 }
-"""Colours and markers."""
+"""Colors and markers."""
 
 
 class Landing(NamedTuple):
     """A step of a method."""
 
     step: Any  # tree like the parameters
-    length: jax.Array  # in units of the update's
-    value: jax.Array  # of the loss, where it leads
+    length: jax.Array  # relative to the update
+    value: jax.Array  # loss after the step
 
 
 class Moment(NamedTuple):
@@ -77,14 +78,13 @@ class Moment(NamedTuple):
 
     params: Any
     updates: Any
-    terms: hessopt.Taylor  # of phi(t) = f(params + t updates)
+    terms: hessopt.Taylor  # derivatives of phi(t) = f(params + t updates)
     landings: dict[str, Landing]
 
 
 @jax.jit
 def look(params: Any, updates: Any, x: jax.Array, y: jax.Array) -> Moment:
-    """Measure the loss along an update, and let every method, in its first step, land
-    on it."""
+    """Measure the loss along an update, and compute the first step of every method."""
     objective = loss_fn.close(x, y)
     value, grad = jax.value_and_grad(objective)(params)
 
@@ -122,7 +122,8 @@ def observe(
     x: jax.Array,
     y: jax.Array,
 ) -> list[Moment]:
-    """Train at a constant rate, and look along the update after each number of steps."""
+    """Train at a constant rate, and measure the loss along the update after each of
+    these numbers of steps."""
 
     @jax.jit
     def advance(params: Any, state: Any, x: jax.Array, y: jax.Array) -> tuple[Any, Any]:
@@ -139,7 +140,7 @@ def observe(
 
 
 def print_table(moments: dict[str, list[Moment]], after: list[int]) -> None:
-    """Where every method lands."""
+    """Print the loss after the step of every method."""
     print(
         ("{:>21} {:>6} {:>9}" + " {:>27}" * len(METHODS)).format(
             "base", "steps", "loss", *METHODS
@@ -158,8 +159,8 @@ def print_table(moments: dict[str, list[Moment]], after: list[int]) -> None:
 
 
 def draw_panel(ax: Axes, moment: Moment, x: jax.Array, y: jax.Array) -> None:
-    """phi, its models, and the landings; grouped Newton's step with many rates has a
-    curve of its own."""
+    """Draw phi, its models and the landings; the step of grouped Newton with many rates
+    has a separate curve."""
     value, (slope,), ((bend,),), (third,) = (np.asarray(term) for term in moment.terms)
     lengths = {name: float(landing.length) for name, landing in moment.landings.items()}
     farthest = max(lengths.values())
@@ -206,7 +207,7 @@ def draw(
     y: jax.Array,
     path: pathlib.Path,
 ) -> None:
-    """A panel for every base optimizer and moment; what is what stands below."""
+    """Draw a panel for every base optimizer and moment, with a legend below."""
     shape = (len(after), len(moments))
     figure, axes = plt.subplots(
         *shape,

@@ -1,11 +1,11 @@
-"""Train one network in several processes, and go on after one of them has died.
+"""Train one network in several processes, and resume after one of them has died.
 
 Each process holds its part of scikit-learn's digits and a copy of an MLP (64-32-10,
-tanh). L-BFGS takes the steps of one process on all data, since the objective and all
-inner products are sums over all devices. Every tenth step is kept. A process that dies
-ends the others within seconds, the limit of the heartbeat; started again, the run goes
-on from its last checkpoint. The last line tells the loss, the accuracy on the 297 test
-images and a checksum of the parameters.
+tanh). L-BFGS takes the same steps as one process on all data, since the objective and
+all inner products are sums over all devices. Every tenth step is written to a
+checkpoint. If a process dies, the others end within seconds, the limit of the
+heartbeat; a new run resumes from the last checkpoint. The last line shows the loss, the
+accuracy on the 297 test images and a checksum of the parameters.
 
     python examples/multi_process.py            # two processes of two devices each, on this machine
     python examples/multi_process.py --coordinator HOST:PORT --processes 4 --process-id I    # each of four machines
@@ -21,12 +21,12 @@ import sys
 from typing import Any
 
 HEARTBEAT = 10
-"""Seconds without a sign of life after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 
 
 def start_all(args: argparse.Namespace) -> int:
-    """Start every process on this machine; when one fails, wait for the others to
-    notice."""
+    """Start every process on this machine; if one fails, wait until the others detect
+    it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -41,7 +41,7 @@ def start_all(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Be one of the processes."""
+    """Train as one of the processes."""
     import jax
 
     if args.devices:
@@ -144,7 +144,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Start the processes, or be one."""
+    """Start the processes, or run one of them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

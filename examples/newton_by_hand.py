@@ -1,14 +1,16 @@
-"""Take Newton's step by hand, and see where it leads: to minima, to saddles, or away.
+"""Derive Newton's step symbolically, and show where its iterations converge: to minima,
+to saddle points, or not at all.
 
 SymPy derives the gradient, the Hessian, Newton's step and the BFGS update for a network
-of three parameters; the steps of hessopt are the same to rounding, and what is left of
-the difference is printed. `newton_by_hand.png` shows paths: with a condition number of
-50 in place of 2 gradient descent takes 374 steps in place of 14, Newton one either way;
-plain Newton goes to a saddle that `newton()` and `trust_region_newton()` leave, and on
-log cosh it diverges from |x| > 1.0887, where `newton()` converges.
-`newton_by_hand_basins.png` shows where runs on Himmelblau's function end, for 40 000
-starts: plain Newton in a minimum from 64% of them, all others from everywhere, but not
-always in the one downhill.
+with three parameters. The steps of hessopt agree up to rounding, and the program prints
+the differences. `newton_by_hand.png` shows paths. With a condition number of 50 instead
+of 2, gradient descent takes 374 steps instead of 14, and Newton's method one in both
+cases. Plain Newton converges to a saddle point that `newton()` and
+`trust_region_newton()` leave. On log cosh it diverges for |x| > 1.0887, where
+`newton()` converges. `newton_by_hand_basins.png` shows the limits of runs on
+Himmelblau's function for 40 000 starting points. Plain Newton converges to a minimum
+from 64% of them, all other methods from every one, but not always to the minimum that
+is reached by descending continuously.
 
     python examples/newton_by_hand.py                                  # about 1 minute
     python examples/newton_by_hand.py --size 400                       # finer maps
@@ -33,7 +35,7 @@ import hessopt
 from hessopt.typing import ValueFn
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib import pyplot as plt  # after the backend is set
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
@@ -59,7 +61,7 @@ def network_loss(params: Any) -> jax.Array:
 
 
 class ByHand(NamedTuple):
-    """What SymPy derives, as functions of NumPy arrays."""
+    """The results of SymPy, as functions of NumPy arrays."""
 
     gradient: Callable[..., Any]  # params -> (3, 1)
     hessian: Callable[..., Any]  # params -> (3, 3)
@@ -70,7 +72,7 @@ def derive() -> ByHand:
     """Derive gradient, Hessian, Newton's step and the BFGS update, and print them."""
     w, b, a, x, y, r, t, d = sp.symbols("w b a x y r t d")
     params, tanh = sp.Matrix([w, b, a]), sp.tanh(w * x + b)
-    loss = (a * tanh - y) ** 2 / 2  # on one example
+    loss = (a * tanh - y) ** 2 / 2  # for one example
     gradient, hessian = sp.Matrix([loss]).jacobian(params).T, sp.hessian(loss, params)
 
     def show(title: str, matrix: Any) -> None:
@@ -89,13 +91,13 @@ def derive() -> ByHand:
 
     H: Any = sp.MatrixSymbol("H", 3, 3)
     columns: list[Any] = [sp.MatrixSymbol(name, 3, 1) for name in "gpsy"]
-    g, p, s, z = columns  # y is taken
+    g, p, s, z = columns  # z stands for y, which is in use
     slope = ((g.T * p).diff(p) + (p.T * H * p / 2).diff(p)).subs(H.T, H).doit()
     print(
         f"Newton: the gradient of g'p + p'Hp/2 is {slope}, which vanishes for p = -H^-1 g."
     )
 
-    # H+ y = s, by the coefficients of s and u
+    # H+ y = s, compared by the coefficients of s and u
     alpha, beta, sy, uy = sp.symbols("alpha beta s'y u'y")
     solved: Any = sp.solve([alpha * sy - beta * uy - 1, 1 - beta * sy], [alpha, beta])
     print(
@@ -123,8 +125,8 @@ def derive() -> ByHand:
 
 
 def check(name: str, mine: Any, by_hand: Any, scale: float, condition: float) -> str:
-    """Return the difference in units of scale as text, or end the program where it is
-    more than rounding."""
+    """Return the difference relative to `scale` as text, or end the program if it is
+    larger than rounding."""
     difference = np.max(np.abs(np.asarray(mine) - by_hand)) / scale
     if not difference <= 10 * np.finfo(float).eps * condition:
         sys.exit(f"{name} differs from the one by hand by {difference:.1e}")
@@ -132,10 +134,10 @@ def check(name: str, mine: Any, by_hand: Any, scale: float, condition: float) ->
 
 
 class Run(NamedTuple):
-    """What an optimizer did."""
+    """The record of a run."""
 
     path: jax.Array  # (steps + 1, n)
-    grads: jax.Array  # (steps, n), at all points of the path but the last
+    grads: jax.Array  # (steps, n), at all points of the path except the last
     states: Any  # after each step, stacked
 
 
@@ -143,7 +145,7 @@ class Run(NamedTuple):
 def iterate(
     value_fn: ValueFn, start: jax.Array, tx: optax.GradientTransformation, steps: int
 ) -> Run:
-    """Take some steps with an optimizer, and keep everything."""
+    """Take some steps with an optimizer, and record them."""
     transform = optax.with_extra_args_support(tx)
 
     def step(carry: tuple[jax.Array, Any], _: None) -> tuple[Any, Any]:
@@ -160,7 +162,7 @@ def iterate(
 
 
 def compare(by_hand: ByHand) -> None:
-    """Take the steps of hessopt, and print how far they are from those by hand."""
+    """Take the steps of hessopt, and print their differences to the derived ones."""
     newton = iterate(network_loss, jnp.array(START), PLAIN, 7)
     hessians = jax.lax.map(
         lambda params: hessopt.hessian(network_loss, params), newton.path[:-1]
@@ -193,7 +195,7 @@ def compare(by_hand: ByHand) -> None:
     )
     for k in range(1, len(matrices)):
         s, y = ((of[k] - of[k - 1])[:, None] for of in (path, grads))
-        # what hessopt begins with, given the first pair
+        # initial H of hessopt for the first pair
         first = 10 * (s.T @ s) / (s.T @ y) * np.eye(3)
         H = by_hand.bfgs(matrices[k - 1] if k > 1 else first, s, y)
         condition, there = float(np.linalg.cond(H)), path[k] - rates[k] * (H @ grads[k])
@@ -217,12 +219,13 @@ def compare(by_hand: ByHand) -> None:
 
 
 def log_cosh(x: jax.Array) -> jax.Array:
-    """Convex, with a curvature that dies away from the minimum at 0."""
+    """Convex, with a curvature that decays away from the minimum at 0."""
     return jnp.sum(jnp.logaddexp(x, -x) - jnp.log(2.0))
 
 
 def himmelblau(p: Any) -> Any:
-    """Four minima, four saddles and a maximum; of SymPy's symbols too."""
+    """Himmelblau's function, with four minima, four saddle points and a maximum; also
+    takes symbols of SymPy."""
     return (p[0] ** 2 + p[1] - 11) ** 2 + (p[0] + p[1] ** 2 - 7) ** 2
 
 
@@ -235,13 +238,13 @@ class Landscape(NamedTuple):
     minima: tuple[tuple[float, float], ...]
     window: tuple[float, float, float, float]  # left, right, bottom, top
     rate: float  # of gradient descent
-    steps: int  # of gradient descent, at most
+    steps: int  # maximum for gradient descent
     methods: tuple[str, ...]
 
 
 def quadratic(kind: str, condition: float) -> Landscape:
-    """A turned quadratic of eigenvalues 1 and condition, with the best constant rate of
-    gradient descent."""
+    """Return a rotated quadratic with eigenvalues 1 and condition, and the best
+    constant rate of gradient descent."""
     return Landscape(
         f"{kind} quadratic: condition number {condition:g}",
         lambda p: 0.5 * ((0.8 * p[0] - 0.6 * p[1]) ** 2 + condition * (0.6 * p[0] + 0.8 * p[1]) ** 2),
@@ -267,7 +270,7 @@ LANDSCAPES = (
 
 
 def draw_landscape(ax: Axes, of: Landscape, quick: bool) -> None:
-    """Contours, and the trajectory of each method with the number of its steps."""
+    """Draw contours, and the trajectory of each method with its number of steps."""
     left, right, bottom, top = of.window
     x, y = np.meshgrid(np.linspace(left, right, 201), np.linspace(bottom, top, 201))
     values = of.value_fn(np.stack([x, y]))
@@ -312,10 +315,10 @@ def draw_landscape(ax: Axes, of: Landscape, quick: bool) -> None:
 
 
 def draw_divergence(models: Axes, distances: Axes) -> None:
-    """The models of log cosh that plain Newton minimises, and how far from the minimum
-    it gets."""
+    """Draw the models of log cosh that plain Newton minimizes, and the distances to the
+    minimum."""
     u = sp.Symbol("u")
-    # where Newton's u - tanh(u) cosh(u)^2 is -u
+    # u where Newton's step leads to -u: u - tanh(u) cosh(u)^2 = -u
     limit: Any = sp.nsolve(sp.sinh(2 * u) - 4 * u, u, 1.0)
     print(f"log cosh: plain Newton diverges from |x| > {limit:.6f}")
     runs = {}
@@ -334,7 +337,7 @@ def draw_divergence(models: Axes, distances: Axes) -> None:
             )
         )
         for start, path in runs[name].items():
-            out = np.abs(path) > 20  # where the curvature rounds to zero
+            out = np.abs(path) > 20  # the curvature rounds to zero there
             drawn, style = (
                 path[: np.argmax(out) + 1] if out.any() else path,
                 "o-" if name == "plain Newton" else "s--",
@@ -381,17 +384,17 @@ def draw_divergence(models: Axes, distances: Axes) -> None:
 
 @jax.jit
 def curvatures(points: jax.Array) -> jax.Array:
-    """Eigenvalues `(number, 2)` of the Hessian of Himmelblau's function at points
-    `(number, 2)`."""
+    """Return the eigenvalues `(number, 2)` of the Hessian of Himmelblau's function at
+    points `(number, 2)`."""
     return jnp.linalg.eigvalsh(jax.vmap(jax.hessian(himmelblau))(points))
 
 
 def stationary_points() -> np.ndarray:
-    """Return Himmelblau's stationary points `(9, 2)`: four minima, four saddles and the
-    maximum."""
+    """Return the stationary points `(9, 2)` of Himmelblau's function: four minima, four
+    saddle points and the maximum."""
     x, y = sp.symbols("x y")
     f = himmelblau((x, y))
-    # c y + q(x), and a polynomial in x
+    # the basis consists of c y + q(x) and a polynomial in x
     of_y, of_x = sp.groebner([f.diff(x), f.diff(y)], y, x, order="lex").exprs
     roots = [root for root in sp.Poly(of_x, x).nroots(n=30) if root.is_real]
     points = np.array(
@@ -403,10 +406,10 @@ def stationary_points() -> np.ndarray:
 def ends(
     starts: jax.Array, tx: optax.GradientTransformation, points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimize from all starts at once; return the index of the stationary point that
-    each finds, and its steps.
+    """Minimize from all starting points at once; return the index of the stationary
+    point that each run finds, and its number of steps.
 
-    The index is `len(points)` where a run finds none.
+    The index is `len(points)` if a run does not find one.
     """
     solve = jax.jit(
         jax.vmap(lambda start: hessopt.minimize(himmelblau, start, tx, max_steps=3000))
@@ -420,7 +423,8 @@ def ends(
 
 
 def draw_basins(path: pathlib.Path, size: int) -> None:
-    """Where each method ends from every start of a grid, on Himmelblau's function."""
+    """Draw the limit of each method from a grid of starting points, on Himmelblau's
+    function."""
     points = stationary_points()
     line = jnp.linspace(-6.0, 6.0, size)
     starts = jnp.stack(jnp.meshgrid(line, line), axis=-1).reshape(-1, 2)
@@ -440,7 +444,7 @@ def draw_basins(path: pathlib.Path, size: int) -> None:
     valley = None
     for ax, (name, tx) in zip(axes.flat, methods.items(), strict=True):
         index, steps = ends(starts, tx, points)
-        # gradient descent by small steps stays in it
+        # gradient descent with small steps does not leave the valley of its start
         valley = index if valley is None else valley
         minimum, own = np.mean(index < 4), np.mean((index < 4) & (index == valley))
         title = f"{name}\n{100 * minimum:.3g}% end in a minimum, {100 * own:.3g}% in their own valley's"

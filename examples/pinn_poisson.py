@@ -1,14 +1,13 @@
-"""Train a physics-informed network on the 3-D Poisson equation, and see what the
-optimizer is worth.
+"""Train a physics-informed network on the 3-D Poisson equation, and compare optimizers.
 
-The network 3-32-32-1 (1217 parameters, float64) stands for the solution of -div grad u
-= f in the unit cube; the loss is its residual on fixed points
+The network 3-32-32-1 (1217 parameters, float64) approximates the solution of
+-div grad u = f in the unit cube. The loss is its residual on fixed points
 (`benchmarks/problems/poisson.py`). Every optimizer starts from the same parameters and
-takes the same number of steps, each at the price of about one gradient; Gauss-Newton,
-whose steps cost some two hundred, takes a fortieth of them. The table shows the
-relative L2 error against the exact solution: one digit by Adam, three by BFGS, four by
-SSBroyden. The figure shows it against steps and seconds, and on a slice through the
-middle the best network beside its error.
+takes the same number of steps at a cost of about one gradient each; Gauss-Newton, with
+about two hundred gradients per step, takes a fortieth of the steps. The table shows the
+relative L2 error compared to the exact solution: Adam reaches one digit, BFGS three,
+SSBroyden four. The figure shows the error against steps and seconds, and the best
+network and its error on a slice through the middle of the cube.
 
     python -m examples.pinn_poisson                                    # all optimizers, about 7 minutes
     python -m examples.pinn_poisson --optimizers ssbroyden --steps 10000
@@ -31,7 +30,7 @@ import hessopt
 from benchmarks.problems import poisson
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib import pyplot as plt  # after the backend is set
 
 OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
     "adam": lambda steps: optax.adam(optax.cosine_decay_schedule(1e-2, steps)),
@@ -46,11 +45,11 @@ OPTIMIZERS: dict[str, Callable[[int], optax.GradientTransformation]] = {
 }
 
 COST = {"gauss-newton": 40}
-"""What one of its steps counts for, where that is not one."""
+"""Number of steps that one step of a method counts for, if not one."""
 
 
 class Run(NamedTuple):
-    """What one optimizer did; lists have one entry per look at it."""
+    """The record of a run; lists have one entry per evaluation of the error."""
 
     steps: list[int]
     seconds: list[float]  # compilation not counted
@@ -66,7 +65,7 @@ def train(
     steps: int,
     every: int,
 ) -> Run:
-    """Minimize with one optimizer, and look at it after every so many steps."""
+    """Minimize with one optimizer, and record the error at regular intervals."""
 
     def look(solution: hessopt.Solution) -> None:
         nonlocal looking
@@ -99,7 +98,7 @@ def train(
 
 
 def print_table(runs: dict[str, Run]) -> None:
-    """One line per optimizer."""
+    """Print one line per optimizer."""
     titles = (
         "optimizer",
         "relative error",
@@ -119,8 +118,8 @@ def print_table(runs: dict[str, Run]) -> None:
 
 
 def draw(runs: dict[str, Run], path: pathlib.Path) -> None:
-    """Error against steps and seconds; the best network on the slice z = 1/2, and its
-    error there."""
+    """Draw the error against steps and seconds, and the best network and its error on
+    the slice z = 1/2."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     for name, run in runs.items():
         axes[0, 0].plot(run.steps, run.errors, label=name)

@@ -1,12 +1,11 @@
-"""Train over eight devices: data split four ways, weights two ways, with axes whose
-types say so.
+"""Train on eight devices with explicit sharding: data over four, weights over two.
 
-On a mesh with explicit axes every array's type tells how it is split. L-BFGS and its
-line search work on the leaves as they lie: the state is split like the parameters, and
-inner products are sums over devices. The program shows how each parameter and its part
-of the memory lie, and that 60 steps end where those of one device end. (Eight devices
-of the CPU here; the same code runs on eight GPUs. With JAX before 0.6 the mesh has
-automatic axes.)
+On a mesh with explicit axes the type of every array contains its sharding. L-BFGS and
+its line search operate on the sharded leaves: the state is sharded like the parameters,
+and inner products are sums over devices. The program shows the shardings of each
+parameter and of its part of the memory, and that 60 steps give the same result as on
+one device. (The eight devices are CPU devices; the same code runs on eight GPUs. With
+JAX before 0.6 the mesh has automatic axes.)
 
     python examples/sharded.py
 """
@@ -36,8 +35,8 @@ SPLIT = {
 def loss_fn(
     params: Any, x: jax.Array, y: jax.Array, *, over: P | None = None
 ) -> jax.Array:
-    """Cross-entropy of a 64-32-10 network; `over` says how the sum over split hidden
-    units is to lie."""
+    """Return the cross-entropy of a 64-32-10 network; `over` is the sharding of the sum
+    over sharded hidden units."""
     hidden = jnp.tanh(x @ params["w1"] + params["b1"])
     how: dict[str, Any] = {} if over is None else {"out_sharding": over}
     logits = jnp.dot(hidden, params["w2"], **how) + params["b2"]

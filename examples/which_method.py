@@ -1,27 +1,28 @@
-"""Draw error against seconds for every method at four sizes of a network: the picture
-behind "How to choose".
+"""Draw error against seconds for every method at four sizes of a network: the figure of
+"Choosing a method" (docs/pages/choosing.md).
 
-What one sees, on two cores and in twelve seconds each: up to a thousand parameters the
-self-scaled BFGS ends at an error of 4e-6, where Adam and L-BFGS end at 1e-3 to 3e-3. At
-a hundred, the method of Levenberg and Marquardt (`trust-region-gauss`) is slower at
-first and ends lower still. At ten thousand a matrix is too dear: conjugate gradients
-lead, those in a region of trust first (1e-3), ahead of L-BFGS by a factor of three. At
-a hundred thousand gradients count: L-BFGS and three of four by conjugate gradients end
-at 5e-3, Adam at 1.4e-2. The Hessian itself is hardly worth its price on this loss,
-which is far from convex: Newton's method ends below Adam at a hundred parameters and
-above it at a thousand, and by a factor of six to ten lower with Gauss-Newton curvature.
+Results on two cores, with twelve seconds for each method: up to a thousand parameters
+self-scaled BFGS reaches an error of 4e-6, compared to 1e-3 to 3e-3 for Adam and L-BFGS.
+With a hundred parameters the Levenberg-Marquardt method (`trust-region-gauss`) is
+slower at first and reaches a lower error. With ten thousand parameters a matrix is too
+expensive: conjugate-gradient methods reach the lowest errors, with a trust region the
+lowest (1e-3), lower than L-BFGS by a factor of three. With a hundred thousand the cost
+of gradients is decisive: L-BFGS and three of the four conjugate-gradient methods reach
+5e-3, Adam 1.4e-2. The Hessian hardly pays off on this loss, which is far from convex:
+the error of Newton's method is lower than Adam's at a hundred parameters and higher at
+a thousand; with Gauss-Newton curvature it is lower by a factor of six to ten.
 
     python examples/which_method.py                                # about 18 minutes
     python examples/which_method.py --methods adam lbfgs ssbroyden --seconds 5
 
-A tanh network 2-w-w-1 learns `exp(x y) sin(3 x + 2 y)` on a square from 500 points, in
-float64, full batch; its width makes the size n. Every method starts from the same
-parameters and gets the same time, compilation and looks at the error not counted. Adam
-follows a cosine schedule over the steps that fit, from the best of three rates. A
-method is left out where its matrices take more than 4 GB, or one of its steps more than
-the whole time at 10^10 operations per second, by the costs of the README's table; the
-table says which. On a machine that does other work, set `OPENBLAS_NUM_THREADS=1`: the
-threads of LAPACK wait for one another.
+A tanh network 2-w-w-1 is fitted to `exp(x y) sin(3 x + 2 y)` on a square at 500 points,
+in float64, full batch; its width determines the size n. Every method starts from the
+same parameters and runs for the same time, not counting compilation and evaluations of
+the error. Adam uses a cosine schedule over the number of steps that fit, with the best
+of three initial rates. A method is omitted if its matrices take more than 4 GB, or if
+one of its steps takes more than the whole time at 10^10 operations per second, by the
+costs in docs/pages/choosing.md; the table lists these. On a busy machine, set
+`OPENBLAS_NUM_THREADS=1`: the threads of LAPACK wait for each other.
 """
 
 import argparse
@@ -42,13 +43,13 @@ from tqdm import tqdm
 import hessopt
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # the backend comes first
+from matplotlib import pyplot as plt  # after the backend is set
 
 WIDTHS = (8, 29, 98, 314)  # 105, 987, 10095 and 100167 parameters
 POINTS, HELD_OUT = 500, 2000
-# operations per second and bytes, by which methods are left out
+# operations per second and bytes: limits above which methods are omitted
 SPEED, MEMORY = 1e10, 4e9
-RATES = (3e-3, 1e-2, 3e-2)  # that Adam starts from
+RATES = (3e-3, 1e-2, 3e-2)  # initial rates of Adam
 QUICK = ("adam", "lbfgs", "newton")
 
 
@@ -77,19 +78,19 @@ class Task(NamedTuple):
     value_fn: Any  # half the mean squared residual, a composite
     error: Callable[[Any], jax.Array]  # relative, L2, on points held out
     params: Any
-    layers: tuple[int, ...]  # parameters of each
-    n: int  # of all
+    layers: tuple[int, ...]  # number of parameters of each layer
+    n: int  # number of all parameters
 
 
 class Cost(NamedTuple):
-    """What a step takes, to leading order."""
+    """The cost of a step, to leading order."""
 
     operations: float
-    numbers: float  # that it keeps in matrices
+    numbers: float  # numbers stored in matrices
 
 
 class Method(NamedTuple):
-    """An optimizer, what its step costs, and how it is drawn."""
+    """An optimizer, the cost of its step, and its line style."""
 
     make: Callable[[], optax.GradientTransformation]
     cost: Callable[[Task], Cost]
@@ -98,7 +99,7 @@ class Method(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What one method did; one entry per look at it."""
+    """The record of a run, with one entry per evaluation of the error."""
 
     steps: list[int]
     seconds: list[float]
@@ -107,7 +108,7 @@ class Run(NamedTuple):
 
 
 def gradients(task: Task) -> Cost:
-    """A few gradients of `6 m n` operations, which fit anywhere."""
+    """A few gradients of `6 m n` operations, which fit at every size."""
     return Cost(6.0 * POINTS * task.n, 0)
 
 
@@ -195,8 +196,8 @@ def regression(width: int, seed: int) -> Task:
 
 
 def train(tx: optax.GradientTransformation, task: Task, seconds: float) -> Run:
-    """Train until the time is used up, and look at the error whenever a tenth more of
-    it has passed."""
+    """Train until the time is used up, and evaluate the error whenever the time spent
+    has increased by a tenth."""
     value_and_grad = hessopt.value_and_grad_from_state(task.value_fn)
     tx = optax.with_extra_args_support(tx)
 
@@ -213,7 +214,7 @@ def train(tx: optax.GradientTransformation, task: Task, seconds: float) -> Run:
         return jax.lax.fori_loop(0, steps, step, (params, state))
 
     evaluate = jax.jit(lambda params: (task.value_fn(params), task.error(params)))
-    # optax's share buffers
+    # copied for the donation, since states of optax share buffers
     params, state = task.params, jax.tree.map(jnp.copy, tx.init(task.params))
     for _ in range(2):  # to compile; some of optax's states change type once
         params, state = advance(params, state, 0)
@@ -235,8 +236,8 @@ def train(tx: optax.GradientTransformation, task: Task, seconds: float) -> Run:
 
 
 def measure(name: str, task: Task, seconds: float) -> Run:
-    """Train by a method; Adam on a cosine schedule over the steps that fit, from
-    several rates, of which the best."""
+    """Train by a method; for Adam, use a cosine schedule over the number of steps that
+    fit, with the best of several initial rates."""
     if name != "adam":
         return train(METHODS[name].make(), task, seconds)
     probe = train(METHODS["adam"].make(), task, seconds / 10)
@@ -249,7 +250,7 @@ def measure(name: str, task: Task, seconds: float) -> Run:
 
 
 def obstacle(method: Method, task: Task, seconds: float) -> str | None:
-    """Say what does not fit of a method at this size, if anything."""
+    """Describe the cost that exceeds a limit at this size, if any."""
     operations, numbers = method.cost(task)
     if 8 * numbers > MEMORY:
         return f"{8e-9 * numbers:.0f} GB"
@@ -259,8 +260,8 @@ def obstacle(method: Method, task: Task, seconds: float) -> str | None:
 
 
 def print_table(runs: dict[int, dict[str, Run | str]]) -> None:
-    """One line per method, one column per size: relative error and steps, or why it is
-    left out."""
+    """Print one line per method and one column per size: relative error and steps, or
+    the reason why the method is omitted."""
     print(
         ("{:>23}" + " {:>20}" * len(runs)).format("method", *(f"n = {n}" for n in runs))
     )
@@ -277,7 +278,7 @@ def print_table(runs: dict[int, dict[str, Run | str]]) -> None:
 def save(
     runs: dict[int, dict[str, Run | str]], seconds: float, path: pathlib.Path
 ) -> None:
-    """Write what was measured as JSON, times, losses and errors to four digits."""
+    """Write the records as JSON, with times, losses and errors to four digits."""
 
     def record(run: Run | str) -> dict[str, Any]:
         if isinstance(run, str):
@@ -298,7 +299,7 @@ def save(
 
 
 def draw(runs: dict[int, dict[str, Run | str]], path: pathlib.Path) -> None:
-    """Error against seconds, a panel for each size."""
+    """Draw error against seconds, with a panel for each size."""
     rows = (len(runs) + 1) // 2
     figure, axes = plt.subplots(
         rows,

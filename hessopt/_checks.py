@@ -22,15 +22,15 @@ REMOVED_IN = "0.3"
 
 
 def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
-    """Raise `ValueError` unless `low <= value <= high`; schedules pass, and what is
-    traced."""
+    """Raise `ValueError` unless `low <= value <= high`. Schedules and traced values
+    pass."""
     if callable(value) or any(isinstance(x, Tracer) for x in (value, low, high)):
         return
     try:
         low, value, high = (
             np.asarray(x) if isinstance(x, jax.Array) else x for x in (low, value, high)
         )
-        # not by JAX, which would trace it within another program
+        # NumPy compares these: JAX would trace the comparison inside a program
         inside = low <= value <= high
     except TypeError:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
@@ -40,7 +40,7 @@ def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise `ValueError` unless `value` is an int of at least 1; it shapes the program."""
+    """Raise `ValueError` unless `value` is a static int of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         hint = (
             "; under optax.inject_hyperparams, list it in static_args"
@@ -65,8 +65,8 @@ def check_transformation(name: str, value: Any) -> None:
 
 
 def choose(name: str, value: Any, table: Mapping[str, Any]) -> Any:
-    """Return the entry of `table` for a word, `value` itself if it is of their kind,
-    else raise `ValueError`."""
+    """Return the entry of `table` for a word, or `value` itself if it has the type of
+    the entries; else raise `ValueError`."""
     if isinstance(value, str) and value in table:
         return table[value]
     if not callable(value) and not isinstance(value, tuple(map(type, table.values()))):

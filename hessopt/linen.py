@@ -1,4 +1,4 @@
-"""Flax linen: a train state whose optimizer sees the objective (`pip install
+"""Flax Linen: a train state that passes the objective to its optimizer (`pip install
 hessopt[flax]`)."""
 
 from collections.abc import Callable
@@ -14,13 +14,15 @@ from hessopt.typing import ValueFn
 
 
 class TrainState(train_state.TrainState):
-    """Flax's train state, which passes the value and the objective on to its optimizer.
+    """Flax's train state, extended to pass the value and the objective to its
+    optimizer.
 
-    Any optax transformation serves as `tx`. Create it with
-    `TrainState.create(apply_fn=..., params=..., tx=...)`, and for a model with other
-    variables, such as BatchNorm's running statistics, with `collections={"batch_stats":
-    ...}`: `step_with` hands them to the loss, and keeps what the gradient's evaluation
-    made of them. Evaluations by the optimizer leave them alone.
+    `tx` can be any optax transformation. Create the state with
+    `TrainState.create(apply_fn=..., params=..., tx=...)`. For a model with other
+    variables, such as BatchNorm's running statistics, add
+    `collections={"batch_stats": ...}`. `step_with` passes them to the loss and stores
+    the new ones that the evaluation of the gradient returns. Evaluations by the
+    optimizer do not change them.
 
     Example:
       >>> import jax, jax.numpy as jnp, hessopt
@@ -52,16 +54,17 @@ class TrainState(train_state.TrainState):
         """Update the parameters, the optimizer's state and the step count.
 
         Args:
-          grads: gradient at `params`, a tree like it.
+          grads: gradient at `params`, a tree like `params`.
           value: the objective at `params`, for optimizers with a line search.
           value_fn: `value_fn(params)`, the objective, for optimizers that evaluate it.
-          **replace: further fields to replace.
+          **replace: other fields to replace.
 
         Returns:
           The new state.
 
         Raises:
-          TypeError: from an optimizer that needs what was not given, naming it.
+          TypeError: if the optimizer requires an argument that is missing; the message
+            names it.
 
         Cost: the optimizer's update.
         """
@@ -94,22 +97,23 @@ class TrainState(train_state.TrainState):
         """Take one training step: value, gradient and update in one call.
 
         Args:
-          loss_fn: `loss_fn(params, *data)`, with `rngs=rngs` where those are given and
-            `collections=collections` where the state has some; returns the loss, or
-            `(loss, aux)`. With collections it returns `(loss, new)` or `(loss, (new,
-            aux))`, new being the dictionary that `apply_fn(..., mutable=...)` returns
-            beside its outputs. A `hessopt.composite` keeps its parts apart for
-            Gauss-Newton.
+          loss_fn: `loss_fn(params, *data)`, called with `rngs=rngs` if rngs are given
+            and `collections=collections` if the state has collections. It returns the
+            loss or `(loss, aux)`; with collections it returns `(loss, new)` or `(loss,
+            (new, aux))`, where new is the dictionary that `apply_fn(..., mutable=...)`
+            returns along with its outputs. A `hessopt.composite` keeps model and loss
+            separate for Gauss-Newton.
           *data: positional data of loss_fn.
-          rngs: random keys, the same for the gradient and for every evaluation that the
-            optimizer makes.
+          rngs: random keys, used for the gradient and for every evaluation by the
+            optimizer.
 
         Returns:
-          `(state, value, aux)`: the new state; the loss and aux (None without one) at
-          the old parameters.
+          `(state, value, aux)`: the new state, and the loss and aux (None if loss_fn
+          returns none) at the old parameters.
 
         Raises:
-          TypeError: when loss_fn does not return the collections that it was given.
+          TypeError: if loss_fn does not return collections with the structure of those
+            of the state.
 
         Cost: one value and gradient, and the optimizer's update.
         """

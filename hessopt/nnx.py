@@ -1,4 +1,5 @@
-"""Flax NNX: an optimizer that sees the objective (`pip install hessopt[flax]`)."""
+"""Flax NNX: an optimizer that passes the objective to its transformation (`pip install
+hessopt[flax]`)."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flax.nnx import Pytree as _Base
 else:
     _Base = getattr(nnx, "Pytree", None) or nnx.Object  # Flax 0.12 renamed it
-# the latter up to Flax 0.11
+# VariableState exists up to Flax 0.11
 _VARIABLES: Any = (nnx.Variable, vars(nnx).get("VariableState", nnx.Variable))
 
 
@@ -29,8 +30,8 @@ class Optimizer(_Base):
     Args:
       model: an NNX module.
       tx: the transformation.
-      wrt: filter for the variables to update; all others are held. It must be that of
-        the gradients.
+      wrt: filter for the variables to update; all others are held fixed. It must be the
+        filter of the gradients.
 
     Example:
       >>> import jax, jax.numpy as jnp, hessopt
@@ -52,8 +53,8 @@ class Optimizer(_Base):
     def __init__(
         self, model: Any, tx: optax.GradientTransformation, wrt: Any = nnx.Param
     ) -> None:
-        """Initialise the transformation at the model's parameters."""
-        # says that a tree holds variables, since Flax 0.12
+        """Initialize the transformation at the model's parameters."""
+        # since Flax 0.12, a tree that contains variables is marked by `nnx.data`
         data = getattr(nnx, "data", lambda tree: tree)
         self.tx: optax.GradientTransformation = tx
         self.wrt: Any = wrt
@@ -75,17 +76,18 @@ class Optimizer(_Base):
         in place.
 
         Args:
-          model: the module, as `nnx.value_and_grad(loss_fn)(model)` left it.
-          grads: what that returned.
-          value: the loss that it returned, for optimizers with a line search.
+          model: the module, after the call of `nnx.value_and_grad(loss_fn)(model)`.
+          grads: the gradients that this call returned.
+          value: the loss that this call returned, for optimizers with a line search.
           loss_fn: the objective, for optimizers that evaluate it: `loss_fn(model)`
-            returns the loss, or `(loss, aux)`. Its evaluations see copies of the model:
-            running statistics are those that the gradient left, and random numbers,
-            such as Dropout's masks, those that the gradient drew. A `hessopt.composite`
-            keeps its parts apart for Gauss-Newton.
+            returns the loss or `(loss, aux)`. It is evaluated on copies of the model,
+            with the running statistics after the gradient's evaluation and the random
+            numbers, such as Dropout's masks, of the gradient's evaluation. A
+            `hessopt.composite` keeps model and loss separate for Gauss-Newton.
 
         Raises:
-          TypeError: from an optimizer that needs what was not given, naming it.
+          TypeError: if the transformation requires an argument that is missing; the
+            message names it.
 
         Cost: the optimizer's update; one more forward pass for a model that draws
         random numbers, when not compiled.
@@ -120,8 +122,8 @@ class Optimizer(_Base):
 
 
 def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
-    """The loss as a function of parameters like `_arrays(state)`, with the random
-    numbers that a gradient just drew."""
+    """Return the loss as a function of parameters like `_arrays(state)`, with the
+    random numbers that the gradient has drawn."""
     graph, state, counts, rest = nnx.split(model, wrt, nnx.RngCount, ...)
 
     def at(params: Any, counts: Any) -> Any:
@@ -137,7 +139,7 @@ def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
 
 
 def _arrays(tree: Any) -> Any:
-    """The tree with the arrays of its variables in their place."""
+    """Replace the variables of a tree by their arrays."""
     return jax.tree.map(
         lambda leaf: _get(leaf) if _is_variable(leaf) else leaf,
         tree,

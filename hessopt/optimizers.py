@@ -1,5 +1,5 @@
-"""Ready-made optimizers: a direction, a sign and, if any, a line search; or any
-optimizer and a rate."""
+"""The optimizers: chains of a direction, a sign change and an optional line search, or
+of any optimizer and a rate."""
 
 import math
 from typing import Any
@@ -24,16 +24,18 @@ from hessopt.trees.vectors import all_finite
 from hessopt.typing import Params
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
-"""For `newton_cg` and `lbfgs`, whose steps mostly have the right length."""
+"""Default of `newton_cg` and `lbfgs`: their steps usually have the right length, so the
+first trial is 1."""
 
 CAPPED_LINESEARCH = scale_by_wolfe_linesearch(max_rate=1.0)
-"""For `newton`, whose full step is the longest that its model speaks for. (Digits, 5
-seeds: a test accuracy of 0.97 in all; by a search that goes farther, in four.)"""
+"""Default of `newton`: rates are at most 1, since the quadratic model is minimal at the
+full step. (Digits, 5 seeds: a test accuracy of 0.97 with all seeds; with four seeds if
+the search may go farther.)"""
 
 QUADRATIC_LINESEARCH = scale_by_wolfe_linesearch(initial_guess="quadratic")
-"""For the dense quasi-Newton methods, whose steps are too long at first and after a
-self-scaling. (A PINN, 2000 steps of SSBroyden: 1.02 gradients per step, and 1.57 from a
-first rate of 1.)"""
+"""Default of `bfgs`: steps are too long at first and after self-scaling, so the first
+trial is estimated from the last decrease. (A PINN, 2000 steps of SSBroyden: 1.02
+gradients per step, compared to 1.57 with a first trial of 1.)"""
 
 
 @renamed_arguments({"positivity": "on_indefinite"})
@@ -47,36 +49,37 @@ def newton(
     curvature: str | CurvatureFn | Curvature = "hessian",
     linesearch: optax.GradientTransformation | None = CAPPED_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
-    """Damped Newton with a line search.
+    """Damped Newton method with a line search.
 
     Args:
       learning_rate: factor on the step before the line search, or a schedule of it;
         None means 1.
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
-      on_indefinite: what to do where `H + lambda I` is not positive definite.
-        `"shift"`: add a sufficient multiple of the identity, remembered between updates
-        and halved at each; `"absolute"`: take eigenvalues by magnitude; `"none"`:
-        nothing, which may step towards a saddle or a maximum and says so in the status;
-        or an `IndefiniteTreatment`.
-      blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal
-        blocks only, each computed on its own.
-      update_every: number of updates for which a factorisation serves. Shapes the
-        state, so under `optax.inject_hyperparams` it stands in `static_args`.
+      on_indefinite: treatment of an `H + lambda I` that is not positive definite.
+        `"shift"` adds a sufficient multiple of the identity, which is remembered
+        between updates and halved at each; `"absolute"` replaces the eigenvalues by
+        their absolute values; `"none"` uses the matrix as it is: the step may then lead
+        towards a saddle or a maximum, and the status reports this. An
+        `IndefiniteTreatment` is also accepted.
+      blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
+        restricted to its diagonal blocks, and each block is computed separately.
+      update_every: number of updates that use one factorization. It determines the
+        shape of the state, so list it in `static_args` of `optax.inject_hyperparams`.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
-      linesearch: a line search that takes the additive update, or None for none.
+      linesearch: a line search that takes the additive update, or None.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
-      **data)` needs the objective, and with a line search also the value and the
+      **data)` requires the objective, and with a line search also the value and the
       gradient at `params`.
 
     Raises:
-      ValueError, TypeError: see `scale_by_newton`; TypeError also when a line search
-        misses value or grad.
+      ValueError, TypeError: as in `scale_by_newton`; TypeError also if value or grad is
+        missing for a line search.
 
-    Cost per step: that of `scale_by_newton`, and one value and gradient per trial step
-    of the search, mostly one.
+    Cost per step: that of `scale_by_newton`, and one value and gradient per trial of
+    the line search, usually one trial.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -113,33 +116,33 @@ def newton_cg(
     rematerialize: bool = False,
     linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
-    """Newton-CG with a line search: second order without a matrix.
+    """Newton-CG with a line search: a second-order method without a matrix.
 
     Args:
       learning_rate: factor on the step before the line search, or a schedule of it;
         None means 1.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
-      max_iterations: products with H at most, per update.
-      preconditioner: `(residual, params) -> tree`, near `H^-1 residual`, linear,
-        symmetric and positive definite.
-      warm_start: whether to begin with the last direction, at the length that suits
-        this gradient; one more product.
-      rematerialize: whether to linearise the gradient anew in every product: less
-        memory, more time.
-      linesearch: a line search that takes the additive update, or None for none.
+      max_iterations: maximum number of products with H per update.
+      preconditioner: `(residual, params) -> tree`, an approximation of `H^-1 residual`,
+        linear in the residual, symmetric and positive definite.
+      warm_start: whether to start with the last direction, scaled to fit the current
+        gradient; costs one more product.
+      rematerialize: whether to linearize the gradient again for every product, which
+        uses less memory and more time.
+      linesearch: a line search that takes the additive update, or None.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
-      **data)` needs the objective, and with a line search also the value and the
+      **data)` requires the objective, and with a line search also the value and the
       gradient at `params`.
 
     Raises:
-      ValueError, TypeError: see `scale_by_newton_cg`; TypeError also when a line search
-        misses value or grad.
+      ValueError, TypeError: as in `scale_by_newton_cg`; TypeError also if value or grad
+        is missing for a line search.
 
-    Cost per step: that of `scale_by_newton_cg`, and one value and gradient per trial
-    step of the search, mostly one.
+    Cost per step: that of `scale_by_newton_cg`, and one value and gradient per trial of
+    the line search, usually one trial.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -168,28 +171,29 @@ def bfgs(
     on_bad_curvature: str = "skip",
     linesearch: optax.GradientTransformation | None = QUADRATIC_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
-    """BFGS, or a relative of the Broyden class, with a line search.
+    """BFGS, or another method of the Broyden class, with a line search.
 
     Args:
       learning_rate: factor on the step before the line search, or a schedule of it;
         None means 1.
-      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or with a scaling of
-        H at every update `"ssbfgs"`, `"ssbroyden"`; or a callable `(b, h, n) -> (tau,
+      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or `"ssbfgs"` and
+        `"ssbroyden"`, which scale H at every update; or a callable `(b, h, n) -> (tau,
         phi)`, see `numerics/broyden.py`.
-      on_bad_curvature: what becomes of a pair that fails the curvature test: `"skip"`,
-        or `"powell"`, which mixes y with B s until `s.y = 0.2 s.Bs`.
-      linesearch: a line search that takes the additive update, or None for none.
+      on_bad_curvature: treatment of a pair (s, y) that fails the curvature test:
+        `"skip"` does not use the pair, `"powell"` replaces y by a combination of y and
+        B s for which `s.y = 0.2 s.Bs`.
+      linesearch: a line search that takes the additive update, or None.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
-      **data)` needs value, gradient and objective for its line search.
+      **data)` requires value, gradient and objective for its line search.
 
     Raises:
-      ValueError, TypeError: see `scale_by_bfgs`; TypeError also when a line search
-        misses value, grad or value_fn.
+      ValueError, TypeError: as in `scale_by_bfgs`; TypeError also if value, grad or
+        value_fn is missing for a line search.
 
-    Cost per step: that of `scale_by_bfgs`, and one value and gradient per trial step of
-    the search, mostly one.
+    Cost per step: that of `scale_by_bfgs`, and one value and gradient per trial of the
+    line search, usually one trial.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -221,24 +225,24 @@ def lbfgs(
     Args:
       learning_rate: factor on the step before the line search, or a schedule of it;
         None means 1.
-      memory_size: m, pairs that are kept.
+      memory_size: m, the number of stored pairs.
       same_batch_pairs: whether y is the change of the gradient on the batch of the
-        current call, for stochastic training; needs `value_fn` and one more gradient
+        current call, for stochastic training; requires `value_fn` and one more gradient
         per update.
-      memory_dtype: dtype in which pairs are kept, `jnp.bfloat16` for half the memory;
-        by default that of params, at least float32.
-      linesearch: a line search that takes the additive update, or None for none.
+      memory_dtype: dtype of the stored pairs, such as `jnp.bfloat16` for half the
+        memory; by default that of params, at least float32.
+      linesearch: a line search that takes the additive update, or None.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
-      **data)` needs value, gradient and objective for its line search.
+      **data)` requires value, gradient and objective for its line search.
 
     Raises:
-      ValueError, TypeError: see `scale_by_lbfgs`; TypeError also when a line search
-        misses value, grad or value_fn.
+      ValueError, TypeError: as in `scale_by_lbfgs`; TypeError also if value, grad or
+        value_fn is missing for a line search.
 
-    Cost per step: that of `scale_by_lbfgs`, and one value and gradient per trial step
-    of the search, mostly one.
+    Cost per step: that of `scale_by_lbfgs`, and one value and gradient per trial of the
+    line search, usually one trial.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -271,45 +275,51 @@ def generalized_newton(
     max_change: float = 2.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optimizer, with a learning rate that finds itself.
+    """Any optimizer, with a learning rate determined by the curvature along its update.
+
+    With u the update of base, the rate minimizes a parabola that approximates
+    `f(params + t u)`, `f(params) - b t + A t^2 / 2`: it is b / A if both are positive.
 
     Args:
-      base: any optax transformation whose updates are to be added, of constant scale:
-        `optax.sgd(1.0, momentum=0.9)`, `optax.adamw(1.0)`. The scale itself does not
-        matter.
-      mode: how the parabola is measured. `"exact"`: by derivatives. `"forward"`: by one
-        value at the last rate, and the slope `grad . u`. `"central"`: by two values. A
-        callable: see `Mode`.
-      groups: None for one rate, else a rate for each group by its own parabola, as in
-        `group_labels`.
-      learning_rate: factor on the rates, or a schedule of it. The place for schedules:
-        one in the base optimizer would be cancelled.
-      update_every: steps from one measurement to the next. In those between, which cost
-        nothing but under vmap, the rates stay, and no group goes farther than when it
-        was measured. The first two periods are measured throughout, and so is a step
-        that would lead uphill, if `update` is given grad.
+      base: any optax transformation of constant scale that produces additive updates,
+        such as `optax.sgd(1.0, momentum=0.9)` or `optax.adamw(1.0)`. The scale itself
+        does not matter.
+      mode: the measurement of the parabola. `"exact"` uses derivatives; `"forward"` one
+        value of the objective at the last rate, and the slope `grad . u`; `"central"`
+        two values. A callable is also accepted, with the signature
+        `hessopt.transforms.generalized_newton.Mode`.
+      groups: None for one rate; else groups as in `hessopt.group_labels`, each with a
+        rate from its own parabola.
+      learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
+        in the base optimizer would be cancelled by the rates.
+      update_every: number of steps from one measurement to the next. The steps in
+        between reuse the rates and cost nothing, except under vmap; in them the step of
+        a group is at most as long as at its measurement. Every step of the first two
+        periods is measured, and so is a step that would lead uphill, if `update`
+        receives grad.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
-        noisy batches; 0 for none.
+        noisy batches; 0 disables averaging.
       rate_decay: in [0, 1], weight of the past in an average of the rates.
-      initial_rate: until the first parabola is usable; also the first probe, which must
-        be long enough to be seen beside the rounding of the objective.
-      min_rate, max_rate: bounds of the rates that are found; the safeguard and a probe
-        that is not finite go below.
-      max_change: factor, at least 1, by which a rate changes at most, after the first.
-      safeguard: whether the objective is evaluated where a measured rate leads: if it
-        rises there by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; then no step is taken.
+      initial_rate: the rate until the first parabola is usable; also the first probe,
+        which must change the objective by more than rounding.
+      min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
+        finite can reduce rates below min_rate.
+      max_change: largest factor, at least 1, by which a rate changes from one
+        measurement to the next, after the first one.
+      safeguard: whether to evaluate the objective at the step of newly measured rates.
+        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
+        five times; if that does not suffice, no step is taken.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
-      **data)` needs the objective on the batch of the gradient. The direction that is
-      applied is the one that was measured: the state of base advances once per step,
-      and not at all for a value or an update that is not finite.
+      **data)` requires the objective on the batch of the gradient. The applied
+      direction is the measured one: the state of base advances once per step, and stays
+      unchanged if a value or an update is not finite.
 
     Raises:
-      ValueError, TypeError: see `scale_by_generalized_newton`.
+      ValueError, TypeError: as in `scale_by_generalized_newton`.
 
-    Cost per step: that of base, and see `scale_by_generalized_newton`.
+    Cost per step: that of base and that of `scale_by_generalized_newton`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -355,45 +365,50 @@ def grouped_newton(
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optimizer, with a learning rate for each group of parameters that they find
-    together.
+    """Any optimizer, with one learning rate per group of parameters, determined jointly
+    by the curvature along its update.
+
+    The rates minimize a model of `f(params + sum_s eta_s u_s)` with slopes -g, Hessian
+    H and a cubic term with scales d, where u_s is the update of base for group s.
 
     Args:
-      base: any optax transformation whose updates are to be added, of constant scale:
-        `optax.sgd(1.0, momentum=0.9)`, `optax.adamw(1.0)`. The scale itself does not
-        matter.
-      groups: groups of leaves, as in `group_labels`.
-      cubic_damping: lambda, not negative, or a schedule of it. Without units: 1 trusts
-        third derivatives as they are. With 0 it is Newton's method in the rates.
-      learning_rate: factor on the rates, or a schedule of it. The place for schedules:
-        one in the base optimizer would be cancelled.
-      update_every: steps from one model to the next. In those between, which cost
-        nothing but under vmap, the rates stay, and no group goes farther than when it
-        was measured. The first two periods are measured throughout, and so is a step
-        that would lead uphill, if `update` is given grad.
+      base: any optax transformation of constant scale that produces additive updates,
+        such as `optax.sgd(1.0, momentum=0.9)` or `optax.adamw(1.0)`. The scale itself
+        does not matter.
+      groups: groups of leaves, as in `hessopt.group_labels`.
+      cubic_damping: lambda >= 0, dimensionless, or a schedule of it. With 1 the third
+        derivatives enter as they are; with 0 the method is Newton's method in the
+        rates.
+      learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
+        in the base optimizer would be cancelled by the rates.
+      update_every: number of steps from one model to the next. The steps in between
+        reuse the rates and cost nothing, except under vmap; in them the step of a group
+        is at most as long as at its measurement. Every step of the first two periods is
+        measured, and so is a step that would lead uphill, if `update` receives grad.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
-        for none.
-      rate_decay: in [0, 1], weight of the past in an average of the rates, which begins
+        disables averaging.
+      rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
         with the first solution.
       nonnegative: whether negative rates are replaced by 0, after the solve and before
-        they are averaged. (What a group gains by going backwards others count on:
-        training is better without.)
+        the average. (Training is better without: the solution relies on the decrease by
+        groups with negative rates.)
       cross_groups: whether H has entries between groups.
-      ridge: not negative, is added to H as this part of the magnitudes of its diagonal.
-      initial_rate: rate of every group until there is a solution.
-      safeguard: whether the objective is evaluated where new rates lead: if it rises
-        there by more than 0.1%, or is not finite, the rates are halved, at most five
-        times; then no step is taken.
+      ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
+        added to the diagonal.
+      initial_rate: rate of every group until the first solution.
+      safeguard: whether to evaluate the objective at the step of newly measured rates.
+        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
+        five times; if that does not suffice, no step is taken.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, value_fn, **data)`
-      needs the objective. The state of base advances once per step, and not at all for
-      a value or an update that is not finite.
+      requires the objective. The state of base advances once per step, and stays
+      unchanged if a value or an update is not finite.
 
     Raises:
-      ValueError, TypeError: see `scale_by_grouped_newton`.
+      ValueError, TypeError: as in `scale_by_grouped_newton`.
 
-    Cost per step: that of base, and see `scale_by_grouped_newton`.
+    Cost per step: that of base and that of `scale_by_grouped_newton`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -431,8 +446,8 @@ def grouped_newton(
 def _rated(
     base: optax.GradientTransformation, rate: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain an optimizer with a rate, and keep its state where its update, or the
-    value, is not finite."""
+    """Chain an optimizer with a rate, and keep its old state if its update or the value
+    is not finite."""
     check_transformation("base", base)
     base = optax.with_extra_args_support(base)
 
@@ -459,7 +474,7 @@ def _descend(
     learning_rate: optax.ScalarOrSchedule | None,
     linesearch: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain a direction with the sign flip, its rate and a line search."""
+    """Chain a direction with the sign change, the learning rate and a line search."""
     sign = (
         optax.scale(-1.0)
         if learning_rate is None

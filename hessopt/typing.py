@@ -1,7 +1,8 @@
-"""Names for the arrays, functions and records that the signatures of hessopt speak of.
+"""Names for the arrays, functions, records and enumerations in the signatures of
+hessopt.
 
-Those of records and functions that an argument accepts in place of a word are loaded
-when they are asked for: their modules import this one.
+The types of records and functions that an argument accepts in place of a word are
+loaded on first use, since their modules import this one.
 """
 
 import enum
@@ -82,8 +83,8 @@ Matrix: TypeAlias = jax.Array
 
 
 class StepStatus(enum.IntFlag):
-    """What happened during one update. The facts can co-occur; states hold them as one
-    int32.
+    """Events during one update. Several flags can be set at once; states store them as
+    one int32.
 
     Example:
       >>> status = StepStatus.NEGATIVE_CURVATURE | StepStatus.NOT_DESCENT
@@ -92,11 +93,12 @@ class StepStatus(enum.IntFlag):
     """
 
     OK = 0
-    """None of what follows."""
+    """None of the following events."""
     NONFINITE = enum.auto()
-    """A value, gradient or curvature was inf or NaN; what depended on it was left out."""
+    """A value, gradient or curvature was inf or NaN; quantities that depend on it were
+    not used."""
     NOT_DESCENT = enum.auto()
-    """The direction points uphill, or along a contour."""
+    """The direction points uphill or along a contour."""
     SEARCH_FAILED = enum.auto()
     """No trial step was accepted."""
     PAIR_SKIPPED = enum.auto()
@@ -104,20 +106,20 @@ class StepStatus(enum.IntFlag):
     MEMORY_RESET = enum.auto()
     """The quasi-Newton memory was emptied."""
     FACTORIZATION_FAILED = enum.auto()
-    """A matrix could not be factorised; its block of the update is an older one's, or
-    zero."""
+    """A matrix could not be factorized; its block of the update is zero or uses an
+    older factorization."""
     NEGATIVE_CURVATURE = enum.auto()
     """The curvature matrix, damping included, is known not to be positive definite."""
     UNBOUNDED_MODEL = enum.auto()
-    """The local model has no minimiser."""
+    """The local model has no minimizer."""
     STEP_REJECTED = enum.auto()
-    """The trial step was worse than none and was not taken."""
+    """The trial step was worse than a step of zero and was not taken."""
     RATE_KEPT = enum.auto()
     """The model gave no usable rate; the last one was kept."""
     SAFEGUARDED = enum.auto()
     """The safeguard shortened the step."""
     NO_CURVATURE = enum.auto()
-    """The curvature matrix is zero: the step has no length of its own."""
+    """The curvature matrix is zero and does not determine the length of the step."""
     FAILURES = (
         NONFINITE
         | NOT_DESCENT
@@ -127,36 +129,37 @@ class StepStatus(enum.IntFlag):
         | NO_CURVATURE
         | STEP_REJECTED
     )
-    """The facts that may have left a step short, or at zero. The others are remarks."""
+    """The flags of events that can make a step too short or zero. The others are for
+    information."""
 
 
 class Termination(enum.IntEnum):
-    """Why `minimize` ended. GRADIENT, VALUE and STEP are convergence by a tolerance,
-    the others are not."""
+    """The reason why `minimize` ended. GRADIENT, VALUE and STEP mean convergence by a
+    tolerance, the others do not."""
 
     RUNNING = 0
-    """It has not ended."""
+    """The run has not ended."""
     GRADIENT = enum.auto()
     """The gradient fell below its tolerance."""
     VALUE = enum.auto()
-    """The objective hardly changed in a step."""
+    """The change of the objective in a step fell below its tolerance."""
     STEP = enum.auto()
-    """The parameters hardly changed in a step."""
+    """The change of the parameters in a step fell below its tolerance."""
     MAX_STEPS = enum.auto()
-    """All steps were taken."""
+    """The maximum number of steps was taken."""
     STALLED_AT_NOISE = enum.auto()
     """For many steps neither value nor gradient changed by more than rounding, or no
-    step was found."""
+    step was accepted."""
     UNBOUNDED = enum.auto()
-    """The objective fell without bound."""
+    """The objective decreased without bound."""
     NONFINITE = enum.auto()
     """The objective or its gradient was inf or NaN, at the start or after a step."""
     INTERRUPTED = enum.auto()
-    """Ctrl-C, or a callback, ended the run."""
+    """Ctrl-C or a callback ended the run."""
 
 
 def step_status(facts: Mapping[StepStatus, jax.Array]) -> jax.Array:
-    """Return the int32 scalar with the flag of every fact that is true."""
+    """Return the int32 scalar with the flags of all facts that are true."""
     status = jnp.zeros((), jnp.int32)
     for flag, fact in facts.items():
         status = status | jnp.where(fact, jnp.int32(flag), jnp.int32(0))

@@ -1,5 +1,8 @@
-"""Curvature of the objective: products linearised once, dense matrices filled in
-chunks, blocks on their own."""
+"""Curvature of the objective: products, dense matrices and diagonal blocks.
+
+Products are linearized once, matrices are filled in chunks of rows, and every block is
+computed separately.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -22,22 +25,22 @@ CurvatureFn: TypeAlias = Callable[
 linear map from changes of `part` to gradients like `embed(part)`."""
 
 CHUNK_SIZE = 16
-"""Unit vectors per product: below about 8 the matrix products are thin, above 32 they
-leave the cache."""
+"""Number of unit vectors per product: below about 8 matrix products are inefficient,
+above 32 they exceed the cache."""
 
 
 def hessian_product(
     value_fn: ValueFn, embed: Callable[[Any], Any], part: Any
 ) -> Callable[[Any], Any]:
-    """H v, forward over reverse, with the gradient linearised once."""
+    """The map `v -> H v`, forward over reverse, with the gradient linearized once."""
     return jax.linearize(lambda p: jax.grad(value_fn)(embed(p)), part)[1]
 
 
 def gauss_newton_product(
     value_fn: ValueFn, embed: Callable[[Any], Any], part: Any
 ) -> Callable[[Any], Any]:
-    """J' L J v, with J the Jacobian of the model and L the Hessian of the loss in the
-    outputs."""
+    """The map `v -> J' L J v`, with J the Jacobian of the model and L the Hessian of
+    the loss with respect to the outputs."""
     objective = as_objective(value_fn)
     if not objective.is_composite:
         raise TypeError(
@@ -50,15 +53,15 @@ def gauss_newton_product(
 
 
 RootFn: TypeAlias = Callable[[Any, Sequence[jax.Array]], Root | None]
-"""`(objective, leaves) -> Root`, or None where the objective has no such root."""
+"""`(objective, leaves) -> Root`, or None if the objective has no such root."""
 
 
 class Curvature(NamedTuple):
-    """A curvature matrix, and what is known of it besides its products."""
+    """A curvature matrix, given by its products and optionally its root."""
 
     linearize: CurvatureFn
     root: RootFn | None = None
-    """For `J' L J`: its square root at real leaves; see `least_squares.root`."""
+    """For `J' L J`, its square root at real leaves; see `least_squares.root`."""
 
 
 CURVATURES = {
@@ -68,9 +71,9 @@ CURVATURES = {
 
 
 def resolve(curvature: str | CurvatureFn | Curvature) -> Curvature:
-    """Return the curvature that a word, or a function, stands for.
+    """Return the `Curvature` of a word or a function.
 
-    The function of a word is that word: it has the same root.
+    The function of a known word has the same root as the word.
     """
     found = choose("curvature", curvature, CURVATURES)
     if isinstance(found, Curvature):
@@ -84,11 +87,11 @@ def curvature_product(
     params: Params,
     curvature: str | CurvatureFn | Curvature = "hessian",
 ) -> Callable[[Params], Params]:
-    """Return the map `v -> H v` on trees like `params`, linearised once for many
+    """Return the map `v -> H v` on trees like `params`, linearized once for many
     applications.
 
-    Cost: one gradient here, about two per application; the linearisation keeps the
-    gradient's intermediates.
+    Cost: one gradient for the linearization, about two per application; the
+    linearization keeps the gradient's intermediates.
     """
     leaves, restore = real_leaves(params)
     linear = resolve(curvature).linearize(
@@ -110,10 +113,10 @@ def hvp(value_fn: ValueFn, params: Params, vector: Params) -> Params:
       Complex leaves follow optax's convention for gradients (`df/dx + i df/dy`).
 
     Raises:
-      ValueError: when `vector` is not a tree like `params`.
+      ValueError: if `vector` is not a tree like `params`.
 
-    Cost: at most three gradients, no memory beyond that of a gradient and its tangent.
-    For many vectors at one point, `jax.vmap` over `vector`, or `hessian`.
+    Cost: at most three gradients, and the memory of a gradient and its tangent. For
+    many vectors at one point, use `jax.vmap` over `vector`, or `hessian`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -149,21 +152,22 @@ def hessian(
         parts, then imaginary).
       curvature: `"hessian"` or `"gauss_newton"`.
       blocks: `"all"` for the whole matrix; else groups as in `group_labels`, for
-        diagonal blocks, each computed on its own with the other parameters held fixed:
-        nothing of size n by n is formed.
-      chunk_size: unit vectors multiplied at once; 16 by default.
+        diagonal blocks. Each block is computed separately with the other parameters
+        held fixed; no n by n matrix is formed.
+      chunk_size: number of unit vectors multiplied at once; 16 by default.
 
     Returns:
       The symmetric `(n, n)` matrix in the order of `jax.flatten_util.ravel_pytree`, in
       the dtype of `params` and at least float32; with blocks, `{label: (n_b, n_b)}`.
 
     Raises:
-      ValueError: for an unknown word, chunk_size < 1, or blocks that do not fit.
+      ValueError: for an unknown word, chunk_size < 1, or blocks that do not match
+        `params`.
       TypeError: for Gauss-Newton without a `composite`.
 
-    Cost: n products of about two gradients each; every off-diagonal block is computed
-    once, from its smaller leaf. Memory: the result and `chunk_size` times a gradient's
-    intermediates.
+    Cost: n products of about two gradients each; the off-diagonal block of two leaves
+    is computed once, from the smaller one. Memory: the result and `chunk_size` times a
+    gradient's intermediates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -174,7 +178,7 @@ def hessian(
     """
     labels, names = group_labels(params, blocks)
 
-    @jax.jit  # one program, also where the caller does not jit
+    @jax.jit  # one program, even if the caller does not jit
     def compute(params: Params) -> list[Matrix]:
         return block_hessians(
             value_fn,
@@ -200,8 +204,8 @@ def block_hessians(
     curvature: str | CurvatureFn | Curvature = "hessian",
     chunk_size: int | None = None,
 ) -> list[Matrix]:
-    """The diagonal blocks of `hessian`, one `(n_b, n_b)` matrix per label 0, ..., count
-    - 1."""
+    """Compute the diagonal blocks of `hessian`, one `(n_b, n_b)` matrix for each label
+    0, ..., count - 1."""
     chunk_size = CHUNK_SIZE if chunk_size is None else chunk_size
     check_count("chunk_size", chunk_size)
     linearize = resolve(curvature).linearize
@@ -217,8 +221,8 @@ def block_hessians(
 def _dense(
     linearize: CurvatureFn, objective: Any, leaves: list[jax.Array], chunk_size: int
 ) -> Matrix:
-    """Fill the matrix strip by strip, smallest leaf first: the strip of a leaf spans
-    itself and all larger ones."""
+    """Fill the matrix strip by strip, smallest leaf first: the strip of a leaf has its
+    rows, and the columns of the leaf and of all larger ones."""
     sizes = [leaf.size for leaf in leaves]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     matrix = jnp.zeros((sum(sizes), sum(sizes)), solve_dtype(leaves))
@@ -253,8 +257,8 @@ def _strip_product(
     leaves: Sequence[jax.Array],
     strip: list[int],
 ) -> Any:
-    """The map from changes of leaf `strip[0]` to gradients in the leaves of `strip`;
-    all others are constants."""
+    """Return the map from changes of leaf `strip[0]` to gradients in the leaves of
+    `strip`; all other leaves are constant."""
 
     def place(parts: Sequence[jax.Array]) -> list[jax.Array]:
         moved = dict(zip(strip, parts, strict=True))

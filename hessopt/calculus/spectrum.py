@@ -1,12 +1,12 @@
-"""The ends of the Hessian's spectrum by Lanczos iteration.
+"""The extreme eigenvalues of the Hessian by Lanczos iteration.
 
-An orthonormal basis V of a Krylov space of H grows by one product at a time. Every new
-vector is orthogonalised against all others, twice, so that no eigenvalue of `T = V H
-V'` is a ghost. The basis doubles until the residual of every wanted pair is small, or
-no more is allowed to be stored.
+An orthonormal basis V of a Krylov space of H is extended by one product at a time.
+Every new vector is orthogonalized twice against all others, so that `T = V H V'` has no
+spurious copies of eigenvalues. The basis is doubled until the residuals of all wanted
+pairs are small or the limit on its size is reached.
 
-Source: Golub and Van Loan, "Matrix Computations", 4th ed., chapter 10; Parlett, "The
-Symmetric Eigenvalue Problem".
+Source: Golub and Van Loan, "Matrix Computations", 4th ed., 2013, chapter 10; Parlett,
+"The Symmetric Eigenvalue Problem", 1980.
 """
 
 from collections.abc import Callable
@@ -24,13 +24,14 @@ from hessopt.typing import Matrix, Params, ValueFn, Vector
 
 FIRST_BASIS = 32
 BASIS_ENTRIES = 2**24
-"""Numbers that the basis may hold, 64 vectors at least: the whole space up to n = 4096."""
+"""Maximum number of entries of the basis, which may always have 64 vectors; it can be
+complete up to n = 4096."""
 
 
 class _Krylov(NamedTuple):
     V: Matrix  # (m, n), orthonormal rows, zero where not yet filled
     T: Matrix  # (m, m), V H V'
-    beta: jax.Array  # norm of what the last product left outside the basis
+    beta: jax.Array  # norm of the last product's component outside of the basis
     smallest: Vector  # (k,), Ritz values, ascending
     largest: Vector  # (k,)
     converged: jax.Array  # bool scalar
@@ -45,24 +46,25 @@ def spectrum(
     Args:
       value_fn: `value_fn(params)`, a real scalar.
       params: pytree of arrays with n real entries.
-      k: eigenvalues wanted at each end, 1 to n.
-      seed: of the random first vector.
+      k: number of eigenvalues at each end, 1 to n.
+      seed: seed of the random first vector.
 
     Returns:
       `(smallest, largest)`, each `(k,)` and ascending, in the dtype of `params` and at
       least float32. Their ratio, for k = 1 and a positive definite Hessian, is the
-      condition number. Up to n = 4096 the relative error is below the root of the
-      dtype's resolution (1.5e-8, 3.5e-4 in float32), or at rounding in the largest
-      eigenvalue if that is more; beyond, the basis is limited to 2^24 numbers (at least
-      64 vectors), and what has not converged by then lies inside the true spectrum.
-      Non-finite where the Hessian is. Copies of a multiple eigenvalue enter one by one;
-      the basis grows until a doubling brings no more.
+      condition number. Up to n = 4096 the relative error is below the square root of
+      the machine epsilon (1.5e-8, 3.5e-4 in float32), or the absolute error is at the
+      rounding of the largest eigenvalue if that is more. For larger n the basis is
+      limited to 2^24 entries (at least 64 vectors); eigenvalues that have not converged
+      by then lie inside the true spectrum. The result is not finite if the Hessian is
+      not finite. Copies of a multiple eigenvalue are found one by one; the basis grows
+      until a doubling finds no further copy.
 
     Raises:
       ValueError: for k outside [1, n].
 
-    Cost: 32, 64, 128, ... products of about two gradients each, n at most; as many
-    passes over the basis.
+    Cost: 32, 64, 128, ... products of about two gradients each, at most n; one pass
+    over the basis per product.
 
     Example:
       >>> import jax.numpy as jnp
@@ -70,8 +72,8 @@ def spectrum(
       >>> round(float(largest[0] / smallest[0]), 3)
       50.0
 
-    Source: Golub and Van Loan, "Matrix Computations", 4th ed., chapter 10; Parlett,
-    "The Symmetric Eigenvalue Problem".
+    Source: Golub and Van Loan, "Matrix Computations", 4th ed., 2013, chapter 10;
+    Parlett, "The Symmetric Eigenvalue Problem", 1980.
     """
     like = ravel(params)
     n = like.size
@@ -113,8 +115,8 @@ def spectrum(
 
 
 def _orthonormal(vector: Vector, V: Matrix) -> tuple[Vector, Vector, jax.Array]:
-    """Remove from `vector` its part in the rows of V; return the unit rest, the
-    coefficients, the rest's norm."""
+    """Orthogonalize `vector` against the rows of V; return the normalized remainder,
+    the coefficients, and the norm of the remainder."""
     coefficients = jnp.zeros(len(V), V.dtype)
     for _ in range(2):
         step = matmul(V, vector)
@@ -127,27 +129,27 @@ def _orthonormal(vector: Vector, V: Matrix) -> tuple[Vector, Vector, jax.Array]:
 def _extend(
     state: _Krylov, j: jax.Array, multiply: Callable[[Vector], Vector], key: jax.Array
 ) -> _Krylov:
-    """Multiply the basis vector j, store its row of T, and append what is new as vector
-    j + 1."""
+    """Multiply the basis vector j, store its row of T, and append the component outside
+    of the basis as vector j + 1."""
     V, T = state.V, state.T
     image = multiply(V[j])
     unit, row, beta = _orthonormal(image, V)
     T = T.at[j].set(row).at[:, j].set(row)
-    # nothing new: the basis spans an invariant subspace, and a random vector finds what
-    # lies outside of it
+    # without such a component the basis spans an invariant subspace, and a random
+    # vector extends it
     rounding = jnp.finfo(V.dtype).eps * jnp.max(jnp.abs(T))
     exhausted = beta <= 100 * rounding
     fresh = jax.random.normal(jax.random.fold_in(key, j + 1), image.shape, V.dtype)
     unit = jax.lax.cond(exhausted, lambda: _orthonormal(fresh, V)[0], lambda: unit)
-    # next to an invariant subspace residuals say nothing of what lies outside: nothing
-    # counts as converged there
+    # near an invariant subspace small residuals do not exclude eigenvalues outside of
+    # it, so no pair counts as converged
     beta = jnp.where((beta <= 10_000 * rounding) & (j + 1 < V.shape[1]), jnp.inf, beta)
     return state._replace(V=V.at[j + 1].set(unit, mode="drop"), T=T, beta=beta)
 
 
 def _ritz(state: _Krylov, size: int, k: int) -> _Krylov:
-    """The ends of the spectrum of T, and whether the residuals `beta |s_last|` are
-    small."""
+    """Compute the extreme eigenvalues of T, and whether the residuals `beta |s_last|`
+    are small."""
     T = state.T[:size, :size]
     values, vectors = jnp.linalg.eigh(T, symmetrize_input=False)
     residuals = state.beta * jnp.abs(vectors[-1])
@@ -156,8 +158,8 @@ def _ritz(state: _Krylov, size: int, k: int) -> _Krylov:
         jnp.sqrt(eps) * jnp.abs(values), 10 * eps * jnp.max(jnp.abs(values))
     )
     converged = jnp.all(small[:k]) & jnp.all(small[-k:])
-    # a copy of a multiple eigenvalue enters late, with rounding: wait until a doubling
-    # brings none
+    # rounding introduces copies of a multiple eigenvalue late: continue until a
+    # doubling of the basis adds none
     if k > 1:
         ends, before = (
             jnp.append(values[:k], values[-k:]),

@@ -1,4 +1,4 @@
-"""Any optimizer state as a flat mapping of named scalars, for a logger."""
+"""Collects the scalars of an optimizer state in a flat dictionary, for a logger."""
 
 import re
 from typing import Any
@@ -8,20 +8,22 @@ import jax.numpy as jnp
 
 
 def diagnostics(state: Any) -> dict[str, jax.Array]:
-    """Collect the scalars of an optimizer's state: counters, rates, and what every
-    `info` reports.
+    """Collect the scalars of an optimizer's state: counters, rates, and the fields of
+    every `info`.
 
     Args:
-      state: of any optax transformation, chained and wrapped in any way; or what keeps
-        one in a field `opt_state`, as Flax's train states do.
+      state: the state of any optax transformation, chained and wrapped in any way; or
+        an object that has such a state in a field `opt_state`, as Flax's train states
+        do.
 
     Returns:
-      `{name: scalar}`. A name is the transformation's, taken from its state's type
-      (`NewtonState` gives `newton`, `ScaleByAdamState` gives `adam`), then the field's:
-      `newton.count`, `newton.status`; the entries of a vector that `info` reports are
-      numbered, `grouped_newton.rate.0`, unless there is one only. States inside others
-      are prefixed by these, and by the keys of mappings between; of equal names the
-      later ones get a number. Arrays like the parameters are left out. Works under jit.
+      `{name: scalar}`. A name consists of the name of the transformation, derived from
+      the type of its state (`NewtonState` gives `newton`, `ScaleByAdamState` gives
+      `adam`), and the name of the field: `newton.count`, `newton.status`. The entries
+      of a vector in `info` are numbered, `grouped_newton.rate.0`, unless the vector has
+      a single entry. The names of nested states are prefixed by those of the enclosing
+      states and by the keys of mappings between them. If names coincide, the later ones
+      get a number. Arrays like the parameters are omitted. Works under jit.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -31,7 +33,7 @@ def diagnostics(state: Any) -> dict[str, jax.Array]:
     """
     found: dict[str, jax.Array] = {}
     _collect(state, "", found)
-    # of an NNX variable its value
+    # NNX variables are replaced by their values
     return {name: jnp.asarray(x) for name, x in found.items()}
 
 
@@ -46,7 +48,7 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
                 isinstance(child, dict) or hasattr(child, "_asdict")
             ):
                 every = [(name, x) for name, x in _items(child) if _is_array(x)]
-                # of a batch of states
+                # a batch of states has leading axes
                 lanes = min((jnp.ndim(x) for _, x in every), default=0)
                 found.update(
                     {
@@ -73,7 +75,7 @@ def _items(node: Any) -> list[tuple[str, Any]]:
 
 
 def _scalars(name: str, x: Any, lanes: int) -> list[tuple[str, Any]]:
-    """A scalar, or the entries of a vector, with their names."""
+    """Return a scalar, or the entries of a vector, with their names."""
     if jnp.ndim(x) == lanes:
         return [(name, x)]
     size = jnp.shape(x)[-1]
@@ -91,7 +93,7 @@ def _name(kind: type) -> str:
 
 
 def _unused(name: str, found: dict[str, jax.Array]) -> str:
-    """`name`, or the first of `name_2`, `name_3`, ... that no entry begins with."""
+    """Return `name`, or the first of `name_2`, `name_3`, ... that is not in use."""
     taken = {key.rsplit(".", 1)[0] for key in found}
     return next(
         n

@@ -1,5 +1,8 @@
-"""The loop that `minimize` compiles: update, apply, evaluate, judge; what it carries,
-and when it ends."""
+"""The loop that `minimize` compiles: it updates, applies, evaluates and tests for
+termination.
+
+This module defines the variables that the loop carries and the termination tests.
+"""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,21 +22,22 @@ from hessopt.typing import Params, Termination, ValueFn
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
 
 PATIENCE = 60
-"""Steps without any change beyond rounding before the run counts as stalled: methods
-creep over plateaus."""
+"""Number of steps without any change beyond rounding after which the run counts as
+stalled. It is large since methods make slow progress on plateaus."""
 
 FAILED_STEP = 20
-"""Steps without change that a step of zero counts for, if the transformation meant to
-move. Other steps of zero do not count: gradients are accumulated, or a schedule starts
-at zero."""
+"""Number of steps without change that a failed step of zero counts for. Other steps of
+zero do not count: they occur when gradients are accumulated or a schedule starts at
+zero."""
 
 UNBOUNDED_FALL = 1e20
-"""Decrease of the objective, in units of its scale at the start, from which it counts
+"""Decrease of the objective, in units of its scale at the start, above which it counts
 as unbounded."""
 
 UNBOUNDED_DISTANCE = 1e15
-"""Largest parameter, in units of the largest at the start, from which such a decrease
-counts: next to a saddle the scale of the objective is tiny."""
+"""Magnitude of the largest parameter, in units of the largest at the start, above which
+such a decrease counts. The decrease alone is not sufficient, since the scale of the
+objective is tiny next to a saddle point."""
 
 
 class Point(NamedTuple):
@@ -55,7 +59,7 @@ class Limits(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What the loop carries."""
+    """The variables that the loop carries."""
 
     here: Point
     best: Point
@@ -63,16 +67,16 @@ class Run(NamedTuple):
     start_value: jax.Array
     start_size: jax.Array
     extent: jax.Array  # largest magnitude in params at the start; 1 at the origin
-    scale: jax.Array  # of the objective at the start: |f|, or |g| |x| if that is larger
+    scale: jax.Array  # scale of the objective at the start: max(|f|, |g| |x|)
     quiet: Point  # value and size at the last change beyond rounding; no trees
-    waited: jax.Array  # int32, steps since then
+    waited: jax.Array  # int32, steps since that change
     steps: jax.Array
     evaluations: jax.Array
     termination: jax.Array
 
 
 class Problem(NamedTuple):
-    """What shapes the program; compared by identity of the functions."""
+    """The static arguments of the program; functions are compared by identity."""
 
     value_fn: Objective
     tx: optax.GradientTransformation
@@ -89,7 +93,7 @@ def bound_objective(problem: Problem, data: Mapping[str, Any]) -> Objective:
 def objective_and_aux(
     problem: Problem, data: Mapping[str, Any]
 ) -> tuple[Any, Callable[[Params], Any]]:
-    """The objective as a function of params alone, and its auxiliary output likewise."""
+    """Return the objective and its auxiliary output as functions of params alone."""
     both: Any = bound_objective(problem, data)
     if problem.has_aux:
         return lambda params: both(params)[0], lambda params: both(params)[1]
@@ -97,15 +101,15 @@ def objective_and_aux(
 
 
 def evaluate(objective: ValueFn, params: Params) -> Point:
-    """Evaluate the value and the gradient, the latter in optax's convention for complex
-    leaves."""
+    """Evaluate the value and the gradient; complex leaves of the gradient follow
+    optax's convention."""
     value, grad = strongly_typed(jax.value_and_grad(objective)(params))
     grad = jax.tree.map(jnp.conj, grad)
     return Point(params, value, grad, _size(grad))
 
 
 def _size(tree: Params) -> jax.Array:
-    """The largest magnitude in a tree; NaN where there is one."""
+    """Return the largest magnitude in a tree; NaN if the tree contains a NaN."""
     sizes = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)]
     return functools.reduce(jnp.maximum, sizes, jnp.zeros((), jnp.float32))
 
@@ -117,7 +121,8 @@ def begin(
     data: Mapping[str, Any],
     limits: Limits,
 ) -> Run:
-    """Evaluate the start and judge it: a run may end before its first step."""
+    """Evaluate the starting point and test for termination: a run may end before its
+    first step."""
     here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
     extent = or_one(extent)
     run = Run(
@@ -147,7 +152,7 @@ def advance(
     limits: Limits,
     until: jax.Array,
 ) -> Run:
-    """Step until the run ends, or as many steps as `until` have been taken in all."""
+    """Take steps until the run ends or `until` steps have been taken in total."""
     objective, _ = objective_and_aux(problem, data)
 
     def goes_on(run: Run) -> jax.Array:
@@ -182,7 +187,7 @@ def _step(
     kept = accepted(state, (old.value, old.grad))
     if kept is None:
         here = evaluate(objective, params)
-    else:  # of the point before a step of zero the search need not know more than we do
+    else:  # after a step of zero, the values of this loop are kept
         value, grad = kept[0], jax.tree.map(jnp.conj, kept[1])
         value, grad = select(move == 0, (old.value, old.grad), (value, grad))
         here = Point(params, value, grad, _size(grad))
@@ -218,12 +223,12 @@ def _step(
 
 
 class _Evaluated(Exception):
-    """Raised by an objective that only waits to be called."""
+    """Raised by an objective that only detects whether it is called."""
 
 
 def _evaluates(update: Callable[..., Any], objective: Objective, run: Run) -> bool:
-    """Whether a transformation that reports nothing evaluates the objective: traced once
-    more, up to that point."""
+    """Return whether a transformation that reports nothing evaluates the objective.
+    Traces the update once more, up to the first evaluation."""
 
     def refuse(params: Params) -> Params:
         raise _Evaluated
@@ -241,16 +246,16 @@ def _evaluates(update: Callable[..., Any], objective: Objective, run: Run) -> bo
 
 
 def _noise(value: jax.Array, other: jax.Array) -> jax.Array:
-    """What two values of the objective may differ by for rounding alone."""
+    """Return the difference of two values of the objective that rounding can cause."""
     return 4 * jnp.finfo(value.dtype).eps * jnp.maximum(jnp.abs(value), jnp.abs(other))
 
 
 def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.Array:
-    """The first reason to stop that holds, else RUNNING. Tolerances are relative, so
-    that no unit matters."""
+    """Return the first reason to stop that holds, else RUNNING. Tolerances are
+    relative, so the result does not depend on units."""
     value, size = run.here.value, run.here.size
     fall = run.start_value - value
-    # no worse than any before
+    # the value does not exceed the best one
     settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))
     far = _size(run.here.params) > UNBOUNDED_DISTANCE * run.extent
     reasons = (
@@ -282,7 +287,7 @@ def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.
 
 
 def end(run: Run, reason: Termination) -> Run:
-    """End a run that is still going."""
+    """End a run that has not terminated yet."""
     going = run.termination == Termination.RUNNING
     return run._replace(
         termination=jnp.where(going, jnp.int32(reason), run.termination)

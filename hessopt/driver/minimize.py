@@ -1,10 +1,9 @@
-"""The driver: update, apply, evaluate, judge, in one compiled loop, for any optax
-transformation.
+"""The driver: minimizes an objective with any optax transformation, in one compiled
+loop.
 
-At a minimiser the gradient vanishes whatever the data, `g(params*(data), data) = 0`.
-Hence, by the implicit function theorem, `H d(params*) = -dg/d(data) d(data)`: that is
-how the solution is differentiated, by a linear solve at the solution and not through
-the steps that led there.
+At a minimizer the gradient vanishes for all data, `g(params*(data), data) = 0`. By the
+implicit function theorem, `H d(params*) = -dg/d(data) d(data)`. The solution is
+differentiated by this linear solve at the solution, and not through the steps.
 
 Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv
 2105.15183, for the derivatives.
@@ -48,44 +47,43 @@ from hessopt.trees.vectors import (
 from hessopt.typing import Matrix, Params, Termination
 
 MAX_DENSE_SIZE = 512
-"""Real parameters up to which derivatives come from the dense Hessian; conjugate
-gradients take as many products."""
+"""Number of real parameters up to which derivatives are computed from the dense
+Hessian. Conjugate gradients would need as many products."""
 
 
 class Solution(NamedTuple):
-    """Where a minimization ended. Every field but `params`, `grad`, `aux` and `state`
-    is a scalar array."""
+    """The result of a minimization. All fields except `params`, `grad`, `aux` and
+    `state` are scalar arrays."""
 
-    # the point of lowest value seen; where termination is GRADIENT, the stationary
-    # point found
+    # point of lowest value; for termination GRADIENT, the stationary point found
     params: Params
-    value: jax.Array  # objective there
-    grad: Params  # gradient there, in optax's convention for complex leaves
-    aux: Any  # auxiliary output there; None without has_aux
-    state: optax.OptState  # of the transformation after the last step, for a warm start
+    value: jax.Array  # objective at params
+    grad: Params  # gradient at params, complex leaves in optax's convention
+    aux: Any  # auxiliary output at params; None without has_aux
+    state: optax.OptState  # state of tx after the last step, for a warm start
     steps: jax.Array  # int32, updates applied
-    # int32, of the value, with or without gradient, outside of Hessians; -1 where not
-    # counted
+    # int32, evaluations of the value, with or without gradient, outside of Hessians;
+    # -1 if not counted
     evaluations: jax.Array
     termination: jax.Array  # int32, Termination
 
     @property
     def converged(self) -> jax.Array:
-        """Whether the run ended by a tolerance: GRADIENT, VALUE or STEP. A bool array,
-        one entry per lane."""
+        """Whether the run ended by a tolerance: GRADIENT, VALUE or STEP. A bool array
+        with one entry per lane."""
         return (self.termination >= Termination.GRADIENT) & (
             self.termination <= Termination.STEP
         )
 
     @property
     def reason(self) -> Any:
-        """The name of the termination as a string, `"GRADIENT"`; of several lanes, a
-        list of such. Not under jit."""
+        """The name of the termination as a string, such as `"GRADIENT"`; a list of
+        strings for several lanes. Not available under jit."""
         return _names(np.asarray(self.termination).tolist())
 
 
 def _names(terminations: Any) -> Any:
-    """The names of terminations, in lists as nested as those of the numbers."""
+    """Return the names of terminations, nested like the numbers."""
     if isinstance(terminations, list):
         return [_names(each) for each in terminations]
     return Termination(terminations).name
@@ -111,53 +109,55 @@ def minimize(
 
     Args:
       value_fn: `value_fn(params, **data)`, a real scalar; `(value, aux)` with has_aux.
-        Compiled once per function object and transformation, with what the object then
-        holds, as by `jax.jit`: pass what varies as `data`.
-      params: where to start, a pytree of floating or complex arrays.
-      tx: a hessopt or optax optimizer; it is given value, grad and value_fn.
-      data: arrays, or pytrees of them, passed to value_fn by name. What is no array is
-        bound beforehand, by `functools.partial`.
-      state: of `tx`, for a warm start, as in `Solution.state`; fresh by default.
-      max_steps: bound on the number of updates, below 2^31.
+        Compiled once per function object and transformation. As with `jax.jit`, values
+        that the object holds are fixed when it is compiled: pass values that change as
+        `data`.
+      params: the starting point, a pytree of floating or complex arrays.
+      tx: a hessopt or optax optimizer; it receives value, grad and value_fn.
+      data: arrays, or pytrees of arrays, passed to value_fn by name. Bind other
+        arguments beforehand with `functools.partial`.
+      state: a state of `tx` for a warm start, as in `Solution.state`; by default a
+        fresh one.
+      max_steps: maximum number of updates, below 2^31.
       gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start.
       ftol: stop (VALUE) when a step changes the objective by at most ftol times its
-        whole change since the start.
+        total change since the start.
       xtol: stop (STEP) when no entry moves by more than xtol times the largest entry.
       has_aux: whether value_fn returns `(value, aux)`; aux is evaluated once, at the
         solution.
-      progress: whether to show a progress bar (needs tqdm). Runs compiled blocks of
-        log_every steps, and Ctrl-C between two of them returns the best point so far,
-        as INTERRUPTED. Not under jit, vmap or grad.
+      progress: whether to show a progress bar (requires tqdm). The run is then divided
+        into compiled blocks of log_every steps. Ctrl-C between two blocks returns the
+        best point so far, as INTERRUPTED. Not available under jit, vmap or grad.
       log_every: steps per block, with progress or a callback.
-      callback: `callback(solution)` with the best point so far, after every block; a
-        true value stops the run, as INTERRUPTED.
+      callback: `callback(solution)`, called with the best point so far after every
+        block; a true return value stops the run, as INTERRUPTED.
 
     Returns:
-      A `Solution`. `solution.converged` says whether a tolerance ended the run,
-      `solution.reason` names the `Termination`; MAX_STEPS, STALLED_AT_NOISE, UNBOUNDED,
-      NONFINITE and INTERRUPTED are no convergence. A step of zero never counts as
-      convergence.
+      A `Solution`. `solution.converged` tells whether a tolerance ended the run,
+      `solution.reason` names the `Termination`. MAX_STEPS, STALLED_AT_NOISE, UNBOUNDED,
+      NONFINITE and INTERRUPTED do not count as convergence, nor does a step of zero.
 
-      Under `jax.vmap` every lane has its own termination and stands still once it has
-      ended, while the loop runs until the last one ends. Derivatives with respect to
-      `data`, and to what value_fn closes over, of params, value, grad and aux, are
-      those of the exact stationary point near by; the start, the state and the counts
-      have none. Where the Hessian is singular, or conjugate gradients do not solve with
-      it, derivatives are NaN.
+      Under `jax.vmap` every lane terminates separately and keeps its values from then
+      on; the loop runs until the last lane ends. The derivatives of params, value, grad
+      and aux with respect to `data`, and with respect to values that value_fn closes
+      over, are those of the exact stationary point nearby. The derivatives with respect
+      to the starting point, and those of the state and the counts, are zero.
+      Derivatives are NaN where the Hessian is singular or conjugate gradients do not
+      converge.
 
     Raises:
-      ValueError: for a negative tolerance, a max_steps that is negative or no whole
+      ValueError: for a negative tolerance, a max_steps that is negative or not a whole
         number, or log_every below 1.
-      TypeError: for data that value_fn requires and does not get, or gets and does not
-        take, or that are no arrays; for params that are not floating; for a tx that is
-        no optax transformation; for has_aux with a `composite`; for progress or a
-        callback under a transformation of JAX.
+      TypeError: for data that value_fn requires but does not receive, data that
+        value_fn does not take, or data that are not arrays; for params that are not
+        floating or complex; for a tx that is not an optax transformation; for has_aux
+        with a `composite`; for progress or a callback under a transformation of JAX.
       ImportError: for progress without tqdm.
 
     Cost: per step one update of `tx`, and one value and gradient unless its line search
     kept them; memory for a second set of params and gradient (the best). Derivatives:
-    the dense Hessian and its factorisation up to 512 real parameters, else one
-    conjugate gradient solve with it each, of at most 10 000 products.
+    the dense Hessian and its factorization up to 512 real parameters, else one
+    conjugate gradient solve each, of at most 10 000 products.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -187,7 +187,7 @@ def minimize(
         )
     if not isinstance(data or {}, Mapping):
         raise TypeError(
-            f"data must be a mapping from the names that value_fn gives them, got {type(data)}"
+            f"data must be a mapping from argument names of value_fn to arrays, got {type(data)}"
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
@@ -211,7 +211,7 @@ def minimize(
         problem.value_fn, functools.partial(bound_objective, problem), params, data
     )
     problem = problem._replace(value_fn=opened)
-    # a fresh one is part of the program
+    # a fresh state is created inside the program
     opt_state = None if state is None else strongly_typed(state)
     real = jax.dtypes.canonicalize_dtype(float)
     limits = Limits(
@@ -233,7 +233,8 @@ def minimize(
 
 
 def _scalar(x: Any, dtype: Any) -> Any:
-    """A strongly typed scalar, which costs nothing to make of a Python number."""
+    """Return a strongly typed scalar; a Python number becomes a NumPy array, without
+    a program."""
     return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
 
 
@@ -306,21 +307,22 @@ def _solve_jvp(
 
 
 def _solve_dense(H: Matrix, rhs: Any) -> Any:
-    """`H^-1 rhs`, NaN where H is singular to working precision in units that bring its
-    rows to size 1."""
+    """Return `H^-1 rhs`; NaN where H, scaled so that its rows have size 1, is singular
+    to working precision."""
     t = equilibration(jax.lax.stop_gradient(H))
     scaled = t[:, None] * H * t
     eigenvalues = jnp.abs(jnp.linalg.eigvalsh(jax.lax.stop_gradient(scaled)))
     regular = jnp.min(eigenvalues) > len(H) * jnp.finfo(H.dtype).eps * jnp.max(
         eigenvalues
     )
-    # a factor, so that it transposes
+    # NaN enters as a factor, so that the solve stays linear and can be transposed
     linear = jnp.where(regular, t, jnp.nan) * ravel(rhs)
     return unravel(t * jnp.linalg.solve(scaled, linear), rhs)
 
 
 def _conjugate_gradients(matvec: Any, rhs: Any) -> Any:
-    """The solution of `matvec(x) = rhs`, NaN where the iteration does not find it."""
+    """Return the solution of `matvec(x) = rhs`; NaN if the iteration does not
+    converge."""
     eps = float(jnp.finfo(solve_dtype(rhs)).eps)
     x = jax.scipy.sparse.linalg.cg(matvec, rhs, tol=eps, maxiter=10_000)[0]
     residual = norm(ravel(rhs) - ravel(matvec(x)))
@@ -345,7 +347,7 @@ def _bar(total: int) -> Any:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError(
-            "progress=True shows a tqdm bar: pip install hessopt[progress]"
+            "progress=True requires tqdm: pip install hessopt[progress]"
         ) from error
     return tqdm(total=total, unit="step")
 
@@ -360,17 +362,17 @@ def _in_blocks(
     bar: Any,
     callback: Callable[[Solution], Any] | None,
 ) -> Solution:
-    """The same run, with a look at it after every `log_every` steps."""
+    """Run in blocks of `log_every` steps, with a report after each block."""
     run = _begin_jit(problem, params, state, data, limits)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
         raise TypeError(
-            "minimize shows progress and calls back from a run of its own: not under jit, vmap or grad"
+            "minimize supports progress and callback only in a plain call, not under jit, vmap or grad"
         )
     reason = Termination.MAX_STEPS
     try:
         while run.termination == Termination.RUNNING and run.steps < limits.max_steps:
             run = _advance_jit(problem, run, data, limits, run.steps + log_every)
-            # on its own line: an interruption here loses nothing
+            # `run` is assigned before the wait, so an interruption loses no steps
             jax.block_until_ready(run)
             if bar is not None:
                 bar.update(int(run.steps) - bar.n)

@@ -1,5 +1,5 @@
-"""What a line search leaves in its state: the value and gradient at the step it
-accepted, and what they cost."""
+"""The states of line searches: the value and gradient at the accepted step, and their
+cost."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ from hessopt.typing import Params, ValueFn
 
 
 class LinesearchInfo(NamedTuple):
-    """What the last search found."""
+    """The result of the last search."""
 
     status: jax.Array  # int32 scalar, StepStatus
-    rate: jax.Array  # scalar, t accepted; 0 where there was none
+    rate: jax.Array  # scalar, accepted t; 0 if no trial was accepted
     trials: jax.Array  # int32 scalar
-    evaluations: jax.Array  # int32 scalar, of value and gradient: one per trial
+    evaluations: jax.Array  # int32 scalar, value and gradient: one per trial
 
 
 class LinesearchState(NamedTuple):
@@ -26,8 +26,8 @@ class LinesearchState(NamedTuple):
 
     count: jax.Array  # int32 scalar, updates so far
     value: jax.Array  # scalar, objective at the point last accepted; inf at the start
-    grad: Params  # what `jax.grad` gives there, a tree like params
-    # scalar, what the objective fell by in the last step that was taken; 0 at the start
+    grad: Params  # result of `jax.grad` at that point, a tree like params
+    # scalar, decrease of the objective in the last nonzero step; 0 at the start
     fall: jax.Array
     info: LinesearchInfo
 
@@ -39,17 +39,18 @@ OPTAX_SEARCH_STATES = (
 """The states of optax's line searches."""
 
 SEARCH_STATES = (LinesearchState, *OPTAX_SEARCH_STATES)
-"""The states of line searches. They are found by type: a parameter may well be named
-`value` or `grad`."""
+"""The states of line searches. They are recognized by type, since a parameter may be
+named `value` or `grad`."""
 
 
 def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
-    """Return the value and gradient that the search at the end of a chain accepted;
-    None when there is no such pair.
+    """Return the value and gradient that the search at the end of a chain accepted, or
+    None if there is no such pair.
 
-    There is none when anything follows the search, since the step was then changed, and
-    when the pair that the search keeps differs from `like`, a value and a gradient, in
-    tree or shapes, or has less precise dtypes. Before the first step it is not finite.
+    The result is None if another transformation follows the search, since it may have
+    changed the step, and if the pair in the state differs from `like`, a value and a
+    gradient, in tree structure or shapes, or has less precise dtypes. Before the first
+    step the pair is not finite.
     """
     while type(state) is tuple and state:
         state = state[-1]
@@ -70,19 +71,19 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
 def value_and_grad_from_state(
     value_fn: ValueFn,
 ) -> Callable[..., tuple[jax.Array, Any]]:
-    """Differentiate the objective, or reuse what a line search has already computed.
+    """Differentiate the objective, or reuse the value and gradient of a line search.
 
     Args:
       value_fn: `value_fn(params, *args, **kwargs)`, a real scalar.
 
     Returns:
-      A function `(params, *args, state, **kwargs) -> (value, grad)` in place of
-      `jax.value_and_grad(value_fn)`, that takes both from `state` where a search at the
-      end of the chain has left them. Only valid where `params` are the last update
-      applied, on the same data.
+      A function `(params, *args, state, **kwargs) -> (value, grad)` that replaces
+      `jax.value_and_grad(value_fn)`. It takes value and gradient from `state` if a
+      search at the end of the chain has stored them. This is valid only if `params` are
+      the result of the last update and the data are the same.
 
-    Cost: nothing where a search kept the pair, else one value and gradient. Under
-    `vmap` always one.
+    Cost: none if a search stored the pair, else one value and gradient. Under `vmap`
+    always one value and gradient.
 
     Example:
       >>> import jax.numpy as jnp, optax

@@ -1,12 +1,12 @@
-"""The `update` of every method, written once: what it was called with, checked and
-bound to the data.
+"""The `update` function that all methods share: it checks the arguments and binds the
+objective to the data.
 
-A method is a record of its options and two functions,
+A method consists of a record of its options and two functions,
 
     init(params) -> state,        step(call, state) -> (updates, state),
 
-and `transformation` makes of them what optax expects. A step never sees a keyword that
-is not its business.
+and `transformation` makes an optax transformation of them. A step does not receive
+keywords that it does not use.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +25,8 @@ class Call(NamedTuple):
 
     updates: Params
     params: Params
-    grad: Params | None  # gradient at params, in optax's convention, if it was given
-    value: jax.Array | None  # scalar, objective at params, if it was given
+    grad: Params | None  # gradient at params in optax's convention, if given
+    value: jax.Array | None  # scalar, objective at params, if given
     # value_fn with its data bound; None for a method that does not need it
     bound_objective: Objective | None
     finite: jax.Array | bool  # bool scalar, whether the value, if given, is finite
@@ -39,13 +39,13 @@ class Call(NamedTuple):
 
     @property
     def gradient(self) -> Params:
-        """The gradient: `grad`, or the updates where it was not given."""
+        """The gradient: `grad` if it was given, else the updates."""
         return self.updates if self.grad is None else self.grad
 
     @property
     def is_gradient(self) -> bool:
-        """Whether the updates are the gradient itself, as seen while tracing: products
-        with one then serve both."""
+        """Whether the updates are known to be the gradient while tracing. A product
+        with the gradient is then also the product with the updates."""
         leaves = map(jax.tree.leaves, (self.updates, self.gradient))
         return all(u is g for u, g in zip(*leaves, strict=True))
 
@@ -57,18 +57,18 @@ Step = Callable[[Call, Any], tuple[optax.Updates, Any]]
 def transformation(
     name: str, init: optax.TransformInitFn, step: Step, *, needs: Sequence[str] = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """Make an optax transformation of a method's `init` and `step`.
+    """Make an optax transformation of the `init` and `step` of a method.
 
     Args:
-      name: of the public function, for errors.
+      name: name of the public function, for error messages.
       init: `params -> state`.
       step: `(call, state) -> (updates, state)`.
-      needs: keywords of `update` without which the method cannot work, of `"value"`,
+      needs: keywords of `update` that the method requires, a subset of `"value"`,
         `"grad"` and `"value_fn"`.
 
     Raises:
-      TypeError: in `update`, for missing params, for a keyword in needs that is
-        missing, and for data that value_fn requires, each naming the call to write.
+      TypeError: in `update`, for missing params, for a missing keyword of needs, and
+        for missing data of value_fn; the message names the call to write.
     """
 
     def update(
@@ -92,5 +92,5 @@ def transformation(
 
 
 def scheduled(number: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
-    """Return a number, or what a schedule says at this count."""
+    """Return a number as it is, or the value of a schedule at this count."""
     return number(count) if callable(number) else number

@@ -1,13 +1,13 @@
-"""Rates by a local model of `phi(eta) = f(params + sum_s eta_s u_s)`: what all such
-rules have in common.
+"""Rates computed from a local model of `phi(eta) = f(params + sum_s eta_s u_s)`: the
+parts that all such rules share.
 
-Every so many steps the model is measured, averaged with earlier ones, and solved for
-the rates. If the objective rises at the step that they give, the rates are halved. In
-the steps between two measurements no group goes farther than it went when its rate was
-measured: an update that has grown, as momentum does, would run past the minimum along
-it. For the same reason every step of the first periods is measured, and so is a step
-that would lead uphill, where the gradient is given. A rule says how to measure and how
-to solve.
+Once per `update_every` steps the model is measured, averaged with earlier ones, and
+solved for the rates. If the objective rises at the resulting step, the rates are
+halved. In the steps between two measurements the step of a group is at most as long as
+when its rate was measured: an update that grows, as with momentum, would overshoot the
+minimum along it. For the same reason every step of the first periods is measured, and
+so is a step that would lead uphill, if the gradient is given. A rule defines the
+measurement and the solution.
 """
 
 import functools
@@ -27,25 +27,27 @@ from hessopt.trees.vectors import all_finite, applied, inner, solve_dtype
 from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
 
 TOLERATED_RISE = 1e-3
-"""The part of its value by which the objective may rise in a step: batches are noisy."""
+"""Relative rise of the objective that is accepted in a step: batches are noisy."""
 MAX_HALVINGS = 5
-"""How often a step that raises the objective by more is halved before it is dropped."""
+"""Maximum number of halvings of a step that raises the objective by more than that; the
+step is dropped afterwards."""
 MEASURED_PERIODS = 2
-"""Periods of `update_every` steps, from the first step on, in which all are measured."""
+"""Number of periods of `update_every` steps at the start in which every step is
+measured."""
 NOT_COUNTED = -1
-"""In place of a number of evaluations that is not known."""
+"""Number of evaluations that is reported if it is not known."""
 
 
 class RateProblem(NamedTuple):
-    """The objective, the point, and the updates whose rates are sought."""
+    """The objective, the point, and the updates to find rates for."""
 
     objective: ValueFn  # of params
     params: Params
     updates: Params
     groups: Groups
     labels: Any  # tree like params of ints, the group of every leaf
-    value: jax.Array | None  # objective(params), if it was given
-    # its gradient there in optax's convention (conjugated), if it was given
+    value: jax.Array | None  # objective(params), if given
+    # gradient at params in optax's convention (conjugated), if given
     grad: Params | None
 
 
@@ -54,44 +56,42 @@ class Measurement(NamedTuple):
 
     value: jax.Array  # phi(0), scalar
     model: Any  # tree of arrays, each `(S,)` or `(S, S)`
-    known: jax.Array | bool = True  # bool (S,), whether it says anything about a group
-    # bool (S,), whether phi was not finite where it was probed
+    known: jax.Array | bool = True  # bool (S,), whether the model holds for a group
+    # bool (S,), whether phi was not finite at the probe
     beyond: jax.Array | bool = False
 
 
 class RateSolution(NamedTuple):
-    """The rates that a model gives."""
+    """The solution of a model for the rates."""
 
     rate: Vector  # (S,)
-    usable: jax.Array  # bool (S,), whether the model gives a rate for a group
+    usable: jax.Array  # bool (S,), whether the model determines the rate of a group
     facts: dict[StepStatus, jax.Array]
 
 
 class Memory(NamedTuple):
-    """What is carried from one measurement to the next."""
+    """The memory that is carried from one measurement to the next."""
 
     age: jax.Array  # int32 scalar, steps since the last measurement
     measured: jax.Array  # int32 (S,), measurements in the average
-    solved: jax.Array  # bool (S,), whether a rate is no longer the initial one
+    solved: jax.Array  # bool (S,), whether the rate is the result of a solution
     rate: Vector  # (S,), before learning_rate
-    # (S,), norm of the updates of a group when they were measured; 0 if the step was
-    # not taken
+    # (S,), norm of the updates of a group at its measurement; 0 for a dropped step
     length: Vector
     model: Any  # average
 
 
 class RateInfo(NamedTuple):
-    """What the last update did."""
+    """Diagnostics of the last update."""
 
     status: jax.Array  # int32 scalar, StepStatus
-    rate: Vector  # (S,), by which the updates were multiplied
-    # int32 scalar, how often the rates were halved because the objective rose
-    halvings: jax.Array
+    rate: Vector  # (S,), factors on the updates
+    halvings: jax.Array  # int32 scalar, halvings since the objective rose
     evaluations: jax.Array  # int32 scalar, of the objective; -1: not counted
 
 
 class _State(Protocol):
-    """The state of a rate: of a type of its own for each method, which logs show."""
+    """The state of a rate. Each method has its own type, whose name appears in logs."""
 
     @property
     def count(self) -> jax.Array: ...
@@ -102,15 +102,15 @@ class _State(Protocol):
 
 
 class Rule(NamedTuple):
-    """What tells one method from another."""
+    """The functions that define a method."""
 
-    name: str  # of the public function, for errors
+    name: str  # of the public function, for error messages
     State: Callable[
         [jax.Array, Memory, RateInfo], optax.OptState
     ]  # count, memory, info
     blank: Callable[[int, Any], Any]  # number of groups, dtype -> a model of zeros
     measure: Callable[[RateProblem, Vector], Measurement]  # with the rates so far
-    # model, rates so far, which were solved for, count
+    # model, rates so far, which of them are solutions, count
     solve: Callable[[Any, Vector, jax.Array, jax.Array], RateSolution]
 
 
@@ -125,7 +125,7 @@ def scale_by_rates(
     initial_rate: jax.typing.ArrayLike,
     safeguard: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale updates by the rates that a rule finds; arguments are those of
+    """Scale updates by the rates of a rule; the arguments are those of
     `scale_by_generalized_newton`."""
     check_count("update_every", update_every)
     check_range("learning_rate", learning_rate, 0)
@@ -180,22 +180,22 @@ def _init(options: _Options, params: Params) -> optax.OptState:
 
 
 class _Situation(NamedTuple):
-    """Where an update begins: what all of its phases look at."""
+    """The inputs of an update, used by all of its phases."""
 
     problem: RateProblem
-    memory: Memory  # of the step before
+    memory: Memory  # of the previous step
     count: jax.Array  # int32 scalar, updates so far
     factor: jax.Array  # scalar, the learning rate
     length: Vector  # (S,), norm of the updates of a group
-    moves: jax.Array  # bool (S,), whether that is not zero
+    moves: jax.Array  # bool (S,), whether length is not zero
 
 
 class _Outcome(NamedTuple):
-    """What an update remembers and reports."""
+    """The new memory and the report of an update."""
 
     memory: Memory
     status: jax.Array  # int32 scalar, StepStatus
-    rate: Vector  # (S,), by which the updates are multiplied
+    rate: Vector  # (S,), factors on the updates
     halvings: jax.Array  # int32 scalar
 
 
@@ -205,7 +205,7 @@ def _step(
     # phi(eta) = f(params + sum_s eta_s u_s), and |u_s|
     now = _begin(options, call, state)
 
-    # a measurement costs evaluations of f: between two of them the rates stay
+    # a measurement costs evaluations of f, so the rates are reused between two of them
     def renew() -> _Outcome:
         return _renew(options, now)
 
@@ -218,8 +218,8 @@ def _step(
     else:
         outcome = renew()
 
-    # a value or an update that is not finite, which shows in |u_s|, gives no step and
-    # leaves the memory as it was
+    # if the value or an update (hence |u_s|) is not finite, the step is zero and the
+    # memory stays unchanged
     sound = call.finite & all_finite(now.length)
     zero = jnp.zeros((), jnp.int32)
     nonfinite = jnp.int32(StepStatus.NONFINITE)
@@ -237,7 +237,7 @@ def _step(
 
 
 def _begin(options: _Options, call: Call, state: _State) -> _Situation:
-    """The restriction of the objective to the updates, and their lengths."""
+    """Set up the restriction of the objective to the updates, and their lengths."""
     memory = state.memory
     dtype = memory.rate.dtype
     labels, _ = group_labels(call.params, options.groups)
@@ -264,7 +264,7 @@ def _begin(options: _Options, call: Call, state: _State) -> _Situation:
 
 
 def _is_due(options: _Options, now: _Situation) -> jax.Array:
-    """Whether the model has to be measured in this step."""
+    """Return whether the model has to be measured in this step."""
     problem, memory, every = now.problem, now.memory, options.update_every
     due = (memory.age >= every) | (now.count < MEASURED_PERIODS * every)
     # phi'(0) > 0 along the last rates: the step would lead uphill
@@ -273,15 +273,14 @@ def _is_due(options: _Options, now: _Situation) -> jax.Array:
             problem.grad, problem.updates, problem.labels, memory.rate
         )
         due |= jnp.vdot(memory.rate, slopes) > 0
-    # nothing is learnt from updates that are zero, as those of a base that accumulates
-    # gradients
+    # updates of zero, as from a base that accumulates gradients, need no measurement
     return due & jnp.any(now.moves)
 
 
 def _reuse(now: _Situation) -> _Outcome:
-    """Take the last rates, for steps that are no longer than the measured ones."""
+    """Take the last rates, for steps at most as long as the measured ones."""
     old = now.memory
-    # |eta_s u_s| at most as when u_s was measured
+    # limit |u_s| to its length at the measurement
     shorter = divide(old.length, now.length, now.length > old.length, 1)
     zero = jnp.zeros((), jnp.int32)
     memory = old._replace(age=old.age + 1)
@@ -289,17 +288,17 @@ def _reuse(now: _Situation) -> _Outcome:
 
 
 def _renew(options: _Options, now: _Situation) -> _Outcome:
-    """Measure the model of phi and take the rates that it gives."""
+    """Measure the model of phi and solve it for the rates."""
     old = now.memory
 
-    # m = w m + (1 - w) (new m) for the model m, where the new one says something
+    # m = w m + (1 - w) (new m) for the entries of the model m that were measured
     measured = _measure(options, now)
     model = _average(options, old, measured)
 
-    # the rates at its minimum, averaged with the last ones
+    # the rates at the minimum of the model, averaged with the last ones
     found = _solve(options, now, measured, model)
 
-    # halved until f(params + sum_s eta_s u_s) is hardly above f(params)
+    # halve them until f(params + sum_s eta_s u_s) <= f(params) + TOLERATED_RISE |f|
     halvings, dropped = _guard(options, now, found.rate, measured.value)
     rate = select(jnp.isfinite(measured.value), _halved(found.rate, halvings), old.rate)
 
@@ -328,17 +327,17 @@ def _renew(options: _Options, now: _Situation) -> _Outcome:
 
 
 class _Reading(NamedTuple):
-    """A measurement as this update uses it."""
+    """A measurement, checked and cast for this update."""
 
     value: jax.Array  # phi(0), scalar
     model: Any
     beyond: jax.Array | bool  # bool (S,), whether phi was not finite at a probe
-    finite: jax.Array  # bool scalar, whether model and probes all were
-    seen: jax.Array  # bool (S,), whether the model says anything about a group
+    finite: jax.Array  # bool scalar, whether the model and all probes are finite
+    seen: jax.Array  # bool (S,), whether the model holds for a group
 
 
 def _measure(options: _Options, now: _Situation) -> _Reading:
-    """The model of phi at 0 by the rule, in the dtypes of the average."""
+    """Measure the model of phi at 0, in the dtypes of the average."""
     value, model, known, beyond = options.rule.measure(now.problem, now.memory.rate)
     model = jax.tree.map(
         lambda x, like: jnp.asarray(x, like.dtype), model, now.memory.model
@@ -348,14 +347,15 @@ def _measure(options: _Options, now: _Situation) -> _Reading:
 
 
 def _average(options: _Options, old: Memory, measured: _Reading) -> Any:
-    """The exponential average of the models; the first measurement of a group stands
-    alone."""
+    """Compute the exponential moving average of the models, which starts with the first
+    measurement of a group."""
     seen = measured.seen
     decay = jnp.asarray(options.curvature_decay, old.rate.dtype)
     keep = jnp.where(old.measured > 0, decay, 0)
 
     def averaged(new: jax.Array, past: jax.Array) -> jax.Array:
-        # an entry between two groups counts where both do, and is as new as the newer
+        # an entry between two groups is updated if both were measured, with the smaller
+        # of their weights of the past
         here = seen if new.ndim == 1 else seen & seen[:, None]
         w = keep if new.ndim == 1 else jnp.minimum(keep, keep[:, None])
         return jnp.where(here, w * past + (1 - w) * new, past)
@@ -366,26 +366,26 @@ def _average(options: _Options, old: Memory, measured: _Reading) -> Any:
 def _solve(
     options: _Options, now: _Situation, measured: _Reading, model: Any
 ) -> RateSolution:
-    """The rates by the rule, averaged; a group that the model gives no rate keeps its
+    """Solve for the rates and average them; a group without a usable rate keeps its
     last one."""
     old, dtype = now.memory, now.memory.rate.dtype
     found, usable, facts = options.rule.solve(model, old.rate, old.solved, now.count)
     usable = usable & measured.seen
     w = jnp.where(old.solved, jnp.asarray(options.rate_decay, dtype), 0)
     rate = jnp.where(usable, w * old.rate + (1 - w) * found.astype(dtype), old.rate)
-    # a probe at the last rate that was not finite: it was too long
+    # a probe at the last rate that was not finite was too long
     return RateSolution(jnp.where(measured.beyond, rate / 2, rate), usable, facts)
 
 
 def _guard(
     options: _Options, now: _Situation, rate: Vector, value: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """How often the rates must be halved for the objective to rise by no more than
-    TOLERATED_RISE, and whether even MAX_HALVINGS are too few."""
+    """Return how often the rates must be halved until the objective rises by at most
+    TOLERATED_RISE, and whether MAX_HALVINGS are not sufficient."""
     if not options.safeguard:
         return jnp.int32(0), jnp.bool_(False)
     problem, rate = now.problem, now.factor * rate
-    # a rise within rounding is none
+    # a rise within rounding is accepted
     tolerated = max(TOLERATED_RISE, 4 * float(jnp.finfo(value.dtype).eps))
     limit = value + tolerated * jnp.abs(value)
 
@@ -409,7 +409,7 @@ def _halved(rate: Vector, times: jax.Array) -> Vector:
 
 
 def _scalar(value: Any, dtype: Any, caller: str) -> jax.Array:
-    """The value as a floating scalar, in the dtype that it has if that is floating."""
+    """Return the value as a floating scalar; a floating dtype is kept."""
     value = jnp.asarray(value)
     if value.shape:
         raise TypeError(f"{caller} needs value to be a scalar, got shape {value.shape}")
@@ -417,7 +417,8 @@ def _scalar(value: Any, dtype: Any, caller: str) -> jax.Array:
 
 
 def inner_by_group(a: Params, b: Params, labels: Any, like: Vector) -> Vector:
-    """The real inner products of the leaves of each group, like a vector `(S,)`."""
+    """Return the real inner product of the leaves of each group, `(S,)`, in the dtype
+    of `like`."""
     parts = (
         (take(a, labels, group), take(b, labels, group)) for group in range(like.size)
     )
@@ -425,7 +426,7 @@ def inner_by_group(a: Params, b: Params, labels: Any, like: Vector) -> Vector:
 
 
 def scaled(updates: Params, labels: Any, rate: Vector) -> Params:
-    """Every leaf times the rate of its group."""
+    """Multiply every leaf by the rate of its group."""
     return jax.tree.map(
         lambda u, label: (rate[label] * u).astype(u.dtype), updates, labels
     )

@@ -1,4 +1,4 @@
-"""What an update reports: its failures, and how often it evaluated the objective.
+"""Reports of an update: whether it failed, and how often it evaluated the objective.
 
 Every state of hessopt has an `info` with a `status` and a count of `evaluations`; the
 line searches of optax count their steps.
@@ -15,22 +15,20 @@ from hessopt.typing import StepStatus
 
 
 class Report(NamedTuple):
-    """What one transformation reports of its last update."""
+    """The report of one transformation on its last update."""
 
-    # bool scalar, whether the step may be zero although the transformation meant to
-    # move
-    failed: jax.Array
-    # int32 scalar, evaluations of the objective; -1 where they are not counted
+    failed: jax.Array  # bool scalar, whether a step of zero may be due to a failure
+    # int32 scalar, evaluations of the objective; -1 if they are not counted
     evaluations: jax.Array
 
 
 def reports(state: optax.OptState, old: optax.OptState) -> list[Report]:
-    """Return the report of every transformation in a state that makes one, on its
-    update from `old` to `state`.
+    """Return the reports of all transformations in a state that make one, on the update
+    from `old` to `state`.
 
     A transformation that was not updated, as under `optax.MultiSteps`, reports no
-    evaluations and no failure, but for values that were not finite: then some wrappers
-    keep its count as well.
+    evaluations, and no failure except a value that is not finite: some wrappers restore
+    its count in that case.
     """
     nodes, olds = (
         [node for node in jax.tree.leaves(tree, is_leaf=_reports) if _reports(node)]
@@ -40,8 +38,8 @@ def reports(state: optax.OptState, old: optax.OptState) -> list[Report]:
 
 
 def evaluations(found: list[Report]) -> jax.Array:
-    """Return the evaluations of all reports, an int32 scalar; -1 where one of them does
-    not count."""
+    """Return the sum of the evaluations of all reports, an int32 scalar; -1 if one of
+    them does not count."""
     counts = [report.evaluations for report in found]
     total = sum(counts, jnp.zeros((), jnp.int32))
     return jnp.where(jnp.any(jnp.array([count < 0 for count in counts])), -1, total)

@@ -1,5 +1,5 @@
-"""What a step gained over what its model promised, and what that does to how far the
-model is trusted.
+"""The ratio of actual to predicted decrease, and the adaptation of the bound on steps
+to it.
 
 Source: Conn, Gould and Toint, "Trust-Region Methods", 2000, sections 6.1 and 17.4.2;
 Cartis, Gould and Toint, "Adaptive cubic regularisation methods for unconstrained
@@ -18,27 +18,30 @@ from hessopt.numerics.guards import or_one
 from hessopt.typing import Vector
 
 TAKEN_RATIO = 1e-4
-"""Least ratio at which a step is taken."""
+"""Smallest ratio at which a step is taken."""
 POOR_RATIO = 0.1
-"""Below this ratio the model is trusted less."""
+"""Ratio below which the bound is tightened."""
 GOOD_RATIO = 0.5
-"""Above this ratio the model is trusted more."""
+"""Ratio above which the bound is relaxed."""
 
 
 def gain_ratio(actual: jax.Array, predicted: jax.Array, noise: jax.Array) -> jax.Array:
-    """Return `actual / predicted`, drawn to 1 where both fall below `noise`; -inf where
-    it is no number."""
+    """Return `(actual + noise) / (predicted + noise)`; -inf where this is not a finite
+    number or the denominator is not positive.
+
+    The ratio is near 1 if both decreases are small compared to `noise`.
+    """
     promised = predicted + noise
     ratio = (actual + noise) / or_one(promised)
     return jnp.where(jnp.isfinite(ratio) & (promised > 0), ratio, -jnp.inf)
 
 
 class StepBound(NamedTuple):
-    """A bound on steps, of which one positive number says how strict it is."""
+    """A bound on steps with one positive parameter, its size: the radius or sigma."""
 
     # (w, z, size) -> step, as in `secular`
     minimize: Callable[[Vector, Vector, jax.Array], secular.Shifted]
-    # (w, Cauchy's radius and the step within it) -> size
+    # (w, step within the radius of the Cauchy step) -> size
     first: Callable[[Vector, secular.Shifted], jax.Array]
     adapt: Callable[[Vector, Vector, jax.Array, jax.Array, secular.Shifted], jax.Array]
     """`(w, z, size, ratio, step) -> size`"""
@@ -47,7 +50,8 @@ class StepBound(NamedTuple):
 def _adapt_radius(
     w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted
 ) -> jax.Array:
-    """A quarter of a poor step, twice a good one that was held back."""
+    """Set the radius to a quarter of the length of a poor step, or to at least twice
+    the length of a good step that the radius limited."""
     larger = jnp.where(step.shift > 0, jnp.maximum(size, 2 * step.length), size)
     return jnp.where(
         ratio < POOR_RATIO, step.length / 4, jnp.where(ratio > GOOD_RATIO, larger, size)
@@ -55,13 +59,13 @@ def _adapt_radius(
 
 
 def _sigma(step: secular.Shifted) -> jax.Array:
-    """The sigma that gives a step found within a radius."""
+    """Return the sigma that yields a step found within a radius."""
     return step.shift / or_one(step.length)
 
 
 def _first_sigma(w: Vector, ball: secular.Shifted) -> jax.Array:
-    """The one that gives a step as long; but no shift less than a thousandth of the
-    curvature."""
+    """Return the sigma that yields a step of the same length, for a shift of at least a
+    thousandth of the curvature."""
     least = 1e-3 * jnp.max(jnp.abs(w))
     return _sigma(ball._replace(shift=jnp.maximum(ball.shift, least)))
 
@@ -69,8 +73,8 @@ def _first_sigma(w: Vector, ball: secular.Shifted) -> jax.Array:
 def _adapt_sigma(
     w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted
 ) -> jax.Array:
-    """What halves a poor step, at least twice as much; a quarter after a good one,
-    while that makes a difference."""
+    """Increase sigma after a poor step to the value that halves the step, at least by a
+    factor of two; divide it by four after a good step, but not below rounding."""
     eps = jnp.finfo(size.dtype).eps
     least = _sigma(
         step._replace(shift=eps * jnp.maximum(w[0], eps * jnp.max(jnp.abs(w))))
@@ -85,10 +89,10 @@ def _adapt_sigma(
 
 
 RADIUS = StepBound(secular.within_radius, lambda w, ball: ball.length, _adapt_radius)
-"""The quadratic model within a ball; its size is the radius."""
+"""The quadratic model within a ball; the size is the radius."""
 
 CUBIC = StepBound(secular.with_cubic_term, _first_sigma, _adapt_sigma)
-"""The quadratic model with `sigma/3 |p|^3`; its size is sigma."""
+"""The quadratic model with the term `sigma/3 |p|^3`; the size is sigma."""
 
 STEP_BOUNDS = {"radius": RADIUS, "cubic": CUBIC}
 

@@ -1,9 +1,9 @@
-"""The quadratic model in eigenvectors of the curvature: in all of them, or in those of
-a Krylov space.
+"""The quadratic model in coordinates of eigenvectors of the curvature: all of them, or
+those of a Krylov space.
 
-In these a step within a radius, or with a cubic term, costs O(k)
-(`hessopt.numerics.secular`), for each radius that is tried. `exact` takes the
-eigenvectors of `D^-1 H D^-1`, D equilibrating H by the largest of its scales so far.
+In these coordinates a step within a radius, or with a cubic term, costs O(k)
+(`hessopt.numerics.secular`) for each radius or sigma. `exact` uses the eigenvectors of
+`D^-1 H D^-1`, where D equilibrates H by the largest of its scales so far.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from hessopt.trees.vectors import all_finite, inner, ravel, solve_dtype, unravel
 from hessopt.typing import Vector
 
 MAX_KRYLOV_DIMENSION = 50
-"""Largest Krylov space; each of its vectors is kept."""
+"""Largest dimension of the Krylov space; all of its vectors are stored."""
 
 
 Leaves = list[jax.Array]
@@ -34,7 +34,7 @@ Leaves = list[jax.Array]
 
 
 class LocalModel(NamedTuple):
-    """The quadratic model at a point, over real leaves, and what bounds its steps."""
+    """The quadratic model at a point, over real leaves, and the bound on its steps."""
 
     objective: Objective  # of the leaves
     parts: Leaves  # params
@@ -42,31 +42,31 @@ class LocalModel(NamedTuple):
     curvature: Curvature
     # (w, z) -> bounded step in the eigenvectors
     minimize: Callable[[Vector, Vector], secular.Shifted]
-    tolerance: jax.Array  # what part of |g| an approximate solution may leave
-    scales: Vector | None  # D of the updates before; None where D = 1
+    tolerance: jax.Array  # residual of an approximate solution, relative to |g|
+    scales: Vector | None  # D of the previous updates; None where D = 1
 
 
 class EigenModel(NamedTuple):
-    """The same model in k eigenvectors of the curvature."""
+    """The quadratic model in coordinates of k eigenvectors of the curvature."""
 
     w: Vector  # (k,), eigenvalues, ascending
     z: Vector  # (k,), coefficients of the gradient
     lift: Callable[[Vector], Leaves]  # coefficients of a step -> the step
     project: Callable[[Leaves], Vector]  # a gradient -> its coefficients
     scales: Vector | None  # D of this update
-    products: jax.Array | int = 0  # with the curvature, that it took
+    products: jax.Array | int = 0  # products with the curvature that were computed
 
 
 class SubproblemSolver(NamedTuple):
-    """A way to the eigenvectors."""
+    """A method to compute the eigenvectors."""
 
     solve: Callable[[LocalModel], EigenModel]
     scaled: bool  # whether D is not the identity
-    complete: bool  # whether any gradient can be projected, or only its Krylov space
+    complete: bool  # whether the eigenvectors span the whole space
 
 
 def exact(local: LocalModel) -> EigenModel:
-    """All eigenvectors of the scaled curvature, from its root where there is one."""
+    """Compute all eigenvectors of the scaled curvature, from its root if it has one."""
     root = local.curvature.root
     found = None if root is None else root(local.objective, local.parts)
     factored = _of_matrix(local) if found is None else _of_root(local, found)
@@ -91,7 +91,7 @@ class _Factored(NamedTuple):
 
 
 def _of_matrix(local: LocalModel) -> _Factored:
-    """The eigenvectors of the whole matrix."""
+    """Compute the eigenvectors of the dense matrix."""
     (H,) = block_hessians(
         local.objective,
         local.parts,
@@ -105,20 +105,22 @@ def _of_matrix(local: LocalModel) -> _Factored:
 
 
 def _of_root(local: LocalModel, root: Root) -> _Factored:
-    """The right singular vectors of `K D^-1`, for `H = K'K` and `g = K'r + rest`."""
+    """Compute the right singular vectors of `K D^-1`, for `H = K'K` and
+    `g = K'r + rest`."""
     lengths = jnp.sqrt(jnp.sum(root.K**2, axis=0))
     scales, t = _largest(local.scales, unit_power(lengths), lengths > 0)
     K = root.K * t
     finite = all_finite(K)
     rest = jnp.where(finite, t * root.rest, jnp.nan)
 
-    # K D^-1 = U diag(s) Q', of zeros where it is not finite: LAPACK does not return
+    # K D^-1 = U diag(s) Q'; a K that is not finite is replaced by zeros, on which LAPACK
+    # returns
     U, s, Q = jnp.linalg.svd(jnp.where(finite, K, 0.0), full_matrices=False)
     z = s * matmul(root.r, U) + matmul(Q, rest)
     w, z, Q = s[::-1] ** 2, z[::-1], Q[::-1].T
 
-    # fewer outputs than parameters: all that the gradient has in the null space is one
-    # more eigenvector, of eigenvalue 0
+    # with fewer outputs than parameters K has a null space: the component of the
+    # gradient in it is one more eigenvector, with eigenvalue 0
     if Q.shape[1] < len(Q):
         length, q = _outside(Q, rest)
         w, z = jnp.pad(w, (1, 0)), jnp.append(length, z)
@@ -127,7 +129,7 @@ def _of_root(local: LocalModel, root: Root) -> _Factored:
 
 
 def conjugate(local: LocalModel) -> EigenModel:
-    """The Krylov space of the gradient, unscaled."""
+    """Compute the eigenvectors in the Krylov space of the gradient, without scaling."""
     wide = solve_dtype(local.parts)
     linear = curvature_product(local.objective, local.parts, local.curvature)
 
@@ -156,10 +158,10 @@ SUBPROBLEMS = {
 
 
 def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
-    """The length of what c has orthogonal to the columns of Q, and its direction; 0
-    where that is rounding."""
+    """Return the length and the direction of the component of c orthogonal to the
+    columns of Q; 0 if it is below rounding."""
     q = c
-    for _ in range(2):  # twice is enough
+    for _ in range(2):  # two passes of Gram-Schmidt reach working precision
         q = q - matmul(Q, matmul(q, Q))
     length = norm(q)
     length = jnp.where(length > 10 * jnp.finfo(c.dtype).eps * norm(c), length, 0.0)
@@ -167,8 +169,8 @@ def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
 
 
 def _largest(scales: Any, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
-    """The larger of D before and `1/t`, and its inverse; an entry not known yet counts
-    as much as the largest."""
+    """Return the larger of the previous D and `1/t`, and its inverse; entries that are
+    not known yet are replaced by the largest one."""
     scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
     largest = unit_scale(scales)
     return scales, 1 / jnp.where(scales > 0, scales, largest)

@@ -1,25 +1,25 @@
-"""The inverse Hessian of the Broyden class, self-scaled, at one product with a matrix
+"""The inverse Hessian of the self-scaled Broyden class, at one matrix-vector product
 per update.
 
-With s the change of the parameters, y that of the gradient and u = H y, every member is
+With s the change of the parameters, y the change of the gradient and u = H y, every
+member of the class is
 
     H+ = (H - u u'/(y'u) + phi v v') / tau + s s'/(s'y),    v = sqrt(y'u) (s/(s'y) - u/(y'u)),
 
-H scaled, and two terms of rank one: with r = phi / (phi h + tau),
+which is H scaled plus two terms of rank one: with r = phi / (phi h + tau),
 
     H+ = H / tau + (s - r u) (s - r u)' phi / (r tau s'y) + u u' ((phi - 1) / (tau y'u)
     - phi r / (tau s'y)).
 
-These terms are kept aside,
+These terms are stored separately,
 
     H = a I + b base + sum_j t_j c_j c_j',
 
-and folded into the base once there are as many as there is room for, so that a step
-reads the base and does not write it. Terms of rank one keep the matrix exactly
-symmetric; an error that is not symmetric would stay for good, and self-scaling would
-let it grow.
+and folded into the base when their storage is full, so that most steps read the base
+and do not write it. Terms of rank one keep the matrix exactly symmetric; an asymmetric
+error would persist, and self-scaling would amplify it.
 
-The members differ in (tau, phi), functions of
+The members of the class differ in (tau, phi), which are functions of
 
     b = s'Bs / s'y,  B = H^-1,    h = y'u / s'y,    a = b h - 1 >= 0.
 
@@ -43,29 +43,31 @@ positive definite."""
 
 
 def bfgs(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Broyden, Fletcher, Goldfarb and Shanno: the least change of H."""
+    """Return the parameters of BFGS (Broyden, Fletcher, Goldfarb and Shanno), the
+    smallest change of H."""
     return jnp.ones_like(b), jnp.ones_like(b)
 
 
 def dfp(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """Davidon, Fletcher and Powell: the least change of B."""
+    """Return the parameters of DFP (Davidon, Fletcher and Powell), the smallest change
+    of B."""
     return jnp.ones_like(b), jnp.zeros_like(b)
 
 
 def ssbfgs(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """BFGS of H enlarged to the curvature along s, where that is lower than B's
-    (Al-Baali)."""
+    """Return the parameters of self-scaled BFGS (Al-Baali): H is enlarged to match the
+    curvature along s where B overestimates it."""
     return 1.0 / jnp.maximum(b, 1.0), jnp.ones_like(b)
 
 
 def ssbroyden(b: jax.Array, h: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The self-scaled member nearest to one that keeps the determinant (Al-Baali and
-    Khalfan)."""
+    """Return the parameters of the self-scaled member nearest to one that preserves the
+    determinant (Al-Baali and Khalfan)."""
     a = jnp.maximum(b * h - 1.0, 0.0)
     c = jnp.sqrt(a / (1.0 + a))
     over = jnp.maximum(b, 1.0)
-    # min(1, h (1 - c)) of the source for b > 1, freed of cancellation by 1 - c^2 = 1/(1
-    # + a) and 1 + a = b h
+    # min(1, h (1 - c)) of the source for b > 1, rewritten without cancellation by
+    # 1 - c^2 = 1/(1 + a) and 1 + a = b h
     rho = 1.0 / (over * (1.0 + c))
     low = (rho - 1.0) / or_one(a)
     plain = (1.0 - b) / or_one(b)
@@ -85,30 +87,30 @@ FORMULAS: dict[str, Formula] = {
 
 
 class InverseHessian(NamedTuple):
-    """`a I + b base + sum_j t_j c_j c_j'`, with room for 2k such terms; without room
-    the base is written every time."""
+    """`a I + b base + sum_j t_j c_j c_j'`, with storage for 2k such terms; with k = 0
+    every update writes the base."""
 
     weights: jax.Array  # (2,), a and b
-    base: Matrix  # (n, n), not read where b is 0
+    base: Matrix  # (n, n), ignored where b is 0
     columns: jax.Array  # (2 k, n), c_j
-    terms: jax.Array  # (2 k,), t_j, zero where there is no term
+    terms: jax.Array  # (2 k,), t_j, zero in unused slots
 
 
 def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
-    """Shapes and dtypes, with room for the terms of this many updates; filled with
-    zeros they are the zero matrix."""
+    """Return shapes and dtypes, with storage for the terms of `room` updates; arrays of
+    zeros represent the zero matrix."""
     shape: Any = jax.ShapeDtypeStruct
     sizes = (2,), (n, n), (2 * room, n), (2 * room,)
     return InverseHessian(*(shape(size, dtype) for size in sizes))
 
 
 def room(H: InverseHessian) -> int:
-    """The number of updates whose terms can be kept aside."""
+    """Return the number of updates for which terms can be stored."""
     return len(H.terms) // 2
 
 
 def product(H: InverseHessian, g: Vector) -> Vector:
-    """`H g`, in one reading of the base."""
+    """Compute `H g`; the base is read once."""
     a, b = H.weights
     total = a * g + jnp.where(b == 0, 0.0, b * matmul(H.base, g))
     if not room(H):
@@ -119,8 +121,8 @@ def product(H: InverseHessian, g: Vector) -> Vector:
 def term(
     sy: jax.Array, yu: jax.Array, tau: jax.Array, phi: jax.Array
 ) -> tuple[jax.Array, Vector]:
-    """r and the `(2,)` factors t of `H+ = H / tau + t_0 (s - r u) (s - r u)' + t_1 u
-    u'`."""
+    """Return r and the `(2,)` factors t of
+    `H+ = H / tau + t_0 (s - r u) (s - r u)' + t_1 u u'`."""
     whole = phi * (yu / sy) + tau
     r = phi / whole
     return r, jnp.stack(
@@ -136,16 +138,17 @@ def updated(
     tau: jax.Array,
     good: jax.Array,
 ) -> InverseHessian:
-    """`H / tau` plus two terms, columns `(2, n)` and factors `(2,)`, in this slot, or
-    in the base where there is no room; H where not good."""
-    # tau = 1 and terms of zero leave H as it is
+    """Return `H / tau` plus two terms with columns `(2, n)` and factors `(2,)`, or H if
+    `good` is false. The terms are stored in this slot, or in the base if there is no
+    storage for terms."""
+    # tau = 1 and terms of zero leave H unchanged
     terms, start = jnp.where(good, terms, 0.0), 2 * slot
     weights = H.weights / jnp.where(good, tau, 1.0)
     if not room(H):
         columns = jnp.where(good, columns, 0.0)
         whole = folded(InverseHessian(weights, H.base, columns, terms))
         return whole._replace(columns=H.columns, terms=H.terms)
-    # the slot is written in either case, or all columns would be copied
+    # the slot is written in both cases, since XLA would copy all columns otherwise
     old = jax.lax.dynamic_slice_in_dim(H.columns, start, 2)
     put = jax.lax.dynamic_update_slice_in_dim
     return InverseHessian(
@@ -159,21 +162,21 @@ def updated(
 def restarted(
     H: InverseHessian, condition: jax.Array, scale: jax.Array
 ) -> InverseHessian:
-    """`scale I` where the condition holds, else H; the base is not written."""
+    """Return `scale I` if the condition holds, else H; the base is not written."""
     identity = jnp.stack([scale, jnp.zeros_like(scale)]), 0.0
     weights, terms = select(condition, identity, (H.weights, H.terms))
     return H._replace(weights=weights, terms=terms)
 
 
 def folded(H: InverseHessian) -> InverseHessian:
-    """H with the identity and all terms in the base, in one pass over it, in place."""
+    """Fold the identity and all terms into the base, in place and in one pass."""
     (a, b), base = H.weights, H.base
     base = jnp.where(b == 0, 0.0, b * base) + jnp.where(
         jnp.eye(len(base), dtype=bool), a, 0.0
     )
-    # one sum of outer products: XLA's matrix product is slower on CPUs and not exactly
-    # symmetric. The zero makes all entries round their products alike, whichever of
-    # them a compiler fuses with the sum
+    # a sum of outer products: XLA's matrix product is slower on CPUs and not exactly
+    # symmetric. With the added zero all entries round their products alike, even if
+    # the compiler fuses some products with the sum
     zero = (a > jnp.inf).astype(base.dtype)
     for sign, column in zip(
         jnp.sign(H.terms), jnp.sqrt(jnp.abs(H.terms))[:, None] * H.columns, strict=True
@@ -187,5 +190,5 @@ def folded(H: InverseHessian) -> InverseHessian:
 
 
 def dense(H: InverseHessian) -> Matrix:
-    """The matrix `(n, n)`, exactly symmetric."""
+    """Return the matrix `(n, n)`, exactly symmetric."""
     return folded(H).base

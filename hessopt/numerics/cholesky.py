@@ -1,10 +1,10 @@
-"""Cholesky with a shift until positive definite.
+"""Cholesky factorization with the shift that makes a matrix positive definite.
 
-Finds `L L' = A + s I` for a shift `s >= 0` near the smallest that works, trying `s/2,
-s, 2s, ...` from the shift of the last call. Half of it and not zero, and no more than
-the norm: a curvature that changes little from call to call then costs one or two
-factorisations, and an indefinite matrix is left with a margin rather than next to
-singular.
+Finds `L L' = A + s I` for a shift `s >= 0` near the smallest sufficient one. The trials
+`s/2, s, 2s, ...` start from half of the shift of the last call, at most the norm. If
+the matrix changes little from call to call, one or two factorizations suffice; and an
+indefinite matrix keeps a margin of positive definiteness, which trials from zero would
+not ensure.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 3.3, with a
 memory.
@@ -19,29 +19,29 @@ from hessopt.numerics.norms import norm
 from hessopt.typing import Matrix, Vector
 
 FIRST_SHIFT = 1e-4
-"""First nonzero shift, in units of the Frobenius norm, which bounds every eigenvalue."""
+"""First nonzero shift, in units of the Frobenius norm, which bounds all eigenvalues."""
 
 LEAST_SHIFT = 1e-10
-"""In the same units, the shift below which none is tried: it would only slow the end of
-a convergence."""
+"""Smallest nonzero shift, in the same units: a smaller one would only slow the final
+convergence."""
 
 MAX_ATTEMPTS = 18
-"""Remembered shift, `FIRST_SHIFT`, and doublings of it: the last exceeds the norm, so
-every finite matrix succeeds."""
+"""Number of trials: the remembered shift, `FIRST_SHIFT`, and doublings of it. The last one
+exceeds the norm, so every finite matrix is factorized."""
 
 
 class ShiftedCholesky(NamedTuple):
-    """A Cholesky factorisation of `A + shift I`."""
+    """A Cholesky factorization of `A + shift I`."""
 
-    factor: Matrix  # lower triangular L, (n, n); meaningless unless ok
+    factor: Matrix  # lower triangular L, (n, n); valid only if ok
     pivots: Vector  # squared diagonal of L, (n,)
     shift: jax.Array  # scalar
-    attempts: jax.Array  # int32 scalar, factorisations tried
+    attempts: jax.Array  # int32 scalar, factorizations tried
     ok: jax.Array  # bool scalar
 
 
 def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
-    """Factor `matrix + s I` with the first s of `shift/2, shift, 2 shift, ...` for
+    """Factorize `matrix + s I` with the first s of `shift/2, shift, 2 shift, ...` for
     which it is positive definite.
 
     Args:
@@ -49,9 +49,9 @@ def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
       shift: scalar, the shift of an earlier call, or 0.
 
     Returns:
-      The factorisation. Positive definite means that every pivot exceeds ten roundings
-      of its own diagonal entry, a test that does not depend on scale. A matrix with a
-      non-finite entry, or of norm zero, is not `ok`.
+      The factorization. The matrix counts as positive definite if every pivot exceeds
+      10 eps times its diagonal entry, a test that does not depend on scale. A matrix
+      with a non-finite entry, or of norm zero, is not `ok`.
 
     Cost: n^3/3 multiplications per attempt, at most 18.
     """

@@ -1,14 +1,15 @@
-"""The small algebra of L-BFGS in compact form.
+"""The small matrices of L-BFGS in compact form.
 
-With the pairs as columns of S and Y, `R` the upper triangle of `S'Y`, `D` its diagonal
-and gamma the scale of the initial matrix, the inverse BFGS matrix times g is (Byrd,
-Nocedal, Schnabel, theorem 2.2)
+Let the pairs be the columns of S and Y, `R` the upper triangle of `S'Y`, `D` its
+diagonal and gamma the scale of the initial matrix. The inverse BFGS matrix times g is
+(Byrd, Nocedal, Schnabel, theorem 2.2)
 
     H g = gamma g + S v - gamma Y u,    u = R^-1 S'g,    v = R^-T ((D + gamma Y'Y) u - gamma Y'g).
 
-`R^-1` is kept, not R: a new pair appends a column, `-R^-1 S'y / s.y` above `1 / s.y`,
-and the oldest one drops out with its row and column, so no system is ever solved. Pairs
-sit in slots, used in turn; what matrices hold for a slot without a pair is never used.
+The state holds `R^-1` instead of R. A new pair appends a column, `-R^-1 S'y / s.y`
+above `1 / s.y`, and the oldest pair is removed with its row and column, so no linear
+system is solved. Pairs are stored in slots, which are used in turn; entries of the
+matrices for slots without a pair are ignored.
 
 Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices and their
 use in limited memory methods", Mathematical Programming 63, 1994.
@@ -25,16 +26,16 @@ from hessopt.typing import Matrix, Vector
 class Compact(NamedTuple):
     """The products among k slots."""
 
-    # int32 scalar, the one that the next pair takes, from the oldest if all are used
+    # int32 scalar, slot of the next pair; it holds the oldest pair if all are used
     slot: jax.Array
     used: jax.Array  # (k,) bools, which slots hold a pair
     R_inv: Matrix  # (k, k)
     YY: Matrix  # (k, k), Y'Y
-    gamma: jax.Array  # scalar, s.y / y.y of the newest pair; 0 where none is known
+    gamma: jax.Array  # scalar, s.y / y.y of the newest pair; 0 before the first one
 
 
 def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
-    """Shapes and dtypes; all zeros, it holds no pairs."""
+    """Return shapes and dtypes; arrays of zeros represent a memory without pairs."""
     shape: Any = jax.ShapeDtypeStruct
     square = shape((slots, slots), dtype)
     return Compact(
@@ -43,8 +44,8 @@ def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
 
 
 def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:
-    """Take in a pair, given its products `S'y` and `Y'y` with the pairs in their slots,
-    itself among them."""
+    """Append a pair, given its products `S'y` and `Y'y` with all pairs in their slots,
+    including the new pair."""
     k, used, R_inv, YY, _ = compact
     new = jnp.arange(len(used)) == k
     inverse = 1.0 / S_y[k]
@@ -62,7 +63,7 @@ def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:
 def coefficients(
     compact: Compact, S_g: Vector, Y_g: Vector, gamma: jax.Array
 ) -> tuple[Vector, Vector]:
-    """v and w of `H g = gamma g + S v + Y w`, given `S'g` and `Y'g`."""
+    """Compute v and w of `H g = gamma g + S v + Y w`, given `S'g` and `Y'g`."""
     _, used, R_inv, YY, _ = compact
     u = jnp.where(used, (R_inv * jnp.where(used, S_g, 0.0)).sum(1), 0.0)
     D = 1.0 / jnp.where(used, jnp.diagonal(R_inv), 1.0)
@@ -71,5 +72,5 @@ def coefficients(
 
 
 def emptied(compact: Compact) -> Compact:
-    """Drop all pairs; the scale stays."""
+    """Remove all pairs; keep the scale."""
     return compact._replace(used=jnp.zeros_like(compact.used))

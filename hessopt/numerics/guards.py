@@ -1,8 +1,7 @@
-"""Quotients without a division by zero, and choices between whole trees: a guard stands
-before what it guards.
+"""Quotients without division by zero, and selection between trees.
 
 `jnp.where(c, x / y, 0)` evaluates the quotient everywhere, and its derivative is NaN
-where y is 0: the divisor has to be replaced as well.
+where y is 0. The divisor has to be replaced before the division.
 """
 
 from typing import Any
@@ -12,20 +11,18 @@ import jax.numpy as jnp
 
 
 def or_one(x: jax.Array) -> jax.Array:
-    """Return `x` where it is positive, else 1: a divisor for quotients that count only
-    where `x > 0`."""
+    """Return `x` where it is positive, else 1: a divisor for quotients that are used
+    only where `x > 0`."""
     return jnp.where(x > 0, x, 1.0)
 
 
 def divide(x: Any, y: jax.Array, where: jax.Array, otherwise: Any = 0.0) -> jax.Array:
-    """Return `x / y` where the condition holds, else `otherwise`; y is not looked at
-    there."""
+    """Return `x / y` where the condition holds, else `otherwise`, for any y."""
     return jnp.where(where, x / jnp.where(where, y, 1.0), otherwise)
 
 
 def select(condition: jax.Array, new: Any, old: Any) -> Any:
-    """Return the tree `new` where the scalar condition holds, else the tree `old`, leaf
-    by leaf."""
+    """Return the tree `new` if the scalar condition holds, else the tree `old`."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 

@@ -1,15 +1,16 @@
-"""The Wolfe search over scalars: a bracket of trial rates that shrinks, one trial at a
-time.
+"""The Wolfe line search on scalars: a bracket of trial rates that shrinks by one trial
+at a time.
 
-In units of the start, `psi(t) = (phi(t) - phi(0)) / |phi'(0)|`, so that `psi(0) = 0`
-and `psi'(0) = -1`. A rate t is accepted by the strong Wolfe conditions; where the
-values differ by rounding alone, the slopes decide, as in Hager and Zhang's approximate
-conditions (for a parabola `psi(t) <= -c1 t` says the same as `psi'(t) <= 1 - 2 c1`):
+The search uses the normalized function `psi(t) = (phi(t) - phi(0)) / |phi'(0)|`, so
+that `psi(0) = 0` and `psi'(0) = -1`. A rate t is accepted by the strong Wolfe
+conditions. Where the values differ only by rounding, the slopes decide, as in Hager and
+Zhang's approximate conditions (for a parabola `psi(t) <= -c1 t` is equivalent to
+`psi'(t) <= 1 - 2 c1`):
 
     |psi'(t)| <= c2  and  (psi(t) <= -c1 t  or  |psi(t)| <= noise).
 
-The bracket `[low, high]` contains a minimiser: psi falls at `low`, and at `high` it
-rises, is higher, or not finite.
+The bracket `[low, high]` contains a minimizer: psi decreases at `low`; at `high` it
+increases, is higher than at `low`, or is not finite.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.5; Hager and
 Zhang, "A new conjugate gradient method with guaranteed descent and an efficient line
@@ -27,13 +28,13 @@ from hessopt.typing import Vector
 SEARCHING, ACCEPTED, FAILED = 0, 1, 2
 
 NOISE_POWER = 0.5
-"""Values of the objective are trusted to its machine epsilon to this power, relative:
-sums of large terms cancel."""
+"""Exponent of the relative noise: values of the objective are assumed accurate to the
+machine epsilon to this power, since large terms of a sum can cancel."""
 
 MAX_TRIALS_TOO_FAR = 4
-"""Trials that are all too far, after which the next one is a tenth as far at most: a
-first step may be in other units than the parameters, and where the objective is of high
-order beyond a minimiser, a cubic is a poor guide to it."""
+"""Number of trials beyond the minimizer after which the next rate is at most a tenth of
+the last one. The units of a first step can differ from those of the parameters, and a
+cubic is a poor model of an objective that grows with high order."""
 
 
 class Trial(NamedTuple):
@@ -45,23 +46,21 @@ class Trial(NamedTuple):
 
 
 class Bracket(NamedTuple):
-    """The search between two trials; scalars of one dtype, and two int32."""
+    """The state of the search: scalars of one dtype, and two int32 scalars."""
 
     low: Trial
-    high: Trial  # its rate is inf as long as nothing bounds the search
-    # the accepted trial, or the one of largest decrease so far; of rate 0 while there
-    # is none
-    best: Trial
+    high: Trial  # rate inf as long as no upper bound is known
+    best: Trial  # accepted, or of largest decrease so far; rate 0 at first
     trial: jax.Array  # rate to try next
-    width: jax.Array  # of the bracket one trial ago
-    older_width: jax.Array  # and two trials ago
-    noise: jax.Array  # change of psi that may be rounding
+    width: jax.Array  # width of the bracket one trial ago
+    older_width: jax.Array  # width of the bracket two trials ago
+    noise: jax.Array  # change of psi that rounding can cause
     trials: jax.Array  # int32, trials so far
     outcome: jax.Array  # int32, SEARCHING, ACCEPTED or FAILED
 
 
 class Conditions(NamedTuple):
-    """What is accepted and how far the search goes."""
+    """The acceptance conditions and the limits of the search."""
 
     slope_rtol: jax.Array | float  # c1
     curv_rtol: jax.Array | float  # c2
@@ -74,18 +73,18 @@ _STRUCTURE = jax.tree.structure(Bracket(*[Trial(*_LEAVES[:3])] * 3, *_LEAVES))  
 
 
 def pack(bracket: Bracket) -> Vector:
-    """One vector of all scalars, for loops: they run a kernel for each array that they
-    carry."""
+    """Pack all scalars into one vector, since a loop runs a kernel for each array that
+    it carries."""
     leaves = jax.tree.leaves(bracket)
     index, packed = jnp.arange(len(leaves)), jnp.zeros(len(leaves), bracket.trial.dtype)
-    # fused into one kernel, which a concatenation would not be
+    # unlike a concatenation, this is fused into one kernel
     for i, leaf in enumerate(leaves):
         packed = jnp.where(index == i, leaf.astype(packed.dtype), packed)
     return packed
 
 
 def unpack(packed: Vector) -> Bracket:
-    """The inverse of `pack`."""
+    """Invert `pack`."""
     bracket = jax.tree.unflatten(_STRUCTURE, [packed[i] for i in range(len(packed))])
     return bracket._replace(
         trials=bracket.trials.astype(jnp.int32),
@@ -94,7 +93,7 @@ def unpack(packed: Vector) -> Bracket:
 
 
 def begin(first: jax.Array, noise: jax.Array, max_rate: jax.Array) -> Bracket:
-    """Open a bracket whose first trial is the rate `first`; all in units of psi."""
+    """Start a search with the rate `first`; `noise` is in units of psi."""
     zero, one = jnp.zeros_like(first), jnp.ones_like(first)
     infinite = jnp.full_like(first, jnp.inf)
     start = Trial(zero, zero, -one)
@@ -114,7 +113,8 @@ def begin(first: jax.Array, noise: jax.Array, max_rate: jax.Array) -> Bracket:
 def advance(
     bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Conditions
 ) -> Bracket:
-    """Take in psi and psi' at `bracket.trial`, and choose what to try next."""
+    """Update the bracket with psi and psi' at `bracket.trial`, and choose the next
+    trial."""
     c1, c2, max_rate, max_steps = conditions
     low, high, noise, t = bracket.low, bracket.high, bracket.noise, bracket.trial
     finite = jnp.isfinite(value) & jnp.isfinite(slope)
@@ -127,7 +127,8 @@ def advance(
     capped = decreased & (here.slope < 0) & (t >= max_rate)
     accepted = (flat & (decreased | (jnp.abs(here.value) <= noise))) | capped
 
-    beyond = (here.value > low.value + noise) | (here.slope >= 0)  # of a minimiser
+    # whether a minimizer lies between `low` and `here`
+    beyond = (here.value > low.value + noise) | (here.slope >= 0)
     new_low, new_high = select(beyond, low, here), select(beyond, here, high)
     width = new_high.rate - new_low.rate
     bounded = jnp.isfinite(width)
@@ -163,19 +164,19 @@ def advance(
 
 
 def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
-    """Where between the ends to try: the minimiser of the cubic that interpolates them,
-    or what replaces it.
+    """Choose the next trial, as a fraction of the bracket: the minimizer of the cubic
+    that interpolates the ends, or a safeguard.
 
-    In `u = (t - low) / width` the cubic is `a u^3 + b u^2 + c u` above psi(low), and c
-    < 0. Where the values differ by rounding alone, the root of the line through the
-    slopes.
+    In `u = (t - low) / width` the cubic is `psi(low) + a u^3 + b u^2 + c u` with c < 0.
+    If the values differ only by rounding, the root of the line through the slopes is
+    used instead.
     """
     width = jnp.where(jnp.isfinite(high.rate), high.rate - low.rate, 1.0)
     finite = jnp.isfinite(high.value)
     rise = jnp.where(finite, high.value - low.value, 1.0)
     c, e = low.slope * width, jnp.where(finite, high.slope, 1.0) * width
     largest = jnp.maximum(jnp.maximum(jnp.abs(rise), jnp.abs(e)), jnp.abs(c))
-    # or squares overflow
+    # normalized, since squares could overflow
     per_unit = 1.0 / jnp.maximum(largest, jnp.finfo(c.dtype).tiny)
     rise, c, e, noise = rise * per_unit, c * per_unit, e * per_unit, noise * per_unit
     a, b = c + e - 2 * rise, 3 * rise - 2 * c - e
@@ -189,8 +190,8 @@ def _fraction(low: Trial, high: Trial, noise: jax.Array) -> jax.Array:
 
 
 def _extrapolation(low: Trial, here: Trial) -> jax.Array:
-    """The root of the line through the slopes of two descending trials, 2 to 10 times
-    as far as the second."""
+    """Return the root of the line through the slopes of two descending trials, limited
+    to 2 to 10 times the second rate."""
     bend = here.slope - low.slope
     ahead = -here.slope * (here.rate - low.rate) / or_one(bend)
     root = here.rate + jnp.where(bend > 0, ahead, jnp.inf)

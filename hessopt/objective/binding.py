@@ -1,5 +1,5 @@
-"""Binds the keyword arguments of `update` to the objective; what is missing gets a
-clear error."""
+"""Binds the keyword arguments of `update` to the objective and raises an error for
+missing ones."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from hessopt.trees.groups import combine, take
 from hessopt.typing import Params, ValueFn
 
 PROTOCOL_KEYWORDS = ("value", "grad", "value_fn")
-"""The keywords of `update` that are no data."""
+"""The keywords of `update` that are not data."""
 
 UPDATE_CALL = "tx.update(grads, state, params, value_fn={name}, {given})"
 """The call to write for an objective that lacks data."""
@@ -22,18 +22,18 @@ UPDATE_CALL = "tx.update(grads, state, params, value_fn={name}, {given})"
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A scalar objective as the functions that it is composed of: itself alone, or a
-    model and a loss.
+    """A scalar objective, stored as the functions that it is composed of: one function,
+    or a model and a loss.
 
-    Every part takes the result of the one before it, the first one params, and data by
-    name.
+    The first part takes params, every other part the result of the one before it. Every
+    part takes data by name.
     """
 
     parts: tuple[Callable[..., Any], ...]
 
     @property
     def is_composite(self) -> bool:
-        """Whether a model and a loss are kept apart, as Gauss-Newton needs."""
+        """Whether the model and the loss are separate, as Gauss-Newton requires."""
         return len(self.parts) > 1
 
     @property
@@ -54,7 +54,7 @@ class Objective:
         return result
 
     def close(self, *args: Any, **data: Any) -> "Objective":
-        """Return the objective of params alone, given all of its data."""
+        """Return the objective as a function of params alone, given all of its data."""
         if not self.is_composite:
             return Objective((lambda params: self.loss_fn(params, *args, **data),))
         taken = {
@@ -82,19 +82,20 @@ class Objective:
 
 
 def as_objective(value_fn: Callable[..., Any]) -> Objective:
-    """Return the parts of an objective as a user gives it, a function or a `composite`."""
+    """Convert a function or a `composite` to an `Objective`."""
     return value_fn if isinstance(value_fn, Objective) else Objective((value_fn,))
 
 
 def composite(
     model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]
 ) -> Objective:
-    """Compose an objective whose Gauss-Newton matrix can be formed.
+    """Compose an objective of a model and a loss, as the Gauss-Newton matrix requires.
 
     Computes `f(params) = loss_fn(model_fn(params, ...), ...)`. With `J` the Jacobian of
-    the model and `L` the Hessian of the loss in the outputs, the Gauss-Newton matrix of
-    f is `J' L J`, positive semi-definite for every convex loss. A penalty on the
-    parameters stays exact when the model returns them beside its outputs.
+    the model and `L` the Hessian of the loss with respect to the outputs, the
+    Gauss-Newton matrix of f is `J' L J`. It is positive semi-definite for every convex
+    loss. A penalty on the parameters is represented exactly if the model returns the
+    parameters along with its outputs.
 
     Args:
       model_fn: `model_fn(params, ...)`, returning any pytree of floating arrays.
@@ -102,8 +103,8 @@ def composite(
 
     Returns:
       A callable `value_fn(params, ...)`. Each part receives the keyword data that it
-      names. Positional data is matched to the model's names first, then to those of the
-      loss.
+      names. Positional data is assigned to the names of the model first, then to those
+      of the loss.
 
     Raises:
       TypeError: when called without data that a part requires.
@@ -134,10 +135,10 @@ def bind(
 ) -> Objective:
     """Return `value_fn` as an objective of params alone, given the data that it names.
 
-    Data that it does not name is ignored, so that every transformation of a chain may
-    find its own. Raises `TypeError` naming `caller` and the call to write when value_fn
-    is None, when data it requires is missing, or when it returns no scalar (with
-    has_aux: no pair of a scalar and something).
+    Other data is ignored, since it may be meant for another transformation of a chain.
+    Raises `TypeError`, naming `caller` and the call to write, if value_fn is None, if
+    required data is missing, or if value_fn does not return a scalar (with has_aux: a
+    pair with a scalar first).
     """
     if value_fn is None:
         raise TypeError(
@@ -151,7 +152,7 @@ def bind(
 
 
 def require_taken(value_fn: ValueFn, data: Mapping[str, Any], *, caller: str) -> None:
-    """Raise `TypeError` when `data` has names that `value_fn` does not take."""
+    """Raise `TypeError` if `data` has names that `value_fn` does not take."""
     parts = as_objective(value_fn).parts
     taken = {name: p for part in parts for name, p in _data_names(part).items()}
     unknown = sorted(set(data) - set(taken))
@@ -162,7 +163,7 @@ def require_taken(value_fn: ValueFn, data: Mapping[str, Any], *, caller: str) ->
 
 
 def require_params(params: Params | None, *, caller: str) -> None:
-    """Raise `TypeError` when `params` was left out of a call to `update`."""
+    """Raise `TypeError` if `params` is missing in a call to `update`."""
     if params is None:
         raise TypeError(
             f"{caller} needs the parameters: call `tx.update(grads, state, params, ...)`"
@@ -170,7 +171,7 @@ def require_params(params: Params | None, *, caller: str) -> None:
 
 
 def require_given(*, caller: str, **things: Any) -> None:
-    """Raise `TypeError` when one of these keywords of `update` was left out."""
+    """Raise `TypeError` if one of these keywords of `update` is missing."""
     for name, given in things.items():
         if given is None:
             raise TypeError(
@@ -180,7 +181,8 @@ def require_given(*, caller: str, **things: Any) -> None:
 
 
 def informed_update(tx: Any) -> Callable[..., Any]:
-    """Return `tx.update` for any set of keywords, of which it gets those that it takes."""
+    """Return `tx.update` as a function of any keywords; those that it does not take are
+    dropped."""
     taken = {p.name: p for p in _parameters(tx.update)}
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         return tx.update
@@ -193,13 +195,13 @@ def informed_update(tx: Any) -> Callable[..., Any]:
 
 
 def precompose(value_fn: ValueFn, inner: Callable[..., Params]) -> Objective:
-    """Return `value_fn(inner(.))`; the parts of a `composite` stay apart."""
+    """Return `value_fn(inner(.))`; the parts of a `composite` stay separate."""
     first, *rest = as_objective(value_fn).parts
     return Objective((lambda x: first(inner(x)), *rest))
 
 
 def without_aux(value_fn: ValueFn) -> Objective:
-    """Return an objective of params alone that drops the second of a pair, if value_fn
+    """Return an objective of params alone, without the auxiliary output if value_fn
     returns one."""
     *first, last = as_objective(value_fn).parts
 
@@ -213,8 +215,8 @@ def without_aux(value_fn: ValueFn) -> Objective:
 def of_group(
     labels: Any, group: Any, params: Params, keywords: Mapping[str, Any], *, caller: str
 ) -> dict[str, Any]:
-    """Return the keywords of `update` for the leaves of a group alone: an objective
-    that holds the others."""
+    """Return the keywords of `update` restricted to the leaves of one group; the
+    objective holds the other leaves fixed."""
     own = {
         name: thing
         for name, thing in keywords.items()
@@ -234,12 +236,12 @@ def of_group(
 def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(fn).parameters.values())
-    except ValueError:  # some builtins have no signature, and then take no data
+    except ValueError:  # some builtins have no signature; they take no data
         return []
 
 
 def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of `fn` after its first one, in order."""
+    """Return the parameters of `fn` after its first one, in order."""
     return {p.name: p for p in _parameters(fn)[1:] if p.kind is not p.VAR_POSITIONAL}
 
 

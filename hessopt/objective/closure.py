@@ -1,5 +1,5 @@
-"""What an objective holds: its identity as a static argument of `jax.jit`, and the
-traced values it closes over."""
+"""Prepares an objective for `jax.jit`: its identity as a static argument, and the
+traced values that it closes over."""
 
 import gc
 import inspect
@@ -14,11 +14,12 @@ from hessopt.objective.binding import Objective, as_objective
 from hessopt.typing import Params
 
 _NO_HOLDERS = (type, ModuleType, jax.Array, type(jax.tree_util.default_registry))
-"""What leads away from the objective, to whatever the process holds."""
+"""Types that the search for traced values does not enter, since they refer to objects
+outside of the objective."""
 
 
 class _Identified:
-    """A callable that is equal to itself alone."""
+    """A callable that is equal only to itself."""
 
     def __init__(self, call: Callable[..., Any]):
         self.call = call
@@ -35,8 +36,8 @@ class _Identified:
 
 
 def identified(value_fn: Callable[..., Any]) -> Objective:
-    """Return the objective with a hash: a part without one, as an object that holds
-    arrays, gets a stand-in with its identity."""
+    """Return a hashable objective: a part without a hash, such as an object that holds
+    arrays, is wrapped and compared by identity."""
     return Objective(tuple(map(_hashable, as_objective(value_fn).parts)))
 
 
@@ -54,21 +55,21 @@ def open_closure(
     params: Params,
     data: dict[str, Any],
 ) -> tuple[Objective, dict[str, Any]]:
-    """Turn the traced values that the objective closes over into data; else their
-    derivatives would be lost.
+    """Turn the traced values that the objective closes over into data; their
+    derivatives would be lost otherwise.
 
     Args:
       value_fn: the objective.
       bind_to: `data -> value_fn as an objective of params alone`.
       params: pytree at which the objective can be evaluated.
-      data: what `bind_to` takes.
+      data: the argument of `bind_to`.
 
     Returns:
-      `value_fn` and `data`, or an objective that takes the traced values too, and data
-      that hold them.
+      `value_fn` and `data`; or an objective that also takes the traced values, and data
+      that contain them.
 
-    Cost: a walk over what the objective holds; one abstract evaluation of it where that
-    meets a traced value.
+    Cost: a traversal of the objects that the objective refers to; one abstract
+    evaluation of the objective if a traced value is found.
     """
     if not _holds_tracers(value_fn):
         return value_fn, data
@@ -79,7 +80,7 @@ def open_closure(
         )
         parts.append(lambda x, data, held, i=i, part=part: part(x, data, held[i]))
         held.append(of_part)
-    if not jax.tree.leaves(held):  # one program then serves all calls
+    if not jax.tree.leaves(held):  # all calls can share one program
         return value_fn, data
     return Objective(tuple(parts)), {"data": data, "held": held}
 
@@ -87,8 +88,8 @@ def open_closure(
 def _opened(
     fn: Callable[..., Any], x: Any, data: Any
 ) -> tuple[Callable[..., Any], list[Any], Any]:
-    """`fn` as `opened(x, data, held)`, the traced values `held` that it closes over,
-    and the shapes of its outputs."""
+    """Return `fn` as `opened(x, data, held)`, the traced values `held` that it closes
+    over, and the shapes of its outputs."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x, data)
     held = [const for const in closed.consts if isinstance(const, Tracer)]
     fixed = [None if isinstance(const, Tracer) else const for const in closed.consts]
@@ -103,8 +104,8 @@ def _opened(
 
 
 def _holds_tracers(thing: Any) -> bool:
-    """Whether a traced value is reached from a callable, through whatever its objects
-    hold; globals are not held."""
+    """Return whether a callable refers to a traced value, directly or through other
+    objects; globals are not searched."""
     seen, reached = set(), [thing]
     while reached:
         thing = reached.pop()

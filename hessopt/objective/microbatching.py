@@ -1,5 +1,4 @@
-"""The objective over a whole batch, evaluated a part at a time: any optimizer then sees
-all of it, in little memory."""
+"""The objective over a whole batch, evaluated one part at a time to save memory."""
 
 import functools
 import inspect
@@ -20,27 +19,27 @@ def microbatched(
     """Average an objective over equal parts of its data, in a loop that keeps the
     intermediates of one part only.
 
-    The value, the gradient and all that an optimizer evaluates are those of the whole
-    batch. `optax.MultiSteps` cannot give that: it averages gradients, while a search or
-    a rate sees the last microbatch alone.
+    The value, the gradient and all evaluations by an optimizer are those of the whole
+    batch. `optax.MultiSteps` does not provide this: it averages gradients, while a line
+    search or a rate uses the last microbatch only.
 
     Args:
-      value_fn: `value_fn(params, ...)`, a mean over the examples in its data, plus what
-        does not depend on them.
-      count: parts, of which each has as many examples.
-      over: names of the data that are split along their first axis; by default all. The
-        others go to every part whole.
+      value_fn: `value_fn(params, ...)`, a mean over the examples in its data, plus
+        terms that do not depend on them.
+      count: number of parts; all have the same number of examples.
+      over: names of the data that are split along their first axis; by default all.
+        Other data are passed whole to every part.
 
     Returns:
       A function with the arguments of value_fn.
 
     Raises:
-      ValueError: for count < 1, a name in `over` that value_fn does not have; when
+      ValueError: for count < 1 or a name in `over` that value_fn does not have; when
         called, for data of a length that count does not divide.
-      TypeError: for a `composite`, whose outputs would be those of a part.
+      TypeError: for a `composite`, since its outputs would be those of one part.
 
-    Cost: a gradient evaluates each part twice (`jax.checkpoint`). Products with the
-    Hessian that are linearised once keep the intermediates of all parts;
+    Cost: a gradient evaluates each part twice (`jax.checkpoint`). Hessian-vector
+    products that are linearized once keep the intermediates of all parts;
     `newton_cg(rematerialize=True)` does not.
 
     Example:

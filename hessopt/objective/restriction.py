@@ -1,7 +1,7 @@
-"""The objective restricted to the span of a few updates: what the rates look at.
+"""The objective restricted to the span of a few updates, from which rates are computed.
 
-`phi(eta) = f(params + sum_s eta_s u_s)`, one rate eta_s for each group s of leaves, u_s
-the updates of that group.
+`phi(eta) = f(params + sum_s eta_s u_s)`, with one rate eta_s for each group s of leaves
+and u_s the updates of that group.
 """
 
 from collections.abc import Callable
@@ -29,11 +29,11 @@ def restriction(
 
     Returns:
       A function of eta, `(S,)` in the order of the names that `group_labels` returns.
-      Its tensors of any order come from it by `jax.jacfwd`, a plot by `jax.vmap`;
-      `taylor` gives the first three at eta = 0 much faster.
+      `jax.jacfwd` computes its derivatives of any order, `jax.vmap` its values at many
+      points; `taylor` computes the first three derivatives at eta = 0 much faster.
 
     Raises:
-      ValueError: when `updates` is not a tree like `params`, or for groups that do not
+      ValueError: if `updates` is not a tree like `params`, or for groups that do not
         fit.
 
     Cost: one value per call.
@@ -59,7 +59,8 @@ def restriction(
 def grouped(
     params: Params, updates: Params, groups: Groups | None
 ) -> tuple[Any, tuple[str, ...], Params]:
-    """The labels, the names of the groups, and the updates in the dtypes of params."""
+    """Return the labels, the names of the groups, and the updates in the dtypes of
+    params."""
     shapes, expected = (
         [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
         for tree in (updates, params)
@@ -77,5 +78,5 @@ def grouped(
 
 
 def as_arrays(params: Params) -> Params:
-    """Params with arrays for leaves."""
+    """Convert the leaves of params to arrays."""
     return jax.tree.map(jnp.asarray, params)

@@ -1,9 +1,9 @@
-"""BFGS and its relatives of the Broyden class, plain and self-scaled: H approximates
-the inverse Hessian, p = H g.
+"""BFGS and other methods of the Broyden class, with and without self-scaling: H
+approximates the inverse Hessian, p = H g.
 
 The pairs `s = params - params_old`, `y = grad - grad_old` update H
-(`numerics/broyden.py`). An update needs `H y = H grad - H grad_old`, and the second
-term is the last direction: a step costs one product with H.
+(`numerics/broyden.py`). An update requires `H y = H grad - H grad_old`. The second term
+is the last direction, so a step costs one product with H.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., 2006, chapter 6;
 Al-Baali, 1998; Urban, Stefanou and Pons, arXiv 2405.04230; Powell, "Algorithms for
@@ -28,20 +28,22 @@ from hessopt.trees.vectors import all_finite, eps, inner, inner_products, ravel,
 from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
 
 FOLD_PERIOD = 16
-"""Updates whose terms are kept aside, until all are folded into the matrix."""
+"""Number of updates for which terms are stored separately before they are folded into
+the matrix."""
 MAX_DIRECT_SIZE = 128
-"""Parameters up to which every update is written to the matrix at once."""
+"""Number of parameters up to which every update is written to the matrix directly."""
 MAX_BEND = 1e-3
-"""Squared sine of the angle between s and the last direction up to which s is taken as
-a multiple of it."""
+"""Squared sine of the angle between s and the last direction up to which s is treated
+as a multiple of the direction."""
 MAX_EXACT_BEND = 100
-"""The same for damping, in units of rounding: s is then a multiple up to rounding."""
+"""The same limit for damping, in units of machine epsilon: s is then a multiple of the
+direction up to rounding."""
 FIRST_LENGTH = 10.0
-"""The first H, in units of the inverse curvature along the first step. BFGS soon
-shortens an H that is too long, and is slow to lengthen one that is too short. (A PINN,
-2000 steps: an error of 5e-3 from `s.y / y.y`, of 1e-3 from this.)"""
+"""Scale of the first H, in units of the inverse curvature along the first step. BFGS
+corrects an H that is too large quickly, and one that is too small slowly. (A PINN, 2000
+steps: an error of 1e-3 with this scale, and 5e-3 with `s.y / y.y`.)"""
 DAMPED_SHARE = 0.2
-"""The share of s'B s that s'y keeps at least when damped."""
+"""Smallest ratio of s'y to s'B s after damping."""
 
 
 class BfgsInfo(NamedTuple):
@@ -49,10 +51,10 @@ class BfgsInfo(NamedTuple):
 
     status: jax.Array  # int32 scalar, StepStatus
     pairs: jax.Array  # int32 scalar, updates of H since its last reset
-    # int32 scalar, pairs that failed the curvature test, since the start
+    # int32 scalar, pairs since the start that failed the curvature test
     pairs_skipped: jax.Array
-    resets: jax.Array  # int32 scalar, since the start
-    evaluations: jax.Array  # int32 scalar, of the objective; none
+    resets: jax.Array  # int32 scalar, resets since the start
+    evaluations: jax.Array  # int32 scalar, of the objective; always 0
 
 
 class BfgsState(NamedTuple):
@@ -60,12 +62,11 @@ class BfgsState(NamedTuple):
     of `jax.tree.leaves`."""
 
     count: jax.Array  # int32 scalar, updates at finite iterates
-    # (3, n), the last one: params x, gradient g, and H g (0 where H was not used)
+    # (3, n), last iterate: params x, gradient g, and H g (0 if H was not used)
     last: jax.Array
     # scalar, s.y / y.y of the newest pair, in units of params^2 / f; 0 before the first
     gamma: jax.Array
-    # H; where info.pairs is 0, the next pair begins it anew
-    inverse: broyden.InverseHessian
+    inverse: broyden.InverseHessian  # H; if info.pairs is 0, the next pair restarts it
     info: BfgsInfo
 
 
@@ -76,39 +77,41 @@ def scale_by_bfgs(
     Hessian.
 
     Args:
-      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or with a scaling of
-        H at every update `"ssbfgs"`, `"ssbroyden"`; or a callable `(b, h, n) -> (tau,
+      formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or `"ssbfgs"` and
+        `"ssbroyden"`, which scale H at every update; or a callable `(b, h, n) -> (tau,
         phi)`, see `numerics/broyden.py`.
-      on_bad_curvature: the treatment of a pair that fails the curvature test: `"skip"`,
-        or `"powell"`, which mixes y with B s such that `s.y = 0.2 s.Bs`.
+      on_bad_curvature: treatment of a pair (s, y) that fails the curvature test:
+        `"skip"` does not use the pair, `"powell"` replaces y by a combination of y and
+        B s for which `s.y = 0.2 s.Bs`.
 
     Returns:
-      A transformation, gradient in and `+H g` out. `update(grads, state, params, *,
-      grad)` takes the pairs from `grad` if given, else from `grads`. Its status is
-      `state.info.status`.
+      A transformation of the gradient into `+H g`. `update(grads, state, params, *,
+      grad)` forms the pairs from `grad` if it is given, else from `grads`. Its status
+      is `state.info.status`.
 
-      A pair is used iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`,
-      else skipped and counted (PAIR_SKIPPED), unless damped. The first pair sets `H =
-      10 (s.s / s.y) I` beforehand. Before it the direction is along the gradient, of
-      unit length, or after a reset by the scale of the last pair where that is shorter.
-      H is reset (MEMORY_RESET) where the parameters have not moved since the last
-      update, a sign of a failed search, where the direction would not descend, and
-      where H is no longer positive definite or finite. A value, or a squared gradient,
-      that is not finite gives an update of zero (NONFINITE). The state is then as
-      before, but for info.
+      A pair is used if `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`;
+      otherwise it is skipped and counted (PAIR_SKIPPED), unless it is damped. The first
+      pair is applied to `H = 10 (s.s / s.y) I`. Without pairs the direction is the
+      gradient, scaled to unit length, or after a reset by the scale of the last pair if
+      that is shorter. H is reset (MEMORY_RESET) if the parameters have not changed
+      since the last update, which indicates a failed search, if the direction is not a
+      descent direction, or if H is no longer positive definite or finite. A value or a
+      squared gradient that is not finite gives an update of zero (NONFINITE); the state
+      is then unchanged except info.
 
-      Self-scaling and damping need s'Bs, which is known where s is a multiple of the
-      last direction `H g_old`. Where clipping, masking or momentum has turned the step,
-      the update is that of plain BFGS, and a pair is skipped rather than damped.
+      Self-scaling and damping require s'Bs, which is known if s is a multiple of the
+      last direction `H g_old`. If clipping, masking or momentum changed the direction
+      of the step, the update is that of BFGS without scaling, and a pair is skipped
+      instead of damped.
 
     Raises:
       ValueError: for an unknown formula or on_bad_curvature.
       TypeError: in `update`, for missing params.
 
-    Cost per update: one product with an n by n matrix, two where `grads` is not `grad`,
-    and every 16 updates one pass that writes it, `32 n^2` multiplications (under vmap
-    in every update; up to 128 parameters in every update, `2 n^2`). No gradient.
-    Memory: `n^2 + 35 n`.
+    Cost per update: one product with an n by n matrix, or two if `grads` is not `grad`.
+    Every 16 updates one pass writes the matrix, with `32 n^2` multiplications; under
+    vmap this happens in every update, and up to 128 parameters every update writes it
+    with `2 n^2`. No gradient. Memory: `n^2 + 35 n`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -162,7 +165,7 @@ def _init(params: Params) -> BfgsState:
 
 
 class _PerVector(NamedTuple, Generic[_T]):
-    """One item for each vector of an update that inner products are taken of."""
+    """One item for each vector of an update that enters inner products."""
 
     s: _T  # x - x_old
     y: _T  # g - g_old
@@ -181,27 +184,26 @@ class _Measured(NamedTuple):
     vectors: _PerVector[Vector]
     dot: _PerVector[_PerVector[jax.Array]]  # dot.s.y is the scalar s'y
     vv: jax.Array  # scalar, v'v
-    # bool scalars, whether the value and the inner products without H are finite, and
-    # whether those with H are
-    finite: jax.Array
-    image_finite: jax.Array
+    finite: jax.Array  # bool scalar, of value and inner products without H: all finite
+    image_finite: jax.Array  # bool scalar, of inner products with H: all finite
 
 
 class _Facts(NamedTuple):
-    """Whether the pair and H can be used; scalars."""
+    """Scalars that tell whether the pair and H can be used."""
 
     finite: jax.Array  # bool, whether the iterate is finite
-    stuck: jax.Array  # bool, whether params are those of the last update
+    stuck: jax.Array  # bool, whether params are unchanged since the last update
     moved: jax.Array  # bool, whether there is a pair with s != 0
     accepted: jax.Array  # bool, whether the pair passes the curvature test
-    spoilt: jax.Array  # bool, whether rounding has spoilt H
-    fresh: jax.Array  # bool, whether H is to begin as a multiple of the identity
-    pairs: jax.Array  # int32, pairs in H, 0 where it has been spoilt
-    gamma: jax.Array  # s'y / y'y of the newest pair that was accepted
+    spoilt: jax.Array  # bool, whether H is unusable because of rounding
+    fresh: jax.Array  # bool, whether H starts as a multiple of the identity
+    pairs: jax.Array  # int32, pairs in H; 0 if it is spoilt
+    gamma: jax.Array  # s'y / y'y of the newest accepted pair
 
 
 class _Pair(NamedTuple):
-    """A pair as the update of H needs it: y enters by u = H y and products only."""
+    """The quantities of a pair in the update of H, where y enters only through u = H y
+    and inner products."""
 
     s: Vector
     u: Vector  # H y
@@ -210,9 +212,9 @@ class _Pair(NamedTuple):
     sg: jax.Array  # scalar, s'g
     yu: jax.Array  # scalar, y'H y
     gu: jax.Array  # scalar, g'H y
-    sBs: jax.Array  # scalar, s'B s with B = H^-1, provided that s is along H g_old
+    sBs: jax.Array  # scalar, s'B s with B = H^-1; valid if s is along H g_old
     bend: jax.Array  # scalar, squared sine of the angle between s and H g_old
-    usable: jax.Array  # bool scalar, whether it passes the test, or is damped
+    usable: jax.Array  # bool scalar, whether it passes the test or is damped
 
 
 class _Memory(NamedTuple):
@@ -229,7 +231,7 @@ class _Direction(NamedTuple):
 
     p: Vector
     plain: jax.Array  # bool scalar, whether it is a multiple of v
-    lost: jax.Array  # bool scalar, whether H v would not descend
+    lost: jax.Array  # bool scalar, whether H v is not a descent direction
 
 
 def _step(
@@ -239,17 +241,17 @@ def _step(
     found = _measure(call, state)
     facts = _judge(call, state, found)
 
-    # H+ of the Broyden class (6.17 for BFGS), which needs s'y > 0
+    # H+ of the Broyden class (6.17 for BFGS), which requires s'y > 0
     scale, pair = _begin(found, facts)
     if options.damps:
         pair = _damp(facts, pair)
     memory = _absorb(options, state, facts, scale, pair)
 
-    # H+ v, then H+ as the next step needs it
+    # H+ v, then H+ in the form that the next step uses
     direction = _direct(call, found, facts, memory)
     inverse = _settle(facts, memory, direction)
 
-    # H g of a step that was not along it is of no use to the next pair
+    # the next pair can use H g only if the step is along it
     p = jnp.where(direction.plain, 0.0, memory.p)
     last = jnp.stack([found.x, found.vectors.g, p])
     updates = unravel(select(facts.finite, direction.p, 0.0), call.updates)
@@ -263,8 +265,8 @@ def _step(
 
 
 def _measure(call: Call, state: BfgsState) -> _Measured:
-    """Form the pair and its products with H: `H y = H g - H g_old`, whose second term
-    is the last direction, costs no product of its own."""
+    """Form the pair and its products with H. `H y = H g - H g_old` costs no product,
+    since the second term is the last direction."""
     dtype = state.gamma.dtype
     trees = call.params, call.gradient, call.updates
     x, g, v = (ravel(tree).astype(dtype) for tree in trees)
@@ -288,14 +290,14 @@ def _measure(call: Call, state: BfgsState) -> _Measured:
 
 
 def _judge(call: Call, state: BfgsState, found: _Measured) -> _Facts:
-    """Decide whether the pair tells of curvature, and whether H is still sound."""
+    """Test the curvature of the pair, and whether H is still positive definite."""
     dot, finite = found.dot, found.finite
     ss, sy, yy = dot.s.s, dot.s.y, dot.y.y
-    # before the first update there is no iterate to form a pair with
+    # a pair requires the iterate of an earlier update
     known = finite & (state.count > 0)
     passes = accepts(ss, sy, dot.s.g_old, dot.g.g, dot.g_old.g_old, eps(call.gradient))
     accepted = known & passes & (yy > 0)
-    # in exact arithmetic y'H y > 0
+    # y'H y > 0 in exact arithmetic
     sound = found.image_finite & (~accepted | (dot.y.u > 0))
     spoilt = finite & (state.info.pairs > 0) & ~sound
     pairs = jnp.where(spoilt, 0, state.info.pairs)
@@ -312,11 +314,11 @@ def _judge(call: Call, state: BfgsState, found: _Measured) -> _Facts:
 
 
 def _begin(found: _Measured, facts: _Facts) -> tuple[jax.Array, _Pair]:
-    """Return the scale of a first `H = scale I`, and the pair with its products: those
-    with that H where there are no pairs yet, else those with the H of the state."""
+    """Return the scale of the first `H = scale I`, and the pair with its products: with
+    this H if there are no pairs yet, else with the H of the state."""
     (s, y, g, _, _, u), dot = found.vectors, found.dot
     ss, pp_old, sp_old = dot.s.s, dot.p_old.p_old, dot.s.p_old
-    # the first H is 10 (s's / s'y) I, longer than (s'y / y'y) I of equation (6.20)
+    # the first H is 10 (s's / s'y) I, larger than (s'y / y'y) I of equation (6.20)
     otherwise = first_scale(facts.gamma, dot.g_old.g_old)
     scale = divide(FIRST_LENGTH * ss, dot.s.y, facts.accepted, otherwise)
     # s = -alpha H g_old gives B s = -alpha g_old, hence s'B s; the squared cosine is a
@@ -346,19 +348,19 @@ def _begin(found: _Measured, facts: _Facts) -> tuple[jax.Array, _Pair]:
 
 
 def _damp(facts: _Facts, pair: _Pair) -> _Pair:
-    """Powell's damping (procedure 18.2): where `s'y < 0.2 s'B s`, mix y with B s in
-    place of y,
+    """Powell's damping (procedure 18.2): if `s'y < 0.2 s'B s`, y is replaced by
 
         r = theta y + (1 - theta) B s,    theta = 0.8 s'B s / (s'B s - s'y),
 
-    so that `s'r = 0.2 s'B s > 0`. By `H B s = s` its products with H are mixtures too.
+    so that `s'r = 0.2 s'B s > 0`. Since `H B s = s`, the products of r with H are
+    combinations of known ones.
     """
-    # s'B s has to be exact, or H would lose its definiteness
+    # an inexact s'B s could make H indefinite
     exact = pair.bend <= MAX_EXACT_BEND * jnp.finfo(pair.s.dtype).eps
     exact &= pair.sBs > 0
     bad = facts.moved & ~pair.usable & (pair.sy < DAMPED_SHARE * pair.sBs)
     damped = exact & bad
-    # theta = 1 leaves the pair as it is
+    # theta = 1 leaves the pair unchanged
     theta = divide((1 - DAMPED_SHARE) * pair.sBs, pair.sBs - pair.sy, damped, 1.0)
     rest = 1 - theta
     return pair._replace(
@@ -377,13 +379,13 @@ def _absorb(
     scale: jax.Array,
     pair: _Pair,
 ) -> _Memory:
-    """Take the pair into H, `H+ = H / tau + t_0 c c' + t_1 u u'` with `c = s - r u`
+    """Update H by the pair, `H+ = H / tau + t_0 c c' + t_1 u u'` with `c = s - r u`
     (`numerics/broyden.py`), and update p = H g by the same terms."""
-    # s'y and y'H y are divisors; y'H y > 0 fails by rounding alone
+    # s'y and y'H y are divisors; only rounding can make y'H y <= 0
     usable = pair.usable & (pair.yu > 0)
     sy, yu = select(usable, (pair.sy, pair.yu), (1.0, 1.0))
-    # b = s'B s / s'y gives the scaling; b = 1, that of plain BFGS, where s'B s is not
-    # known
+    # b = s'B s / s'y determines the scaling; b = 1 if s'B s is not known, as in BFGS
+    # without scaling
     straight = (pair.bend <= MAX_BEND) & (pair.sBs > 0)
     b, n = divide(pair.sBs, sy, usable & straight, 1.0), pair.s.size
     tau, phi = (jnp.asarray(x, b.dtype) for x in options.formula(b, yu / sy, n))
@@ -400,9 +402,9 @@ def _absorb(
 
 
 def _direct(call: Call, found: _Measured, facts: _Facts, memory: _Memory) -> _Direction:
-    """Return `H v`, or a multiple of v where H has no pairs, the last search failed or
-    `H v` would not descend."""
-    # v is g in the usual case, and H g is known
+    """Return `H v`, or a multiple of v if H has no pairs, the last search failed, or
+    `H v` is not a descent direction."""
+    # usually v is g, and H g is known
     v, vv, pairs = found.v, found.vv, memory.pairs
     p = memory.p if call.is_gradient else broyden.product(memory.inverse, v)
     slope = inner(v, p)
@@ -416,14 +418,14 @@ def _direct(call: Call, found: _Measured, facts: _Facts, memory: _Memory) -> _Di
 def _settle(
     facts: _Facts, memory: _Memory, direction: _Direction
 ) -> broyden.InverseHessian:
-    """Return H as the state keeps it: reset where `H v` would not descend, and folded
-    where there is no room for more terms."""
-    # a failed search leaves H as it is until the next pair, so that it can be read
+    """Return the H of the next state: reset if `H v` is not a descent direction, and
+    folded if the storage of terms is full."""
+    # after a failed search H is kept until the next pair, for `inverse_hessian`
     H = broyden.restarted(memory.inverse, direction.lost, facts.gamma)
     room = broyden.room(H)
     if not room:
         return H
-    # the fold comes after the last product with H, or XLA would copy the matrix
+    # XLA would copy the matrix if the fold came before the last product with H
     full = memory.taken & ~direction.plain & (memory.pairs % room == 0)
     return jax.lax.cond(full, broyden.folded, lambda H: H, H)
 
@@ -448,26 +450,27 @@ def _report(
 
 
 def inverse_hessian(state: optax.OptState) -> Matrix:
-    """Return the approximation H of the inverse Hessian that a state of `bfgs` holds.
+    """Return the approximation H of the inverse Hessian in a state of `bfgs`.
 
     Args:
-      state: of `scale_by_bfgs`, or of any optimizer that contains it once.
+      state: a state of `scale_by_bfgs`, or of any optimizer that contains it once.
 
     Returns:
       `(n, n)`, symmetric, in the order of the real entries of
-      `jax.tree.leaves(params)`, real parts of a complex leaf before imaginary ones, in
-      units of params^2 / f. Positive definite, up to rounding; zero before the first
-      pair. After a failed search H stays until the next pair replaces it.
+      `jax.tree.leaves(params)`, with the real parts of a complex leaf before the
+      imaginary parts, in units of params^2 / f. H is positive definite up to rounding,
+      and zero before the first pair. After a failed search H is kept until the next
+      pair replaces it.
 
-      At a minimum of a negative log posterior H estimates its covariance (Laplace's
-      approximation) in the directions in which the run has moved: exact for a quadratic
-      after n steps, crude after few steps, and scaled at every update by a self-scaled
-      formula. End the run by `gtol`: once searches fail in the noise of rounding, the
-      next pair begins H anew (`info.pairs` counts the pairs in it).
-      `hessopt.hessian` gives the exact curvature.
+      At a minimum of a negative log posterior, H estimates the covariance (Laplace's
+      approximation) in the directions of the steps of the run. It is exact for a
+      quadratic after n steps and inaccurate after few steps, and a self-scaled formula
+      scales it at every update. Use `gtol` to end the run: when searches fail because
+      of rounding, the next pair restarts H (`info.pairs` counts the pairs in it).
+      `hessopt.hessian` computes the exact curvature.
 
     Raises:
-      ValueError: when the state has not exactly one part of `scale_by_bfgs`.
+      ValueError: if the state does not contain exactly one state of `scale_by_bfgs`.
 
     Cost: at most `32 n^2` multiplications.
 

@@ -1,10 +1,10 @@
-"""The Wolfe line search: the rate t at which `phi(t) = f(params + t u)` has fallen
-enough and is flat enough.
+"""The Wolfe line search: finds a rate t at which `phi(t) = f(params + t u)` satisfies
+the strong Wolfe conditions.
 
     phi(t) <= phi(0) + c1 t phi'(0),    |phi'(t)| <= c2 |phi'(0)|
 
-Near the minimum the first condition is below rounding; there Hager and Zhang's
-approximate Wolfe conditions decide by slopes. `numerics/wolfe.py` chooses the trials.
+Near the minimum rounding hides the first condition; there Hager and Zhang's approximate
+Wolfe conditions compare slopes. `numerics/wolfe.py` chooses the trials.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1 and 3.5;
 Hager and Zhang, "A new conjugate gradient method with guaranteed descent and an
@@ -36,19 +36,19 @@ from hessopt.trees.vectors import (
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
 InitialGuess = Callable[[jax.Array, jax.Array], jax.Array]
-"""`(fall, slope) -> rate`: what the objective fell by in the last step, and its slope
-now, negative."""
+"""`(fall, slope) -> rate`: the first trial, from the decrease of the objective in the
+last step and its current slope, which is negative."""
 
 
 def quadratic_guess(fall: jax.Array, slope: jax.Array) -> jax.Array:
-    """Where a parabola with this slope has fallen as much as the last step did, at most
-    1 (Nocedal, Wright: 3.60)."""
+    """Return the rate at which a parabola with this slope decreases as much as the last
+    step did, at most 1 (Nocedal and Wright, equation 3.60)."""
     rate = -2.02 * fall / jnp.where(slope < 0, slope, -jnp.inf)
     return jnp.where((rate > 0) & (rate < 1), rate, 1.0)
 
 
 def unit_guess(fall: jax.Array, slope: jax.Array) -> jax.Array:
-    """Always 1."""
+    """Return 1."""
     return jnp.ones_like(slope)
 
 
@@ -65,38 +65,37 @@ def scale_by_wolfe_linesearch(
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the update to a step that satisfies the Wolfe conditions.
 
-    The update u is the additive one, after the change of sign; `t u` comes out.
+    The input is the additive update u, after the sign change; the output is `t u`.
 
     Args:
-      max_steps: trials at most.
-      slope_rtol: c1 in [0, 1/2], the part of the initial slope by which the objective
-        falls per unit of t.
-      curv_rtol: c2 in [c1, 1], the part of the initial slope that may remain.
+      max_steps: maximum number of trials.
+      slope_rtol: c1 in [0, 1/2], the fraction of the initial slope by which the
+        objective must decrease per unit of t.
+      curv_rtol: c2 in [c1, 1], the fraction of the initial slope that may remain.
       max_rate: largest t, unbounded by default.
-      initial_guess: the first t. `"one"`, for updates that know their length;
-        `"quadratic"`, for those that do not: from the fall of the last step, at most 1;
-        or a callable `(fall, slope) -> t` of that fall (0 at the start) and the slope,
-        a negative scalar.
+      initial_guess: the first t. `"one"` is for updates of the right length;
+        `"quadratic"` estimates it, at most 1, from the decrease of the last step; or a
+        callable `(fall, slope) -> t` of that decrease (0 at the start) and the slope, a
+        negative scalar.
 
     Returns:
       A transformation whose `update(updates, state, params, *, value, grad, value_fn,
-      **data)` needs the objective, and its value and gradient at params. Stands last in
-      a chain: its state keeps value and gradient at the point accepted for
+      **data)` requires the objective, and its value and gradient at params. Put it last
+      in a chain: its state stores the value and gradient at the accepted point for
       `value_and_grad_from_state` and `minimize`. Its status is `state.info.status`.
 
-      Where no trial is accepted (SEARCH_FAILED) the step is the one of the largest
-      decrease seen, else zero; a trial that is not finite makes the rate smaller. An
-      update that points uphill (NOT_DESCENT), or a value or gradient that is not finite
-      (NONFINITE), gives a step of zero. The state is then as before, but for count and
-      info.
+      If no trial is accepted (SEARCH_FAILED), the step is that of the largest decrease
+      found, or zero. A trial that is not finite reduces the rate. An update that points
+      uphill (NOT_DESCENT), or a value or gradient that is not finite (NONFINITE), gives
+      a step of zero. The state is then unchanged except count and info.
 
     Raises:
       ValueError: for max_steps < 1, c1 or c2 out of their ranges, max_rate <= 0 or an
         unknown word.
-      TypeError: in `update`, for what is missing, naming it.
+      TypeError: in `update`, for a missing argument; the message names it.
 
-    Cost per update: one value and gradient per trial, also under vmap: one trial
-    mostly, where the update is well scaled. One trace of the objective. Memory: one
+    Cost per update: one value and gradient per trial, also under vmap; usually one
+    trial if the update is well scaled. The objective is traced once. Memory: one
     gradient and one step.
 
     Example:
@@ -144,22 +143,22 @@ class _Options(NamedTuple):
 
 
 class _Start(NamedTuple):
-    """phi at 0, and the unit in which the search measures it."""
+    """phi at 0, and the normalization of the search."""
 
     value: jax.Array  # phi(0)
-    slope: jax.Array  # phi'(0); -1 where the update does not descend
+    slope: jax.Array  # phi'(0); -1 if the update is not a descent direction
     per_unit: jax.Array  # 1 / |phi'(0)|
-    finite: jax.Array  # bool scalar, whether value and slope are
+    finite: jax.Array  # bool scalar, whether value and slope are finite
     descends: jax.Array  # bool scalar, whether the slope is negative, beyond underflow
-    noise: jax.Array  # change of phi, in that unit, that may be rounding
+    noise: jax.Array  # normalized change of phi that rounding can cause
 
 
 class _Accepted(NamedTuple):
-    """The best trial so far: of largest decrease, or the one that ended the search."""
+    """The accepted trial, or the one of largest decrease so far."""
 
     step: Params  # t u
     value: jax.Array
-    grad: Params  # what `jax.grad` gives there
+    grad: Params  # result of `jax.grad` at this trial
 
 
 def _init(params: Params) -> LinesearchState:
@@ -186,7 +185,8 @@ def _step(
 ) -> tuple[optax.Updates, LinesearchState]:
     u, (start, length) = call.updates, _measure(call)
 
-    # the first trial; until one is better, the step is zero and the state as it was
+    # the first trial; until a trial decreases phi, the best step is zero and the value
+    # and gradient are those of the state
     dtype = start.value.dtype
     fall = state.fall.astype(dtype)
     first = jnp.asarray(options.guess(fall, start.slope), dtype)
@@ -225,7 +225,7 @@ def _step(
 
 
 def _measure(call: Call) -> tuple[_Start, jax.Array]:
-    """phi(0) and phi'(0) = Re <g, u>; and the squared length of u."""
+    """Compute phi(0), phi'(0) = Re <g, u>, and the squared length of u."""
     inners = inner_products(call.grad, call.updates)
     value_dtype = jnp.result_type(call.value)
     dtype = solve_dtype((call.params, call.value))
@@ -244,13 +244,14 @@ def _attempt(
     start: _Start,
     carry: tuple[Vector, _Accepted],
 ) -> tuple[Vector, _Accepted]:
-    """Evaluate phi and phi' at the trial rate, and take it in."""
+    """Evaluate phi and phi' at the trial rate, and update the bracket."""
     bracket, best = wolfe.unpack(carry[0]), carry[1]
     t, u, dtype = bracket.trial, call.updates, start.value.dtype
     step = jax.tree.map(lambda leaf: (t * leaf).astype(leaf.dtype), u)
     value, grad = jax.value_and_grad(call.objective)(applied(call.params, step))
 
-    # psi and psi', in units of the start; jax.grad of complex leaves is conjugated
+    # psi and psi', the normalized phi; the result of jax.grad is conjugated for complex
+    # leaves
     change = jnp.asarray(value, dtype) - start.value
     along = jnp.asarray(inner(jax.tree.map(jnp.conj, grad), u), dtype)
     bracket = wolfe.advance(

@@ -1,4 +1,4 @@
-"""Leaf to group: the vocabulary that `groups` and `blocks` share."""
+"""Assigns leaves to groups, for the arguments `groups` and `blocks`."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -10,7 +10,7 @@ from hessopt._checks import check_word
 from hessopt.typing import Params
 
 Groups: TypeAlias = str | Callable[[Any, Any], Any] | Any
-"""A word, a callable `path, leaf -> label`, or a tree of labels: see `group_labels`."""
+"""A word, a callable `path, leaf -> label`, or a tree of labels; see `group_labels`."""
 
 
 def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
@@ -19,13 +19,13 @@ def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
     Args:
       params: pytree of arrays.
       groups: `"all"` (one group), `"leaf"` (one per leaf), `"layer"` (leaves with the
-        same parent path), `"weights_biases"` (leaves of rank 2 and more; the others), a
-        tree of labels with the structure of `params` or a prefix of it, or a callable
-        `path, leaf -> label` with JAX's key path.
+        same parent path), `"weights_biases"` (one group for leaves of rank 2 and more,
+        one for the others), a tree of labels with the structure of `params` or a prefix
+        of it, or a callable `path, leaf -> label` with JAX's key path.
 
     Returns:
-      `(labels, names)`: a tree like `params` of ints, and the names of the groups, in
-      the order in which their first leaves stand in `params`; `labels` index `names`.
+      `(labels, names)`: a tree of ints like `params`, and the names of the groups, in
+      the order of their first leaves in `params`; `labels` are indices into `names`.
 
     Raises:
       ValueError: for an unknown word, or labels that do not match `params`, naming the
@@ -57,7 +57,7 @@ ABSENT: Any = object()
 
 
 def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
-    """The labels, leaf by leaf of params, of a tree that has their structure or a
+    """Return the label of each leaf of params, from a tree with their structure or a
     prefix of it."""
     given = dict(jax.tree_util.tree_leaves_with_path(tree))
     unused, found = set(given), []
@@ -72,7 +72,7 @@ def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
                 f"{name} must be a tree like params: {_name(path)!r} has no label"
             )
         unused.discard(above)
-        if leaf is not None:  # a hole, where another part of the parameters was
+        if leaf is not None:  # None stands for a leaf of another part of the parameters
             found.append(given[above])
     if unused and found:
         raise ValueError(
@@ -82,23 +82,23 @@ def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
 
 
 def check_groups(name: str, groups: Groups) -> None:
-    """Raise `ValueError` for an unknown word, as soon as there are no parameters yet to
-    match labels with."""
+    """Raise `ValueError` for an unknown word. Labels are checked later, when the
+    parameters are known."""
     if isinstance(groups, str):
         check_word(name, groups, WORDS)
 
 
 def take(tree: Any, labels: Any, group: int) -> Any:
-    """Return `tree` with None in place of every leaf outside `group`: same paths, fewer
-    leaves."""
+    """Return `tree` with None in place of every leaf outside of `group`; the paths are
+    the same."""
     return jax.tree.map(
         lambda label, leaf: leaf if label == group else None, labels, tree
     )
 
 
 def combine(part: Any, tree: Any) -> Any:
-    """Return `tree` with those leaves replaced that are not None in `part`; the inverse
-    of `take`."""
+    """Return `tree` with the leaves of `part` that are not None in place of its own;
+    the inverse of `take`."""
     return jax.tree.map(
         lambda p, t: t if p is None else p, part, tree, is_leaf=lambda p: p is None
     )
@@ -109,8 +109,8 @@ def _name(path: Any) -> str:
 
 
 def _unboxed(path: Any) -> Any:
-    """Drop the last key of a boxed parameter (`flax.nnx.Param`,
-    `flax.linen.Partitioned`), which is its value."""
+    """Drop the last key of the path of a boxed parameter (`flax.nnx.Param`,
+    `flax.linen.Partitioned`), which selects its value."""
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 

@@ -1,10 +1,10 @@
-"""Where arrays lie: what is like a leaf lies as the leaf does, small results lie whole
-on every device.
+"""Sharding: arrays like a leaf are sharded as the leaf is, small results are replicated
+on all devices.
 
-On a mesh with automatic axes the compiler sees to that inside a program, and only what
-begins one, a fresh state, has to be placed. With explicit axes the type of every array
-says how it is split, and a contraction over a split axis, or a reshape of one, must say
-what becomes of it.
+On a mesh with automatic axes the compiler chooses the shardings inside a program, and
+only its inputs, such as a fresh state, have to be placed. With explicit axes the type
+of every array contains its sharding, and a contraction over a sharded axis, or a
+reshape of one, must specify the sharding of its result.
 """
 
 import functools
@@ -21,16 +21,16 @@ from hessopt.typing import Params
 def contract(
     a: jax.Array, b: jax.Array, axes: int, *, rowwise: bool = False, dtype: Any = None
 ) -> jax.Array:
-    """Sum the products over the last `axes` axes of both at highest precision; the
-    result lies whole on every device.
+    """Contract the last `axes` axes of both arrays at highest precision; the result is
+    replicated on all devices.
 
     Args:
-      a, b: `(..., *shape)`, with `axes` the length of shape, split alike there and
-        nowhere else.
+      a, b: `(..., *shape)`, with `axes` the length of shape; sharded alike along shape
+        and not sharded along other axes.
       axes: number of axes.
-      rowwise: whether the first axes belong together; else all of those of a meet all
-        of those of b.
-      dtype: of the sums.
+      rowwise: whether the first axis is a batch axis that a and b share; else the
+        result has the leading axes of both.
+      dtype: dtype of the sums.
     """
     over = tuple(range(a.ndim - axes, a.ndim)), tuple(range(b.ndim - axes, b.ndim))
     whole = _whole(a)
@@ -45,13 +45,14 @@ def contract(
 
 
 def gathered(x: jax.Array) -> jax.Array:
-    """The same array, whole on every device of an explicit mesh."""
+    """Return x replicated on all devices of an explicit mesh."""
     whole = _whole(x)
     return x if whole is None else jax.sharding.reshard(x, whole)
 
 
 def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The same array, split as another of its shape is on an explicit mesh."""
+    """Return x with the sharding of `like`, an array of its shape, on an explicit
+    mesh."""
     return (
         x
         if _whole(like) is None
@@ -60,7 +61,7 @@ def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def varying(x: jax.Array) -> tuple[str, ...]:
-    """The axes of a `jax.shard_map` along which every device has an x of its own."""
+    """Return the axes of a `jax.shard_map` along which x varies between devices."""
     kind = jax.typeof(x)
     if hasattr(kind, "manual_axis_type"):
         return tuple(sorted(kind.manual_axis_type.varying))
@@ -68,15 +69,16 @@ def varying(x: jax.Array) -> tuple[str, ...]:
 
 
 def _whole(x: jax.Array) -> NamedSharding | None:
-    """How x would lie whole on the explicit mesh that it is split over; None where
-    there is none."""
+    """Return the sharding that replicates x on its explicit mesh; None if x is not
+    sharded over one."""
     sharding = jax.typeof(x).sharding
     is_split = any(axis is not None for axis in sharding.spec)
     return NamedSharding(sharding.mesh, PartitionSpec()) if is_split else None
 
 
 def stack_of(leaf: Any, *leading: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
-    """The shape and place of a stack of arrays that lie as `leaf` does."""
+    """Return the shape, dtype and sharding of a stack of arrays that are sharded as
+    `leaf` is."""
     sharding = _sharding(leaf)
     if sharding is not None:
         spec = PartitionSpec(*[None] * len(leading), *sharding.spec)
@@ -87,11 +89,10 @@ def stack_of(leaf: Any, *leading: int, dtype: Any = None) -> jax.ShapeDtypeStruc
 
 
 def zeros(shapes: Any, params: Params = ()) -> Any:
-    """Return zeros for each `jax.ShapeDtypeStruct` of a tree, by one program: one each
-    takes seconds to compile.
+    """Return zeros for each `jax.ShapeDtypeStruct` of a tree, by one program; one
+    program for each array would take seconds to compile.
 
-    Where nothing is said of its place, an array lies whole on every device of the
-    params.
+    An array without a specified sharding is replicated on all devices of the params.
     """
     leaves, treedef = jax.tree.flatten(shapes)
     default = _everywhere(params)
@@ -121,8 +122,8 @@ def _program(
 
 
 def beside(state: Any, params: Params) -> Any:
-    """Return a fresh state of a few scalars, whole on every device of the params, where
-    an update will leave it."""
+    """Return a fresh state of a few scalars, replicated on all devices of the params as
+    after an update."""
     default = _everywhere(params)
     if default is None or isinstance(default.mesh, jax.sharding.AbstractMesh):
         return state
@@ -132,7 +133,7 @@ def beside(state: Any, params: Params) -> Any:
 
 
 def _everywhere(params: Params) -> NamedSharding | None:
-    """What lies whole on every device of the params' mesh."""
+    """Return the sharding that replicates an array on the mesh of the params."""
     meshes = [
         sharding.mesh
         for sharding in map(_sharding, jax.tree.leaves(params))
@@ -142,8 +143,8 @@ def _everywhere(params: Params) -> NamedSharding | None:
 
 
 def _sharding(leaf: Any) -> NamedSharding | None:
-    """How a leaf is split over a mesh, as far as it is known: of a tracer, over
-    explicit axes."""
+    """Return the sharding of a leaf over a mesh if it is known; for a tracer it is
+    known on explicit axes."""
     if isinstance(leaf, jax.core.Tracer):
         return None if _whole(leaf) is None else jax.typeof(leaf).sharding
     sharding = getattr(leaf, "sharding", None)

@@ -1,4 +1,4 @@
-"""A pytree of parameters as one real vector; a complex leaf counts as its real and
+"""Vector operations on pytrees of parameters; a complex leaf counts as its real and
 imaginary parts."""
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ from hessopt.typing import Matrix, Params, Vector
 def real_leaves(
     tree: Params,
 ) -> tuple[list[jax.Array], Callable[[Sequence[jax.Array]], Params]]:
-    """Return the leaves as real arrays and the function that makes the tree of them
-    again.
+    """Return the leaves as real arrays, and the function that restores the tree from
+    them.
 
-    A complex leaf of shape `s` becomes one of shape `(2, *s)`: real parts, then
+    A complex leaf of shape `s` becomes a real one of shape `(2, *s)`: real parts, then
     imaginary parts. In these coordinates the gradient is that of optax's convention,
-    `df/dx + i df/dy`, the conjugate of what `jax.grad` returns.
+    `df/dx + i df/dy`, the conjugate of the result of `jax.grad`.
     """
     leaves, treedef = jax.tree.flatten(tree)
     is_complex = [jnp.iscomplexobj(leaf) for leaf in leaves]
@@ -43,15 +43,16 @@ def real_leaves(
 
 
 def solve_dtype(tree: Params) -> Any:
-    """The real dtype of inner products and solves over `tree`: that of its leaves, at
-    least float32."""
-    # a weakly typed leaf counts like any other
+    """Return the real dtype of inner products and solves over `tree`: the dtype of its
+    leaves, at least float32."""
+    # from dtypes alone, so that a weakly typed leaf counts like any other
     dtypes = [jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)]
     return jnp.finfo(jnp.result_type(jnp.float32, *dtypes)).dtype
 
 
 def eps(tree: Params) -> float:
-    """The coarsest rounding unit among the leaves of `tree`; 0 without any."""
+    """Return the largest machine epsilon of the leaves of `tree`; 0 for an empty
+    tree."""
     return max(
         (float(jnp.finfo(jnp.result_type(leaf)).eps) for leaf in jax.tree.leaves(tree)),
         default=0.0,
@@ -68,7 +69,8 @@ def ravel(tree: Params) -> Vector:
 
 
 def unravel(vector: Vector, like: Params) -> Params:
-    """The inverse of `ravel`: `vector` with the structure, shapes and dtypes of `like`."""
+    """Return `vector` as a tree like `like`, the inverse of `ravel`: with its structure,
+    shapes and dtypes."""
     parts, restore = real_leaves(like)
     pieces, start = [], 0
     for part in parts:
@@ -79,12 +81,13 @@ def unravel(vector: Vector, like: Params) -> Params:
 
 
 LARGE = 2**16
-"""Entries of a leaf from which on passes over memory count for more than kernels."""
+"""Number of entries of a leaf above which memory traffic costs more than additional
+kernels."""
 
 
 def inner_products(*vectors: Params) -> Matrix:
-    """The real inner products among k trees, `(k, k)`, leaf by leaf as they lie, in
-    `solve_dtype`."""
+    """Return the real inner products among k trees, `(k, k)`, in `solve_dtype`. They
+    are computed leaf by leaf, without resharding."""
     k, dtype = len(vectors), solve_dtype(vectors)
 
     def products(*xs: jax.Array) -> jax.Array:
@@ -99,7 +102,7 @@ def inner_products(*vectors: Params) -> Matrix:
             return jnp.stack(
                 [upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]
             ).reshape(k, k)
-        # a matrix product costs less to compile than sums of products
+        # a matrix product compiles faster than sums of products
         X = jnp.stack(xs)
         return _dot(X, X, X.ndim - 1)
 
@@ -109,7 +112,7 @@ def inner_products(*vectors: Params) -> Matrix:
 
 
 def inner(a: Params, b: Params) -> jax.Array:
-    """The real inner product of two trees, in `solve_dtype`."""
+    """Return the real inner product of two trees, in `solve_dtype`."""
     dtype = solve_dtype((a, b))
 
     def product(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -120,7 +123,8 @@ def inner(a: Params, b: Params) -> jax.Array:
 
 
 def tree_norm(tree: Params) -> jax.Array:
-    """The norm of a tree, in `solve_dtype`; inf or NaN only where it has such entries."""
+    """Return the norm of a tree, in `solve_dtype`; inf or NaN only if it has such
+    entries."""
     dtype = solve_dtype(tree)
     sizes = [
         jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype)
@@ -135,30 +139,29 @@ def tree_norm(tree: Params) -> jax.Array:
 
 
 def _dot(x: jax.Array, y: jax.Array, axes: int) -> jax.Array:
-    """Contract the last axes."""
+    """Contract the last `axes` axes of both arrays, x conjugated; the real part."""
     return jnp.real(contract(jnp.conj(x), y, axes))
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether no entry of any leaf is inf or NaN."""
+    """Return whether all entries of all leaves are finite."""
     return jnp.all(
         jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
     )
 
 
 def applied(params: Params, updates: Params) -> Params:
-    """Return `params + updates`, rounded to the dtypes of params: XLA by itself goes on
-    with the unrounded sum."""
+    """Return `params + updates`, rounded to the dtypes of params; XLA alone would
+    continue with the unrounded sum."""
     return jax.lax.optimization_barrier(optax.apply_updates(params, updates))
 
 
 def strongly_typed(tree: Any) -> Any:
-    """Return `tree` with arrays for leaves, whose dtypes no longer yield to those of
-    what they meet."""
+    """Convert the leaves of `tree` to strongly typed arrays."""
 
     def strong(leaf: Any) -> jax.Array:
         array = jnp.asarray(leaf)
-        # arrays of random keys do not have the attribute
+        # arrays of random keys do not have this attribute
         weak = getattr(array, "weak_type", False)
         return jax.lax.convert_element_type(array, array.dtype) if weak else array
 
