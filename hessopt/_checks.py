@@ -6,7 +6,7 @@ import inspect
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -16,6 +16,7 @@ from jax.core import Tracer
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_Kind = TypeVar("_Kind")
 
 REMOVED_IN = "0.3"
 """The version from which on old names are missing."""
@@ -39,7 +40,7 @@ def check_range(name: str, value: Any, low: Any, high: Any = math.inf) -> None:
         raise ValueError(f"{name} must be {allowed}, got {value}")
 
 
-def check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: object) -> None:
     """Raise `ValueError` unless `value` is a static int of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         hint = (
@@ -50,13 +51,13 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be an int, at least 1, got {value!r}{hint}")
 
 
-def check_word(name: str, value: Any, words: Any) -> None:
+def check_word(name: str, value: object, words: Collection[str]) -> None:
     """Raise `ValueError` unless `value` is one of `words`."""
     if not isinstance(value, str) or value not in words:
         raise ValueError(f"{name} must be one of {sorted(words)}, got {value!r}")
 
 
-def check_transformation(name: str, value: Any) -> None:
+def check_transformation(name: str, value: object) -> None:
     """Raise `TypeError` unless `value` is an optax transformation."""
     if not (hasattr(value, "init") and hasattr(value, "update")):
         raise TypeError(
@@ -64,7 +65,7 @@ def check_transformation(name: str, value: Any) -> None:
         )
 
 
-def choose(name: str, value: Any, table: Mapping[str, Any]) -> Any:
+def choose(name: str, value: str | _Kind, table: Mapping[str, _Kind]) -> _Kind:
     """Return the entry of `table` for a word, or `value` itself if it has the type of
     the entries; else raise `ValueError`."""
     if isinstance(value, str) and value in table:
@@ -78,7 +79,7 @@ def choose(name: str, value: Any, table: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"{name} must be one of {sorted(table)}, or {kind} that does the same, got {value!r}"
         )
-    return value
+    return cast("_Kind", value)  # other words were refused above
 
 
 def renamed_arguments(

@@ -1,8 +1,8 @@
 """Flax Linen: a train state that passes the objective to its optimizer (`pip install
 hessopt[flax]`)."""
 
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Self
 
 import jax
 import optax
@@ -10,7 +10,7 @@ from flax import struct
 from flax.training import train_state
 
 from hessopt.objective.binding import as_objective, informed_update, without_aux
-from hessopt.typing import ValueFn
+from hessopt.typing import Aux, ObjectiveFn, Params, ValueFn
 
 
 class TrainState(train_state.TrainState):
@@ -41,7 +41,7 @@ class TrainState(train_state.TrainState):
       3.0
     """
 
-    collections: Any = struct.field(default_factory=dict)
+    collections: Mapping[str, Params] = struct.field(default_factory=dict)
 
     def apply_gradients(
         self,
@@ -49,7 +49,7 @@ class TrainState(train_state.TrainState):
         grads: optax.Updates,
         value: jax.Array | None = None,
         value_fn: ValueFn | None = None,
-        **replace: Any,
+        **replace: object,
     ) -> Self:
         """Update the parameters, the optimizer's state and the step count.
 
@@ -72,7 +72,9 @@ class TrainState(train_state.TrainState):
         extra = {name: thing for name, thing in given.items() if thing is not None}
         inner = informed_update(self.tx)
 
-        def update(updates: Any, state: Any, params: Any = None) -> Any:
+        def update(
+            updates: optax.Updates, state: optax.OptState, params: Params | None = None
+        ) -> tuple[optax.Updates, optax.OptState]:
             try:
                 return inner(updates, state, params, grad=updates, **extra)
             except TypeError as error:
@@ -90,10 +92,10 @@ class TrainState(train_state.TrainState):
 
     def step_with(
         self,
-        loss_fn: Callable[..., Any],
-        *data: Any,
+        loss_fn: ObjectiveFn,
+        *data: Params,
         rngs: dict[str, jax.Array] | None = None,
-    ) -> tuple[Self, jax.Array, Any]:
+    ) -> tuple[Self, jax.Array, Aux]:
         """Take one training step: value, gradient and update in one call.
 
         Args:
@@ -117,11 +119,11 @@ class TrainState(train_state.TrainState):
 
         Cost: one value and gradient, and the optimizer's update.
         """
-        named: dict[str, Any] = {} if rngs is None else {"rngs": rngs}
+        named: dict[str, Params] = {} if rngs is None else {"rngs": rngs}
         if self.collections:
             named["collections"] = self.collections
 
-        def loss(params: Any) -> tuple[jax.Array, Any]:
+        def loss(params: Params) -> tuple[jax.Array, Aux]:
             out = loss_fn(params, *data, **named)
             return out if isinstance(out, tuple) else (out, None)
 

@@ -1,25 +1,34 @@
 """Flax NNX: an optimizer that passes the objective to its transformation (`pip install
 hessopt[flax]`)."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.nnx.filterlib import Filter
 
-from hessopt.objective.binding import informed_update, precompose, without_aux
+from hessopt.objective.binding import (
+    Objective,
+    informed_update,
+    precompose,
+    without_aux,
+)
+from hessopt.typing import ObjectiveFn, Params
 
 if TYPE_CHECKING:
     from flax.nnx import Pytree as _Base
 else:
     _Base = getattr(nnx, "Pytree", None) or nnx.Object  # Flax 0.12 renamed it
 # VariableState exists up to Flax 0.11
-_VARIABLES: Any = (nnx.Variable, vars(nnx).get("VariableState", nnx.Variable))
+_VARIABLES: tuple[type, ...] = (
+    nnx.Variable,
+    vars(nnx).get("VariableState", nnx.Variable),
+)
 
 
-class OptState(nnx.Variable[Any]):
+class OptState(nnx.Variable[jax.Array]):
     """An array of the optimizer's state."""
 
 
@@ -51,26 +60,29 @@ class Optimizer(_Base):
     """
 
     def __init__(
-        self, model: Any, tx: optax.GradientTransformation, wrt: Any = nnx.Param
+        self,
+        model: nnx.Module,
+        tx: optax.GradientTransformation,
+        wrt: Filter = nnx.Param,
     ) -> None:
         """Initialize the transformation at the model's parameters."""
         # since Flax 0.12, a tree that contains variables is marked by `nnx.data`
         data = getattr(nnx, "data", lambda tree: tree)
         self.tx: optax.GradientTransformation = tx
-        self.wrt: Any = wrt
+        self.wrt: Filter = wrt
         self.step: OptState = OptState(jnp.zeros((), jnp.uint32))
-        self.opt_state: Any = data(
+        self.opt_state: optax.OptState = data(
             jax.tree.map(OptState, tx.init(_arrays(nnx.state(model, wrt))))
         )
 
     def update(
         self,
-        model: Any,
-        grads: Any,
+        model: nnx.Module,
+        grads: nnx.State | nnx.Module,
         /,
         *,
         value: jax.Array | None = None,
-        loss_fn: Callable[[Any], Any] | None = None,
+        loss_fn: ObjectiveFn | None = None,
     ) -> None:
         """Update the parameters of the model, the optimizer's state and the step count,
         in place.
@@ -97,7 +109,7 @@ class Optimizer(_Base):
             grads if isinstance(grads, nnx.State) else nnx.state(grads, self.wrt)
         )
         params, updates = _arrays(state), _arrays(gradients)
-        given: dict[str, Any] = {"value": value, "grad": updates}
+        given: dict[str, object] = {"value": value, "grad": updates}
         if loss_fn is not None:
             given["value_fn"] = _objective(loss_fn, model, self.wrt)
         extra = {name: thing for name, thing in given.items() if thing is not None}
@@ -121,12 +133,12 @@ class Optimizer(_Base):
         _set(self.step, _get(self.step) + 1)
 
 
-def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
+def _objective(loss_fn: ObjectiveFn, model: nnx.Module, wrt: Filter) -> Objective:
     """Return the loss as a function of parameters like `_arrays(state)`, with the
     random numbers that the gradient has drawn."""
     graph, state, counts, rest = nnx.split(model, wrt, nnx.RngCount, ...)
 
-    def at(params: Any, counts: Any) -> Any:
+    def at(params: Params, counts: Params) -> nnx.Module:
         fresh = jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(params))
         return nnx.merge(graph, fresh, *jax.tree.map(lambda leaf: leaf, (counts, rest)))
 
@@ -138,7 +150,7 @@ def _objective(loss_fn: Any, model: Any, wrt: Any) -> Any:
     return without_aux(precompose(loss_fn, lambda params: at(params, counts)))
 
 
-def _arrays(tree: Any) -> Any:
+def _arrays(tree: Params) -> Params:
     """Replace the variables of a tree by their arrays."""
     return jax.tree.map(
         lambda leaf: _get(leaf) if _is_variable(leaf) else leaf,
@@ -147,7 +159,7 @@ def _arrays(tree: Any) -> Any:
     )
 
 
-def _variables(tree: Any) -> list[Any]:
+def _variables(tree: Params) -> list[nnx.Variable[jax.Array]]:
     return [
         leaf
         for leaf in jax.tree.leaves(tree, is_leaf=_is_variable)
@@ -155,15 +167,15 @@ def _variables(tree: Any) -> list[Any]:
     ]
 
 
-def _is_variable(leaf: Any) -> bool:
+def _is_variable(leaf: object) -> TypeGuard[nnx.Variable[jax.Array]]:
     return isinstance(leaf, _VARIABLES)
 
 
-def _get(variable: Any) -> Any:
+def _get(variable: nnx.Variable[jax.Array]) -> jax.Array:
     return variable.get_value() if hasattr(variable, "get_value") else variable.value
 
 
-def _set(variable: Any, value: Any) -> None:
+def _set(variable: nnx.Variable[jax.Array], value: jax.Array) -> None:
     if hasattr(variable, "set_value"):
         variable.set_value(value)
     else:

@@ -4,6 +4,7 @@ of any optimizer and a rate."""
 import math
 from typing import Any
 
+import jax
 import optax
 
 from hessopt._checks import check_transformation, renamed_arguments
@@ -217,7 +218,7 @@ def lbfgs(
     *,
     memory_size: int = 10,
     same_batch_pairs: bool = False,
-    memory_dtype: Any = None,
+    memory_dtype: jax.typing.DTypeLike | None = None,
     linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS with a line search.
@@ -451,15 +452,15 @@ def _rated(
     check_transformation("base", base)
     base = optax.with_extra_args_support(base)
 
-    def init(params: Params) -> Any:
+    def init(params: Params) -> optax.OptState:
         return base.init(params), rate.init(params)
 
     def update(
         updates: optax.Updates,
         state: Any,
         params: Params | None = None,
-        **keywords: Any,
-    ) -> tuple[optax.Updates, Any]:
+        **keywords: object,
+    ) -> tuple[optax.Updates, optax.OptState]:
         updates, new = base.update(updates, state[0], params, **keywords)
         sound = all_finite((updates, keywords.get("value")))
         kept = select(sound, new, state[0])

@@ -8,7 +8,7 @@ loaded on first use, since their modules import this one.
 import enum
 import importlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,8 +72,23 @@ else:
 Params: TypeAlias = Any
 """A pytree of floating or complex arrays."""
 
+Tree = TypeVar("Tree")
+"""The type of a pytree, for a function that returns one like it."""
+
+Labels: TypeAlias = Any
+"""A tree like params with a label for every leaf: an int, or what the user chose."""
+
 ValueFn: TypeAlias = Callable[..., jax.Array]
 """The objective, `value_fn(params, **data)`: a real scalar, never `(value, aux)`."""
+
+Data: TypeAlias = Mapping[str, Params]
+"""The data of an objective by name: pytrees of arrays, of any dtype."""
+
+Aux: TypeAlias = Any
+"""What an objective returns beside its value, with has_aux: a pytree of arrays."""
+
+ObjectiveFn: TypeAlias = Callable[..., jax.Array | tuple[jax.Array, Aux]]
+"""An objective that may return `(value, aux)`, where the caller takes that."""
 
 Vector: TypeAlias = jax.Array
 """A real array of shape `(n,)`."""

@@ -5,7 +5,7 @@ computed separately.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from hessopt._checks import check_count, choose
 from hessopt.calculus.batching import fill_rows
 from hessopt.calculus.least_squares import Root, root
-from hessopt.objective.binding import as_objective, precompose
+from hessopt.objective.binding import Objective, as_objective, precompose
 from hessopt.trees.groups import Groups, combine, group_labels, take
 from hessopt.trees.vectors import real_leaves, solve_dtype
-from hessopt.typing import Matrix, Params, ValueFn
+from hessopt.typing import Labels, Matrix, Params, ValueFn
 
 CurvatureFn: TypeAlias = Callable[
-    [Any, Callable[[Any], Any], Any], Callable[[Any], Any]
+    [ValueFn, Callable[[Params], Params], Params], Callable[[Params], Params]
 ]
 """`(value_fn, embed, part) -> product`: the curvature of value_fn at `embed(part)` as a
 linear map from changes of `part` to gradients like `embed(part)`."""
@@ -30,15 +30,15 @@ above 32 they exceed the cache."""
 
 
 def hessian_product(
-    value_fn: ValueFn, embed: Callable[[Any], Any], part: Any
-) -> Callable[[Any], Any]:
+    value_fn: ValueFn, embed: Callable[[Params], Params], part: Params
+) -> Callable[[Params], Params]:
     """The map `v -> H v`, forward over reverse, with the gradient linearized once."""
     return jax.linearize(lambda p: jax.grad(value_fn)(embed(p)), part)[1]
 
 
 def gauss_newton_product(
-    value_fn: ValueFn, embed: Callable[[Any], Any], part: Any
-) -> Callable[[Any], Any]:
+    value_fn: ValueFn, embed: Callable[[Params], Params], part: Params
+) -> Callable[[Params], Params]:
     """The map `v -> J' L J v`, with J the Jacobian of the model and L the Hessian of
     the loss with respect to the outputs."""
     objective = as_objective(value_fn)
@@ -52,7 +52,7 @@ def gauss_newton_product(
     return lambda v: transposed(loss_hessian(jacobian(v)))[0]
 
 
-RootFn: TypeAlias = Callable[[Any, Sequence[jax.Array]], Root | None]
+RootFn: TypeAlias = Callable[[Objective, Sequence[jax.Array]], Root | None]
 """`(objective, leaves) -> Root`, or None if the objective has no such root."""
 
 
@@ -196,9 +196,9 @@ def hessian(
 
 
 def block_hessians(
-    value_fn: Any,
+    value_fn: ValueFn,
     params: Params,
-    labels: Any,
+    labels: Labels,
     count: int,
     *,
     curvature: str | CurvatureFn | Curvature = "hessian",
@@ -219,7 +219,10 @@ def block_hessians(
 
 
 def _dense(
-    linearize: CurvatureFn, objective: Any, leaves: list[jax.Array], chunk_size: int
+    linearize: CurvatureFn,
+    objective: Objective,
+    leaves: list[jax.Array],
+    chunk_size: int,
 ) -> Matrix:
     """Fill the matrix strip by strip, smallest leaf first: the strip of a leaf has its
     rows, and the columns of the leaf and of all larger ones."""
@@ -253,10 +256,10 @@ def _dense(
 
 def _strip_product(
     linearize: CurvatureFn,
-    objective: Any,
+    objective: Objective,
     leaves: Sequence[jax.Array],
     strip: list[int],
-) -> Any:
+) -> Callable[[jax.Array], list[jax.Array]]:
     """Return the map from changes of leaf `strip[0]` to gradients in the leaves of
     `strip`; all other leaves are constant."""
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def diagnostics(state: Any) -> dict[str, jax.Array]:
+def diagnostics(state: object) -> dict[str, jax.Array]:
     """Collect the scalars of an optimizer's state: counters, rates, and the fields of
     every `info`.
 
@@ -70,11 +70,11 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
         _collect(node.opt_state, prefix, found)
 
 
-def _items(node: Any) -> list[tuple[str, Any]]:
+def _items(node: Any) -> list[tuple[str, jax.Array]]:
     return list((node if isinstance(node, dict) else node._asdict()).items())
 
 
-def _scalars(name: str, x: Any, lanes: int) -> list[tuple[str, Any]]:
+def _scalars(name: str, x: jax.Array, lanes: int) -> list[tuple[str, jax.Array]]:
     """Return a scalar, or the entries of a vector, with their names."""
     if jnp.ndim(x) == lanes:
         return [(name, x)]
@@ -82,7 +82,7 @@ def _scalars(name: str, x: Any, lanes: int) -> list[tuple[str, Any]]:
     return [(name if size == 1 else f"{name}.{i}", x[..., i]) for i in range(size)]
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> bool:
     return isinstance(x, jax.Array | float | int) or hasattr(x, "dtype")
 
 

@@ -5,8 +5,8 @@ This module defines the variables that the loop carries and the termination test
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,15 @@ import optax
 from hessopt.kinds.line_searches import accepted
 from hessopt.kinds.reports import evaluations, failed, reports
 from hessopt.numerics.guards import or_one, select
-from hessopt.objective.binding import Objective, bind, informed_update, precompose
+from hessopt.objective.binding import (
+    Objective,
+    UpdateFn,
+    bind,
+    informed_update,
+    precompose,
+)
 from hessopt.trees.vectors import applied, strongly_typed
-from hessopt.typing import Params, Termination, ValueFn
+from hessopt.typing import Aux, Data, Params, Termination, ValueFn
 
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
 
@@ -83,7 +89,7 @@ class Problem(NamedTuple):
     has_aux: bool
 
 
-def bound_objective(problem: Problem, data: Mapping[str, Any]) -> Objective:
+def bound_objective(problem: Problem, data: Data) -> Objective:
     """Return value_fn as a function of params alone."""
     return bind(
         problem.value_fn, data, caller="minimize", call=_CALL, has_aux=problem.has_aux
@@ -91,10 +97,10 @@ def bound_objective(problem: Problem, data: Mapping[str, Any]) -> Objective:
 
 
 def objective_and_aux(
-    problem: Problem, data: Mapping[str, Any]
-) -> tuple[Any, Callable[[Params], Any]]:
+    problem: Problem, data: Data
+) -> tuple[ValueFn, Callable[[Params], Aux]]:
     """Return the objective and its auxiliary output as functions of params alone."""
-    both: Any = bound_objective(problem, data)
+    both = bound_objective(problem, data)
     if problem.has_aux:
         return lambda params: both(params)[0], lambda params: both(params)[1]
     return both, lambda params: None
@@ -118,7 +124,7 @@ def begin(
     problem: Problem,
     params: Params,
     state: optax.OptState | None,
-    data: Mapping[str, Any],
+    data: Data,
     limits: Limits,
 ) -> Run:
     """Evaluate the starting point and test for termination: a run may end before its
@@ -148,7 +154,7 @@ def begin(
 def advance(
     problem: Problem,
     run: Run,
-    data: Mapping[str, Any],
+    data: Data,
     limits: Limits,
     until: jax.Array,
 ) -> Run:
@@ -166,9 +172,7 @@ def advance(
     )
 
 
-def _step(
-    update: Callable[..., Any], objective: Objective, limits: Limits, run: Run
-) -> Run:
+def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run:
     old = run.here
     updates, state = update(
         old.grad,
@@ -226,14 +230,14 @@ class _Evaluated(Exception):
     """Raised by an objective that only detects whether it is called."""
 
 
-def _evaluates(update: Callable[..., Any], objective: Objective, run: Run) -> bool:
+def _evaluates(update: UpdateFn, objective: ValueFn, run: Run) -> bool:
     """Return whether a transformation that reports nothing evaluates the objective.
     Traces the update once more, up to the first evaluation."""
 
     def refuse(params: Params) -> Params:
         raise _Evaluated
 
-    def attempt(run: Run) -> Any:
+    def attempt(run: Run) -> tuple[optax.Updates, optax.OptState]:
         point, refusing = run.here, precompose(objective, refuse)
         given = {"value": point.value, "grad": point.grad, "value_fn": refusing}
         return update(point.grad, run.state, point.params, **given)

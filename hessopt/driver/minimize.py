@@ -11,7 +11,7 @@ Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -44,11 +44,18 @@ from hessopt.trees.vectors import (
     strongly_typed,
     unravel,
 )
-from hessopt.typing import Matrix, Params, Termination
+from hessopt.typing import Aux, Data, Matrix, ObjectiveFn, Params, Termination
+
+if TYPE_CHECKING:
+    from tqdm.auto import tqdm
 
 MAX_DENSE_SIZE = 512
 """Number of real parameters up to which derivatives are computed from the dense
 Hessian. Conjugate gradients would need as many products."""
+
+
+Names: TypeAlias = "str | list[Names]"
+"""A string, or a list of one for each lane."""
 
 
 class Solution(NamedTuple):
@@ -59,7 +66,7 @@ class Solution(NamedTuple):
     params: Params
     value: jax.Array  # objective at params
     grad: Params  # gradient at params, complex leaves in optax's convention
-    aux: Any  # auxiliary output at params; None without has_aux
+    aux: Aux  # auxiliary output at params; None without has_aux
     state: optax.OptState  # state of tx after the last step, for a warm start
     steps: jax.Array  # int32, updates applied
     # int32, evaluations of the value, with or without gradient, outside of Hessians;
@@ -76,13 +83,13 @@ class Solution(NamedTuple):
         )
 
     @property
-    def reason(self) -> Any:
+    def reason(self) -> Names:
         """The name of the termination as a string, such as `"GRADIENT"`; a list of
         strings for several lanes. Not available under jit."""
         return _names(np.asarray(self.termination).tolist())
 
 
-def _names(terminations: Any) -> Any:
+def _names(terminations: object) -> Names:
     """Return the names of terminations, nested like the numbers."""
     if isinstance(terminations, list):
         return [_names(each) for each in terminations]
@@ -90,11 +97,11 @@ def _names(terminations: Any) -> Any:
 
 
 def minimize(
-    value_fn: Callable[..., Any],
+    value_fn: ObjectiveFn,
     params: Params,
     tx: optax.GradientTransformation,
     *,
-    data: Mapping[str, Any] | None = None,
+    data: Data | None = None,
     state: optax.OptState | None = None,
     max_steps: int = 1000,
     gtol: float = 1e-6,
@@ -103,7 +110,7 @@ def minimize(
     has_aux: bool = False,
     progress: bool = False,
     log_every: int = 50,
-    callback: Callable[[Solution], Any] | None = None,
+    callback: Callable[[Solution], object] | None = None,
 ) -> Solution:
     """Minimize an objective with any optax transformation, in one compiled loop.
 
@@ -232,13 +239,13 @@ def minimize(
     )
 
 
-def _scalar(x: Any, dtype: Any) -> Any:
+def _scalar(x: jax.typing.ArrayLike, dtype: jax.typing.DTypeLike) -> Any:
     """Return a strongly typed scalar; a Python number becomes a NumPy array, without
     a program."""
     return x.astype(dtype) if isinstance(x, jax.Array) else np.asarray(x, dtype)
 
 
-def _solution(problem: Problem, run: Run, data: Mapping[str, Any]) -> Solution:
+def _solution(problem: Problem, run: Run, data: Data) -> Solution:
     stationary = run.termination == Termination.GRADIENT
     end = select(stationary, run.here, run.best)
     aux = objective_and_aux(problem, data)[1](end.params)
@@ -259,7 +266,7 @@ def _solve(
     problem: Problem,
     params: Params,
     state: optax.OptState | None,
-    data: Mapping[str, Any],
+    data: Data,
     limits: Limits,
 ) -> Solution:
     run = begin(problem, params, state, data, limits)
@@ -269,13 +276,13 @@ def _solve(
 
 @_solve.defjvp
 def _solve_jvp(
-    problem: Problem, primals: Any, tangents: Any
+    problem: Problem, primals: tuple[Params, ...], tangents: tuple[Params, ...]
 ) -> tuple[Solution, Solution]:
     solution = _solve(problem, *primals)
     data, d_data = primals[2], tangents[2]
     parts, restore = real_leaves(solution.params)
 
-    def gradient(parts: Any, data: Any) -> Any:
+    def gradient(parts: list[jax.Array], data: Data) -> list[jax.Array]:
         return jax.grad(precompose(objective_and_aux(problem, data)[0], restore))(parts)
 
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
@@ -291,7 +298,7 @@ def _solve_jvp(
             hessian, against, _conjugate_gradients, symmetric=True
         )
 
-    def outputs(parts: Any, data: Any) -> Any:
+    def outputs(parts: list[jax.Array], data: Data) -> tuple[Params, ...]:
         objective, aux = objective_and_aux(problem, data)
         point = evaluate(objective, restore(parts))
         return point.params, point.value, point.grad, aux(point.params)
@@ -306,7 +313,7 @@ def _solve_jvp(
     return solution, Solution(d_params, d_value, d_grad, d_aux, *rest)
 
 
-def _solve_dense(H: Matrix, rhs: Any) -> Any:
+def _solve_dense(H: Matrix, rhs: Params) -> Params:
     """Return `H^-1 rhs`; NaN where H, scaled so that its rows have size 1, is singular
     to working precision."""
     t = equilibration(jax.lax.stop_gradient(H))
@@ -320,7 +327,7 @@ def _solve_dense(H: Matrix, rhs: Any) -> Any:
     return unravel(t * jnp.linalg.solve(scaled, linear), rhs)
 
 
-def _conjugate_gradients(matvec: Any, rhs: Any) -> Any:
+def _conjugate_gradients(matvec: Callable[[Params], Params], rhs: Params) -> Params:
     """Return the solution of `matvec(x) = rhs`; NaN if the iteration does not
     converge."""
     eps = float(jnp.finfo(solve_dtype(rhs)).eps)
@@ -330,7 +337,7 @@ def _conjugate_gradients(matvec: Any, rhs: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.where(solved, leaf, jnp.nan), x)
 
 
-def _no_tangent(x: jax.Array) -> Any:
+def _no_tangent(x: jax.Array) -> jax.Array | np.ndarray:
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.zeros_like(x)
     return np.zeros(x.shape, jax.dtypes.float0)
@@ -342,7 +349,7 @@ _advance_jit = jax.jit(advance, static_argnums=0)
 _solution_jit = jax.jit(_solution, static_argnums=0)
 
 
-def _bar(total: int) -> Any:
+def _bar(total: int) -> "tqdm[NoReturn]":
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
@@ -356,11 +363,11 @@ def _in_blocks(
     problem: Problem,
     params: Params,
     state: optax.OptState | None,
-    data: Mapping[str, Any],
+    data: Data,
     limits: Limits,
     log_every: int,
-    bar: Any,
-    callback: Callable[[Solution], Any] | None,
+    bar: "tqdm[NoReturn] | None",
+    callback: Callable[[Solution], object] | None,
 ) -> Solution:
     """Run in blocks of `log_every` steps, with a report after each block."""
     run = _begin_jit(problem, params, state, data, limits)

@@ -2,7 +2,7 @@
 cost."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,9 @@ SEARCH_STATES = (LinesearchState, *OPTAX_SEARCH_STATES)
 named `value` or `grad`."""
 
 
-def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
+def accepted(
+    state: optax.OptState, like: tuple[jax.Array, Params]
+) -> tuple[jax.Array, Params] | None:
     """Return the value and gradient that the search at the end of a chain accepted, or
     None if there is no such pair.
 
@@ -70,7 +72,7 @@ def accepted(state: optax.OptState, like: Any) -> tuple[jax.Array, Any] | None:
 
 def value_and_grad_from_state(
     value_fn: ValueFn,
-) -> Callable[..., tuple[jax.Array, Any]]:
+) -> Callable[..., tuple[jax.Array, Params]]:
     """Differentiate the objective, or reuse the value and gradient of a line search.
 
     Args:
@@ -97,8 +99,8 @@ def value_and_grad_from_state(
     compute = jax.value_and_grad(value_fn)
 
     def value_and_grad(
-        params: Any, *args: Any, state: optax.OptState, **kwargs: Any
-    ) -> tuple[jax.Array, Any]:
+        params: Params, *args: Params, state: optax.OptState, **kwargs: Params
+    ) -> tuple[jax.Array, Params]:
         pair = accepted(state, jax.eval_shape(compute, params, *args, **kwargs))
         if pair is None:
             return compute(params, *args, **kwargs)

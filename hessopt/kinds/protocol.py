@@ -50,7 +50,7 @@ class Call(NamedTuple):
         return all(u is g for u, g in zip(*leaves, strict=True))
 
 
-Step = Callable[[Call, Any], tuple[optax.Updates, Any]]
+Step = Callable[[Call, Any], tuple[optax.Updates, optax.OptState]]
 """`(call, state) -> (updates, state)`."""
 
 
@@ -76,10 +76,10 @@ def transformation(
         state: optax.OptState,
         params: Params | None = None,
         *,
-        value: Any = None,
+        value: jax.Array | None = None,
         grad: optax.Updates | None = None,
         value_fn: ValueFn | None = None,
-        **data: Any,
+        **data: object,
     ) -> tuple[optax.Updates, optax.OptState]:
         require_params(params, caller=name)
         objective = bind(value_fn, data, caller=name) if "value_fn" in needs else None

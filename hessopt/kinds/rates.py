@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from hessopt._checks import check_count, check_range, renamed_attributes
 from hessopt.kinds.protocol import Call, scheduled, transformation
@@ -24,7 +25,7 @@ from hessopt.numerics.guards import divide, select
 from hessopt.trees.groups import Groups, check_groups, group_labels, take
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import all_finite, applied, inner, solve_dtype
-from hessopt.typing import Params, StepStatus, ValueFn, Vector, step_status
+from hessopt.typing import Labels, Params, StepStatus, ValueFn, Vector, step_status
 
 TOLERATED_RISE = 1e-3
 """Relative rise of the objective that is accepted in a step: batches are noisy."""
@@ -45,7 +46,7 @@ class RateProblem(NamedTuple):
     params: Params
     updates: Params
     groups: Groups
-    labels: Any  # tree like params of ints, the group of every leaf
+    labels: Labels  # tree like params of ints, the group of every leaf
     value: jax.Array | None  # objective(params), if given
     # gradient at params in optax's convention (conjugated), if given
     grad: Params | None
@@ -55,7 +56,7 @@ class Measurement(NamedTuple):
     """A model of phi at 0."""
 
     value: jax.Array  # phi(0), scalar
-    model: Any  # tree of arrays, each `(S,)` or `(S, S)`
+    model: Params  # tree of arrays, each `(S,)` or `(S, S)`
     known: jax.Array | bool = True  # bool (S,), whether the model holds for a group
     # bool (S,), whether phi was not finite at the probe
     beyond: jax.Array | bool = False
@@ -78,7 +79,7 @@ class Memory(NamedTuple):
     rate: Vector  # (S,), before learning_rate
     # (S,), norm of the updates of a group at its measurement; 0 for a dropped step
     length: Vector
-    model: Any  # average
+    model: Params  # average
 
 
 class RateInfo(NamedTuple):
@@ -108,10 +109,11 @@ class Rule(NamedTuple):
     State: Callable[
         [jax.Array, Memory, RateInfo], optax.OptState
     ]  # count, memory, info
-    blank: Callable[[int, Any], Any]  # number of groups, dtype -> a model of zeros
+    # number of groups, dtype -> a model of zeros
+    blank: Callable[[int, DTypeLike], Params]
     measure: Callable[[RateProblem, Vector], Measurement]  # with the rates so far
     # model, rates so far, which of them are solutions, count
-    solve: Callable[[Any, Vector, jax.Array, jax.Array], RateSolution]
+    solve: Callable[[Params, Vector, jax.Array, jax.Array], RateSolution]
 
 
 def scale_by_rates(
@@ -120,9 +122,9 @@ def scale_by_rates(
     groups: Groups | None,
     learning_rate: optax.ScalarOrSchedule,
     update_every: int,
-    curvature_decay: jax.typing.ArrayLike,
-    rate_decay: jax.typing.ArrayLike,
-    initial_rate: jax.typing.ArrayLike,
+    curvature_decay: ArrayLike,
+    rate_decay: ArrayLike,
+    initial_rate: ArrayLike,
     safeguard: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale updates by the rates of a rule; the arguments are those of
@@ -154,9 +156,9 @@ class _Options(NamedTuple):
     groups: Groups
     learning_rate: optax.ScalarOrSchedule
     update_every: int
-    curvature_decay: jax.typing.ArrayLike
-    rate_decay: jax.typing.ArrayLike
-    initial_rate: jax.typing.ArrayLike
+    curvature_decay: ArrayLike
+    rate_decay: ArrayLike
+    initial_rate: ArrayLike
     safeguard: bool
 
 
@@ -330,7 +332,7 @@ class _Reading(NamedTuple):
     """A measurement, checked and cast for this update."""
 
     value: jax.Array  # phi(0), scalar
-    model: Any
+    model: Params
     beyond: jax.Array | bool  # bool (S,), whether phi was not finite at a probe
     finite: jax.Array  # bool scalar, whether the model and all probes are finite
     seen: jax.Array  # bool (S,), whether the model holds for a group
@@ -346,7 +348,7 @@ def _measure(options: _Options, now: _Situation) -> _Reading:
     return _Reading(value, model, beyond, finite, finite & known & now.moves)
 
 
-def _average(options: _Options, old: Memory, measured: _Reading) -> Any:
+def _average(options: _Options, old: Memory, measured: _Reading) -> Params:
     """Compute the exponential moving average of the models, which starts with the first
     measurement of a group."""
     seen = measured.seen
@@ -364,7 +366,7 @@ def _average(options: _Options, old: Memory, measured: _Reading) -> Any:
 
 
 def _solve(
-    options: _Options, now: _Situation, measured: _Reading, model: Any
+    options: _Options, now: _Situation, measured: _Reading, model: Params
 ) -> RateSolution:
     """Solve for the rates and average them; a group without a usable rate keeps its
     last one."""
@@ -408,7 +410,7 @@ def _halved(rate: Vector, times: jax.Array) -> Vector:
     return rate * jnp.asarray(0.5, rate.dtype) ** times
 
 
-def _scalar(value: Any, dtype: Any, caller: str) -> jax.Array:
+def _scalar(value: ArrayLike, dtype: DTypeLike, caller: str) -> jax.Array:
     """Return the value as a floating scalar; a floating dtype is kept."""
     value = jnp.asarray(value)
     if value.shape:
@@ -416,7 +418,7 @@ def _scalar(value: Any, dtype: Any, caller: str) -> jax.Array:
     return value if jnp.issubdtype(value.dtype, jnp.floating) else value.astype(dtype)
 
 
-def inner_by_group(a: Params, b: Params, labels: Any, like: Vector) -> Vector:
+def inner_by_group(a: Params, b: Params, labels: Labels, like: Vector) -> Vector:
     """Return the real inner product of the leaves of each group, `(S,)`, in the dtype
     of `like`."""
     parts = (
@@ -425,7 +427,7 @@ def inner_by_group(a: Params, b: Params, labels: Any, like: Vector) -> Vector:
     return jnp.array([inner(*part) for part in parts], like.dtype)
 
 
-def scaled(updates: Params, labels: Any, rate: Vector) -> Params:
+def scaled(updates: Params, labels: Labels, rate: Vector) -> Params:
     """Multiply every leaf by the rate of its group."""
     return jax.tree.map(
         lambda u, label: (rate[label] * u).astype(u.dtype), updates, labels

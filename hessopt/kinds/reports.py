@@ -50,7 +50,7 @@ def failed(found: list[Report]) -> jax.Array:
     return jnp.any(jnp.array([report.failed for report in found]))
 
 
-def _reports(node: Any) -> bool:
+def _reports(node: object) -> bool:
     is_search = isinstance(node, OPTAX_SEARCH_STATES)
     return is_search or hasattr(getattr(node, "info", None), "evaluations")
 

@@ -4,10 +4,11 @@
 where y is 0. The divisor has to be replaced before the division.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from hessopt.typing import Params, Tree
 
 
 def or_one(x: jax.Array) -> jax.Array:
@@ -16,12 +17,14 @@ def or_one(x: jax.Array) -> jax.Array:
     return jnp.where(x > 0, x, 1.0)
 
 
-def divide(x: Any, y: jax.Array, where: jax.Array, otherwise: Any = 0.0) -> jax.Array:
+def divide(
+    x: ArrayLike, y: jax.Array, where: jax.Array, otherwise: ArrayLike = 0.0
+) -> jax.Array:
     """Return `x / y` where the condition holds, else `otherwise`, for any y."""
     return jnp.where(where, x / jnp.where(where, y, 1.0), otherwise)
 
 
-def select(condition: jax.Array, new: Any, old: Any) -> Any:
+def select(condition: jax.Array, new: Tree, old: Params) -> Tree:
     """Return the tree `new` if the scalar condition holds, else the tree `old`."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 

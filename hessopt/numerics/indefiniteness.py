@@ -2,14 +2,14 @@
 is solved with."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hessopt.numerics.cholesky import cholesky_solve, shifted_cholesky
 from hessopt.numerics.guards import matmul
-from hessopt.typing import Matrix, Vector
+from hessopt.typing import Matrix, Params, Vector
 
 ABSOLUTE_FLOOR = 1e-8
 """Smallest magnitude, relative to the largest, that `absolute` lets an eigenvalue have."""
@@ -18,7 +18,7 @@ ABSOLUTE_FLOOR = 1e-8
 class Factorization(NamedTuple):
     """A symmetric `(n, n)` matrix A, ready for solves."""
 
-    factor: Any  # pytree of arrays, what `IndefiniteTreatment.solve` takes
+    factor: Params  # pytree of arrays, what `IndefiniteTreatment.solve` takes
     # (n,), magnitudes whose smallest tells how near to singular the factorised matrix
     # is
     pivots: Vector
@@ -34,7 +34,7 @@ class IndefiniteTreatment(NamedTuple):
 
     # of a matrix and the shift of the last factorisation
     factorize: Callable[[Matrix, jax.Array], Factorization]
-    solve: Callable[[Any, Vector], Vector]  # of its factor and a vector
+    solve: Callable[[Params, Vector], Vector]  # of its factor and a vector
 
 
 def _shift(matrix: Matrix, shift: jax.Array) -> Factorization:
@@ -63,7 +63,7 @@ def _absolute(matrix: Matrix, shift: jax.Array) -> Factorization:
     )
 
 
-def _solve_absolute(factor: Any, vector: Vector) -> Vector:
+def _solve_absolute(factor: tuple[Matrix, Vector], vector: Vector) -> Vector:
     vectors, magnitudes = factor
     coefficients = matmul(vector, vectors) / magnitudes
     return matmul(vectors, coefficients)

@@ -17,7 +17,7 @@ Zhang, "A new conjugate gradient method with guaranteed descent and an efficient
 search", 2005, section 4.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class Conditions(NamedTuple):
     max_steps: jax.Array | int
 
 
-_LEAVES: Any = [0.0] * 6
+_LEAVES = [0.0] * 6
 _STRUCTURE = jax.tree.structure(Bracket(*[Trial(*_LEAVES[:3])] * 3, *_LEAVES))  # pyright: ignore[reportArgumentType]
 
 

@@ -9,15 +9,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from hessopt.trees.groups import combine, take
-from hessopt.typing import Params, ValueFn
+from hessopt.typing import Aux, Labels, ObjectiveFn, Params, ValueFn
 
 PROTOCOL_KEYWORDS = ("value", "grad", "value_fn")
 """The keywords of `update` that are not data."""
 
 UPDATE_CALL = "tx.update(grads, state, params, value_fn={name}, {given})"
 """The call to write for an objective that lacks data."""
+
+UpdateFn = Callable[..., tuple[optax.Updates, optax.OptState]]
+"""`tx.update`, of any keywords."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Objective:
     part takes data by name.
     """
 
-    parts: tuple[Callable[..., Any], ...]
+    parts: tuple[Callable[..., Params], ...]
 
     @property
     def is_composite(self) -> bool:
@@ -37,7 +41,7 @@ class Objective:
         return len(self.parts) > 1
 
     @property
-    def model_fn(self) -> Callable[..., Any]:
+    def model_fn(self) -> Callable[..., Params]:
         """Everything before the loss: the model of a composite, else the identity."""
         return self.parts[0] if self.is_composite else lambda params: params
 
@@ -46,14 +50,14 @@ class Objective:
         """The last part, which returns the scalar."""
         return self.parts[-1]
 
-    def __call__(self, params: Params, *args: Any, **data: Any) -> jax.Array:
+    def __call__(self, params: Params, *args: object, **data: object) -> jax.Array:
         """Evaluate the objective."""
-        result: Any = params
+        result = params
         for part in self.close(*args, **data).parts:
             result = part(result)
         return result
 
-    def close(self, *args: Any, **data: Any) -> "Objective":
+    def close(self, *args: object, **data: object) -> "Objective":
         """Return the objective as a function of params alone, given all of its data."""
         if not self.is_composite:
             return Objective((lambda params: self.loss_fn(params, *args, **data),))
@@ -81,13 +85,13 @@ class Objective:
         return bind(self, positional | data, caller="composite")
 
 
-def as_objective(value_fn: Callable[..., Any]) -> Objective:
+def as_objective(value_fn: ObjectiveFn) -> Objective:
     """Convert a function or a `composite` to an `Objective`."""
     return value_fn if isinstance(value_fn, Objective) else Objective((value_fn,))
 
 
 def composite(
-    model_fn: Callable[..., Any], loss_fn: Callable[..., jax.Array]
+    model_fn: Callable[..., Params], loss_fn: Callable[..., jax.Array]
 ) -> Objective:
     """Compose an objective of a model and a loss, as the Gauss-Newton matrix requires.
 
@@ -126,8 +130,8 @@ def composite(
 
 
 def bind(
-    value_fn: ValueFn | None,
-    data: Mapping[str, Any],
+    value_fn: ObjectiveFn | None,
+    data: Mapping[str, object],
     *,
     caller: str,
     call: str = UPDATE_CALL,
@@ -151,7 +155,9 @@ def bind(
     return Objective((*first, checked))
 
 
-def require_taken(value_fn: ValueFn, data: Mapping[str, Any], *, caller: str) -> None:
+def require_taken(
+    value_fn: ObjectiveFn, data: Mapping[str, object], *, caller: str
+) -> None:
     """Raise `TypeError` if `data` has names that `value_fn` does not take."""
     parts = as_objective(value_fn).parts
     taken = {name: p for part in parts for name, p in _data_names(part).items()}
@@ -170,7 +176,7 @@ def require_params(params: Params | None, *, caller: str) -> None:
         )
 
 
-def require_given(*, caller: str, **things: Any) -> None:
+def require_given(*, caller: str, **things: object) -> None:
     """Raise `TypeError` if one of these keywords of `update` is missing."""
     for name, given in things.items():
         if given is None:
@@ -180,7 +186,7 @@ def require_given(*, caller: str, **things: Any) -> None:
             )
 
 
-def informed_update(tx: Any) -> Callable[..., Any]:
+def informed_update(tx: optax.GradientTransformation) -> UpdateFn:
     """Return `tx.update` as a function of any keywords; those that it does not take are
     dropped."""
     taken = {p.name: p for p in _parameters(tx.update)}
@@ -194,18 +200,18 @@ def informed_update(tx: Any) -> Callable[..., Any]:
     )
 
 
-def precompose(value_fn: ValueFn, inner: Callable[..., Params]) -> Objective:
+def precompose(value_fn: ObjectiveFn, inner: Callable[..., Params]) -> Objective:
     """Return `value_fn(inner(.))`; the parts of a `composite` stay separate."""
     first, *rest = as_objective(value_fn).parts
     return Objective((lambda x: first(inner(x)), *rest))
 
 
-def without_aux(value_fn: ValueFn) -> Objective:
+def without_aux(value_fn: ObjectiveFn) -> Objective:
     """Return an objective of params alone, without the auxiliary output if value_fn
     returns one."""
     *first, last = as_objective(value_fn).parts
 
-    def loss_fn(x: Any) -> jax.Array:
+    def loss_fn(x: Params) -> jax.Array:
         out = last(x)
         return out[0] if isinstance(out, tuple) else out
 
@@ -213,7 +219,12 @@ def without_aux(value_fn: ValueFn) -> Objective:
 
 
 def of_group(
-    labels: Any, group: Any, params: Params, keywords: Mapping[str, Any], *, caller: str
+    labels: Labels,
+    group: int,
+    params: Params,
+    keywords: Mapping[str, Any],
+    *,
+    caller: str,
 ) -> dict[str, Any]:
     """Return the keywords of `update` restricted to the leaves of one group; the
     objective holds the other leaves fixed."""
@@ -233,21 +244,21 @@ def of_group(
     return own
 
 
-def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+def _parameters(fn: Callable[..., object]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(fn).parameters.values())
     except ValueError:  # some builtins have no signature; they take no data
         return []
 
 
-def _data_names(fn: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _data_names(fn: Callable[..., object]) -> dict[str, inspect.Parameter]:
     """Return the parameters of `fn` after its first one, in order."""
     return {p.name: p for p in _parameters(fn)[1:] if p.kind is not p.VAR_POSITIONAL}
 
 
 def _bind(
-    fn: Callable[..., Any], data: Mapping[str, Any], caller: str, call: str
-) -> Callable[[Any], Any]:
+    fn: Callable[..., Params], data: Mapping[str, object], caller: str, call: str
+) -> Callable[[Params], Params]:
     names = _data_names(fn)
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return functools.partial(fn, **data)
@@ -264,8 +275,8 @@ def _bind(
     return functools.partial(fn, **{name: data[name] for name in names if name in data})
 
 
-def _scalar(fn: Callable[[Any], Any], caller: str) -> ValueFn:
-    def checked(x: Any) -> jax.Array:
+def _scalar(fn: Callable[[Params], Params], caller: str) -> ValueFn:
+    def checked(x: Params) -> jax.Array:
         value = fn(x)
         if isinstance(value, tuple) or jnp.shape(value) != ():
             got = "a tuple" if isinstance(value, tuple) else f"shape {jnp.shape(value)}"
@@ -278,9 +289,9 @@ def _scalar(fn: Callable[[Any], Any], caller: str) -> ValueFn:
 
 
 def _scalar_and_aux(
-    fn: Callable[[Any], Any], caller: str
-) -> Callable[[Any], tuple[jax.Array, Any]]:
-    def checked(x: Any) -> tuple[jax.Array, Any]:
+    fn: Callable[[Params], Params], caller: str
+) -> Callable[[Params], tuple[jax.Array, Aux]]:
+    def checked(x: Params) -> tuple[jax.Array, Aux]:
         pair = fn(x)
         if not isinstance(pair, tuple) or len(pair) != 2 or jnp.shape(pair[0]) != ():
             raise TypeError(

@@ -5,13 +5,12 @@ import gc
 import inspect
 from collections.abc import Callable
 from types import FunctionType, ModuleType
-from typing import Any
 
 import jax
 from jax.core import Tracer, eval_jaxpr
 
 from hessopt.objective.binding import Objective, as_objective
-from hessopt.typing import Params
+from hessopt.typing import Data, ObjectiveFn, Params
 
 _NO_HOLDERS = (type, ModuleType, jax.Array, type(jax.tree_util.default_registry))
 """Types that the search for traced values does not enter, since they refer to objects
@@ -21,11 +20,11 @@ outside of the objective."""
 class _Identified:
     """A callable that is equal only to itself."""
 
-    def __init__(self, call: Callable[..., Any]):
+    def __init__(self, call: Callable[..., Params]):
         self.call = call
         self.__signature__ = inspect.signature(call)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Params:
         return self.call(*args, **kwargs)
 
     def __hash__(self) -> int:
@@ -35,13 +34,13 @@ class _Identified:
         return isinstance(other, _Identified) and other.call is self.call
 
 
-def identified(value_fn: Callable[..., Any]) -> Objective:
+def identified(value_fn: ObjectiveFn) -> Objective:
     """Return a hashable objective: a part without a hash, such as an object that holds
     arrays, is wrapped and compared by identity."""
     return Objective(tuple(map(_hashable, as_objective(value_fn).parts)))
 
 
-def _hashable(part: Callable[..., Any]) -> Callable[..., Any]:
+def _hashable(part: Callable[..., Params]) -> Callable[..., Params]:
     try:
         hash(part)
     except TypeError:
@@ -51,10 +50,10 @@ def _hashable(part: Callable[..., Any]) -> Callable[..., Any]:
 
 def open_closure(
     value_fn: Objective,
-    bind_to: Callable[[Any], Objective],
+    bind_to: Callable[[Data], Objective],
     params: Params,
-    data: dict[str, Any],
-) -> tuple[Objective, dict[str, Any]]:
+    data: Data,
+) -> tuple[Objective, Data]:
     """Turn the traced values that the objective closes over into data; their
     derivatives would be lost otherwise.
 
@@ -86,15 +85,15 @@ def open_closure(
 
 
 def _opened(
-    fn: Callable[..., Any], x: Any, data: Any
-) -> tuple[Callable[..., Any], list[Any], Any]:
+    fn: Callable[..., Params], x: Params, data: Data
+) -> tuple[Callable[..., Params], list[Tracer], Params]:
     """Return `fn` as `opened(x, data, held)`, the traced values `held` that it closes
     over, and the shapes of its outputs."""
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(x, data)
     held = [const for const in closed.consts if isinstance(const, Tracer)]
     fixed = [None if isinstance(const, Tracer) else const for const in closed.consts]
 
-    def opened(x: Any, data: Any, held: list[Any]) -> Any:
+    def opened(x: Params, data: Data, held: list[Tracer]) -> Params:
         rest = iter(held)
         consts = [next(rest) if const is None else const for const in fixed]
         outputs = eval_jaxpr(closed.jaxpr, consts, *jax.tree.leaves((x, data)))
@@ -103,7 +102,7 @@ def _opened(
     return opened, held, shapes
 
 
-def _holds_tracers(thing: Any) -> bool:
+def _holds_tracers(thing: object) -> bool:
     """Return whether a callable refers to a traced value, directly or through other
     objects; globals are not searched."""
     seen, reached = set(), [thing]

@@ -3,14 +3,13 @@
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hessopt._checks import check_count
 from hessopt.objective.binding import as_objective
-from hessopt.typing import ValueFn
+from hessopt.typing import Params, ValueFn
 
 
 def microbatched(
@@ -63,14 +62,14 @@ def microbatched(
         )
 
     @functools.wraps(value_fn)
-    def whole(*args: Any, **kwargs: Any) -> jax.Array:
+    def whole(*args: Params, **kwargs: Params) -> jax.Array:
         call = signature.bind(*args, **kwargs)
         (first, params), *data = call.arguments.items()
         split = {name: part for name, part in data if over is None or name in over}
         parts = jax.tree.map(functools.partial(_parts, count), split)
 
         @jax.checkpoint
-        def one(params: Any, part: dict[str, Any]) -> jax.Array:
+        def one(params: Params, part: dict[str, Params]) -> jax.Array:
             call.arguments.update({first: params} | part)
             return value_fn(*call.args, **call.kwargs)
 
@@ -86,7 +85,7 @@ def microbatched(
     return whole
 
 
-def _parts(count: int, leaf: Any) -> jax.Array:
+def _parts(count: int, leaf: jax.typing.ArrayLike) -> jax.Array:
     leaf = jnp.asarray(leaf)
     if leaf.ndim == 0 or len(leaf) % count:
         raise ValueError(

@@ -5,13 +5,12 @@ and u_s the updates of that group.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from hessopt.trees.groups import Groups, group_labels
-from hessopt.typing import Params, ValueFn
+from hessopt.typing import Labels, Params, ValueFn
 
 
 def restriction(
@@ -58,7 +57,7 @@ def restriction(
 
 def grouped(
     params: Params, updates: Params, groups: Groups | None
-) -> tuple[Any, tuple[str, ...], Params]:
+) -> tuple[Labels, tuple[str, ...], Params]:
     """Return the labels, the names of the groups, and the updates in the dtypes of
     params."""
     shapes, expected = (

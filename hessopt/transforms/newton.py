@@ -15,7 +15,7 @@ al., arXiv 1406.2572.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from hessopt.numerics.norms import norm, unit_scale
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import all_finite, ravel, solve_dtype, unravel
-from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
+from hessopt.typing import Labels, Matrix, Params, StepStatus, Vector, step_status
 
 _NOT_REUSED = (
     StepStatus.FACTORIZATION_FAILED | StepStatus.NO_CURVATURE | StepStatus.NONFINITE
@@ -62,7 +62,7 @@ class NewtonState(NamedTuple):
     count: jax.Array  # int32 scalar, updates so far
     # (number of blocks,), shifts of the last factorisations that succeeded
     shift: Vector
-    factors: Any  # with update_every > 1, the blocks' factors in use; None else
+    factors: Params  # with update_every > 1, the blocks' factors in use; None else
     info: NewtonInfo
 
 
@@ -148,7 +148,7 @@ class _Options(NamedTuple):
 class _Blocks(NamedTuple):
     """The factorised blocks of the curvature, as an update uses them."""
 
-    factors: Any  # one per block
+    factors: Params  # one per block
     shift: Vector  # (number of blocks,)
     info: NewtonInfo
 
@@ -219,7 +219,7 @@ def _factorize(
     options: _Options,
     call: Call,
     state: NewtonState,
-    labels: Any,
+    labels: Labels,
     gradients: list[Vector],
 ) -> _Blocks:
     """Form and factorise all blocks of the curvature at params."""
@@ -243,11 +243,11 @@ def _factorize(
 
 
 def _empty_factors(
-    options: _Options, params: Params, labels: Any, count: int
-) -> list[Any]:
+    options: _Options, params: Params, labels: Labels, count: int
+) -> list[Params]:
     """Zeros in the shapes of the blocks' factors."""
 
-    def empty(group: int) -> Any:
+    def empty(group: int) -> Params:
         size = jax.eval_shape(ravel, take(params, labels, group)).size
         matrix = jax.ShapeDtypeStruct((size, size), solve_dtype(params))
         shift = jax.ShapeDtypeStruct((), matrix.dtype)
@@ -271,9 +271,9 @@ def _factorize_block(
     H: Matrix,
     g: Vector,
     lam: jax.Array,
-    old_factor: Any,
+    old_factor: Params,
     old_shift: jax.Array,
-) -> tuple[Any, jax.Array, NewtonInfo]:
+) -> tuple[Params, jax.Array, NewtonInfo]:
     """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was
     there before."""
     length = norm(g)
@@ -305,7 +305,7 @@ def _factorize_block(
     return factor, jnp.where(sound, new.shift, old_shift), info
 
 
-def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
+def _worst(infos: list[NewtonInfo], dtype: jax.typing.DTypeLike) -> NewtonInfo:
     """The flags of all blocks, the extremes of their figures, the sum of their
     attempts; zeros for no block."""
     if not infos:
@@ -323,7 +323,7 @@ def _worst(infos: list[NewtonInfo], dtype: Any) -> NewtonInfo:
     )
 
 
-def _per_block(items: list[Any]) -> Any:
+def _per_block(items: list[Params]) -> Params:
     """One item per block. Of no block a leaf, so that `optax.tree.map_params` sees a
     non-parameter there."""
     return tuple(items) or jnp.zeros(())

@@ -53,7 +53,7 @@ class NewtonCgState(NamedTuple):
     count: jax.Array  # int32 scalar, updates so far
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
     # with warm_start, p of the last update, a tree like params; None else
-    direction: Any
+    direction: Params
     info: NewtonCgInfo
 
 
@@ -232,7 +232,7 @@ def _products(
     return multiply, precondition
 
 
-def _wide(tree: Any, params: Params) -> Leaves:
+def _wide(tree: Params, params: Params) -> Leaves:
     """The real leaves of a tree in the dtype of inner products over params."""
     dtype = solve_dtype(params)
     return [leaf.astype(dtype) for leaf in real_leaves(tree)[0]]
@@ -245,8 +245,8 @@ def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
 
 
 def _kept(
-    options: _Options, sound: jax.Array, direction: optax.Updates, old: Any
-) -> Any:
+    options: _Options, sound: jax.Array, direction: optax.Updates, old: Params
+) -> Params:
     """The direction that a warm start begins with, of the last step that was sound."""
     if not options.warm_start:
         return None

@@ -84,7 +84,7 @@ class TrustRegionState(NamedTuple):
     size: jax.Array
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
     # (n,), the diagonal of D, 0 where no curvature was seen; None where D = 1
-    scales: Any
+    scales: Params
     info: TrustRegionInfo
 
 
@@ -345,7 +345,7 @@ def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
     """`J'L r''`, r'' the second derivative of the outputs along p."""
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
-    def slope(x: Leaves) -> Any:
+    def slope(x: Leaves) -> Params:
         return jax.jvp(objective.model_fn, (x,), (p,))[1]
 
     second = jax.jvp(slope, (parts,), (p,))[1]

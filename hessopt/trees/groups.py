@@ -5,15 +5,16 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 from hessopt._checks import check_word
-from hessopt.typing import Params
+from hessopt.typing import Labels, Params
 
-Groups: TypeAlias = str | Callable[[Any, Any], Any] | Any
+Groups: TypeAlias = str | Callable[[KeyPath, jax.Array], object] | Labels
 """A word, a callable `path, leaf -> label`, or a tree of labels; see `group_labels`."""
 
 
-def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
+def group_labels(params: Params, groups: Groups) -> tuple[Labels, tuple[str, ...]]:
     """Assign every leaf of `params` to a group.
 
     Args:
@@ -56,7 +57,7 @@ def group_labels(params: Params, groups: Groups) -> tuple[Any, tuple[str, ...]]:
 ABSENT: Any = object()
 
 
-def given_labels(name: str, tree: Any, params: Params) -> list[Any]:
+def given_labels(name: str, tree: Labels, params: Params) -> list[object]:
     """Return the label of each leaf of params, from a tree with their structure or a
     prefix of it."""
     given = dict(jax.tree_util.tree_leaves_with_path(tree))
@@ -88,7 +89,7 @@ def check_groups(name: str, groups: Groups) -> None:
         check_word(name, groups, WORDS)
 
 
-def take(tree: Any, labels: Any, group: int) -> Any:
+def take(tree: Params, labels: Labels, group: int) -> Params:
     """Return `tree` with None in place of every leaf outside of `group`; the paths are
     the same."""
     return jax.tree.map(
@@ -96,7 +97,7 @@ def take(tree: Any, labels: Any, group: int) -> Any:
     )
 
 
-def combine(part: Any, tree: Any) -> Any:
+def combine(part: Params, tree: Params) -> Params:
     """Return `tree` with the leaves of `part` that are not None in place of its own;
     the inverse of `take`."""
     return jax.tree.map(
@@ -104,17 +105,17 @@ def combine(part: Any, tree: Any) -> Any:
     )
 
 
-def _name(path: Any) -> str:
+def _name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/") or "."
 
 
-def _unboxed(path: Any) -> Any:
+def _unboxed(path: KeyPath) -> KeyPath:
     """Drop the last key of the path of a boxed parameter (`flax.nnx.Param`,
     `flax.linen.Partitioned`), which selects its value."""
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
-WORDS: dict[str, Callable[[Any, Any], str]] = {
+WORDS: dict[str, Callable[[KeyPath, jax.Array], str]] = {
     "all": lambda path, leaf: "all",
     "leaf": lambda path, leaf: _name(path),
     "layer": lambda path, leaf: _name(_unboxed(path)[:-1]),

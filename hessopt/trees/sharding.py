@@ -8,18 +8,25 @@ reshape of one, must specify the sharding of its result.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.core
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.typing import DTypeLike
 
-from hessopt.typing import Params
+from hessopt.typing import Params, Tree
 
 
 def contract(
-    a: jax.Array, b: jax.Array, axes: int, *, rowwise: bool = False, dtype: Any = None
+    a: jax.Array,
+    b: jax.Array,
+    axes: int,
+    *,
+    rowwise: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Contract the last `axes` axes of both arrays at highest precision; the result is
     replicated on all devices.
@@ -76,7 +83,9 @@ def _whole(x: jax.Array) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec()) if is_split else None
 
 
-def stack_of(leaf: Any, *leading: int, dtype: Any = None) -> jax.ShapeDtypeStruct:
+def stack_of(
+    leaf: jax.Array, *leading: int, dtype: DTypeLike | None = None
+) -> jax.ShapeDtypeStruct:
     """Return the shape, dtype and sharding of a stack of arrays that are sharded as
     `leaf` is."""
     sharding = _sharding(leaf)
@@ -88,7 +97,7 @@ def stack_of(leaf: Any, *leading: int, dtype: Any = None) -> jax.ShapeDtypeStruc
     )
 
 
-def zeros(shapes: Any, params: Params = ()) -> Any:
+def zeros(shapes: Tree, params: Params = ()) -> Tree:
     """Return zeros for each `jax.ShapeDtypeStruct` of a tree, by one program; one
     program for each array would take seconds to compile.
 
@@ -113,15 +122,16 @@ def zeros(shapes: Any, params: Params = ()) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _program(
-    kinds: tuple[tuple[tuple[int, ...], Any], ...], places: tuple[Any, ...]
-) -> Any:
+    kinds: tuple[tuple[tuple[int, ...], np.dtype], ...],
+    places: tuple[Sharding | None, ...],
+) -> Callable[[], list[jax.Array]]:
     return jax.jit(
         lambda: [jnp.zeros(shape, dtype) for shape, dtype in kinds],
         out_shardings=list(places),
     )
 
 
-def beside(state: Any, params: Params) -> Any:
+def beside(state: Tree, params: Params) -> Tree:
     """Return a fresh state of a few scalars, replicated on all devices of the params as
     after an update."""
     default = _everywhere(params)
@@ -142,7 +152,7 @@ def _everywhere(params: Params) -> NamedSharding | None:
     return NamedSharding(meshes[0], PartitionSpec()) if meshes else None
 
 
-def _sharding(leaf: Any) -> NamedSharding | None:
+def _sharding(leaf: object) -> NamedSharding | None:
     """Return the sharding of a leaf over a mesh if it is known; for a tracer it is
     known on explicit axes."""
     if isinstance(leaf, jax.core.Tracer):

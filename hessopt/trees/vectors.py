@@ -2,15 +2,15 @@
 imaginary parts."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from hessopt.numerics.norms import unit_scale
 from hessopt.trees.sharding import contract, gathered, split_like
-from hessopt.typing import Matrix, Params, Vector
+from hessopt.typing import Matrix, Params, Tree, Vector
 
 
 def real_leaves(
@@ -42,7 +42,7 @@ def real_leaves(
     return parts, restore
 
 
-def solve_dtype(tree: Params) -> Any:
+def solve_dtype(tree: Params) -> np.dtype:
     """Return the real dtype of inner products and solves over `tree`: the dtype of its
     leaves, at least float32."""
     # from dtypes alone, so that a weakly typed leaf counts like any other
@@ -143,7 +143,7 @@ def _dot(x: jax.Array, y: jax.Array, axes: int) -> jax.Array:
     return jnp.real(contract(jnp.conj(x), y, axes))
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: Params) -> jax.Array:
     """Return whether all entries of all leaves are finite."""
     return jnp.all(
         jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
@@ -156,10 +156,10 @@ def applied(params: Params, updates: Params) -> Params:
     return jax.lax.optimization_barrier(optax.apply_updates(params, updates))
 
 
-def strongly_typed(tree: Any) -> Any:
+def strongly_typed(tree: Tree) -> Tree:
     """Convert the leaves of `tree` to strongly typed arrays."""
 
-    def strong(leaf: Any) -> jax.Array:
+    def strong(leaf: jax.typing.ArrayLike) -> jax.Array:
         array = jnp.asarray(leaf)
         # arrays of random keys do not have this attribute
         weak = getattr(array, "weak_type", False)

@@ -1,13 +1,13 @@
 """The same terms without the sweep: slower, in as little memory as is wanted."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from hessopt.calculus.taylor.tangents import gram
-from hessopt.typing import Matrix, Vector
+from hessopt.typing import Matrix, Params, Vector
 
 
 def rows(
@@ -17,7 +17,7 @@ def rows(
     labels: Sequence[int],
     count: int,
     order: int,
-    dtype: Any,
+    dtype: DTypeLike,
     chunk_size: int,
 ) -> tuple[Matrix, Vector]:
     """The Hessian of phi a few rows at a time, by derivatives of the gradient, and the
@@ -32,7 +32,7 @@ def rows(
             for u, label in zip(updates, labels, strict=True)
         )
 
-        def along(fun: Callable[..., Any]) -> Callable[..., Any]:
+        def along(fun: Callable[..., Params]) -> Callable[..., Params]:
             return lambda *x: jax.jvp(fun, x, own)[1]
 
         turned = along(gradient)(*leaves)

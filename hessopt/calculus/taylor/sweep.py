@@ -14,10 +14,10 @@ linear operation, JAX writes it down as a constant, and nothing is evaluated.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from hessopt.calculus.taylor.pointwise import contract_pointwise, is_pointwise
 from hessopt.calculus.taylor.tangents import (
@@ -38,6 +38,8 @@ from hessopt.calculus.taylor.tape import Operation, Tape
 from hessopt.trees.sharding import varying
 from hessopt.typing import Matrix, Vector
 
+Arrays = tuple[jax.Array, ...]
+"""The operands, or the results, of an operation."""
 Places = tuple[int, ...]
 """Which of the operands of an operation."""
 Stacks = dict[int, jax.Array]
@@ -53,7 +55,7 @@ def sweep(
     labels: Sequence[int],
     count: int,
     order: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> tuple[Vector, Matrix, Vector]:
     """Gradient and Hessian of phi at 0 and, for order 3, the diagonal of its third
     derivative, else zeros."""
@@ -105,7 +107,7 @@ def _add(sums: Sums, term: jax.Array) -> None:
     sums[axes] = sums[axes] + term if axes in sums else term
 
 
-def _collected(sums: Sums, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+def _collected(sums: Sums, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """The sum over operations, and over the devices each of which has operations of its
     own."""
     parts = (jax.lax.psum(part, axes) if axes else part for axes, part in sums.items())
@@ -114,15 +116,15 @@ def _collected(sums: Sums, shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _contract(
     operation: Operation,
-    adjoint: tuple[jax.Array, ...],
+    adjoint: Arrays,
     x: dict[int, Tangents],
     xx: dict[int, Tangents],
     order: int,
-    dtype: Any,
+    dtype: DTypeLike,
 ) -> Contribution:
     """What any operation adds, and the tangents of its results."""
 
-    def reverse(*values: jax.Array) -> tuple[jax.Array, ...]:
+    def reverse(*values: jax.Array) -> Arrays:
         own = (
             _held(adjoint, values)
             if operation.name == "custom_linear_solve"
@@ -145,22 +147,25 @@ def _contract(
 
 
 @jax.custom_jvp
-def _held(
-    adjoint: tuple[jax.Array, ...], values: tuple[jax.Array, ...]
-) -> tuple[jax.Array, ...]:
+def _held(adjoint: Arrays, values: Arrays) -> Arrays:
     """The adjoint, with tangents that are zeros but there: JAX cannot transpose a
     linear solve without them."""
     return adjoint
 
 
 @_held.defjvp
-def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+def _(
+    primals: tuple[Arrays, Arrays], tangents: tuple[Arrays, Arrays]
+) -> tuple[Arrays, Arrays]:
     return _held(*primals), _held(jax.tree.map(jnp.zeros_like, primals[0]), primals[1])
 
 
 def _hessian(
-    operation: Operation, reverse: Any, x: dict[int, Tangents], dtype: Any
-) -> list[Any]:
+    operation: Operation,
+    reverse: Callable[..., Arrays],
+    x: dict[int, Tangents],
+    dtype: DTypeLike,
+) -> list[tuple[Groups, Groups, jax.Array]]:
     """What an operation adds to the Hessian."""
     parts, found = _parts(x), []
     order = sorted(parts, key=len)
@@ -180,11 +185,11 @@ def _hessian(
 
 def _third(
     operation: Operation,
-    reverse: Any,
+    reverse: Callable[..., Arrays],
     x: dict[int, Tangents],
     xx: dict[int, Tangents],
-    dtype: Any,
-) -> list[Any]:
+    dtype: DTypeLike,
+) -> list[tuple[Groups, jax.Array]]:
     """What an operation adds to the third derivative."""
     found = []
     for groups, tangents, bends in _movements(x, xx):
@@ -276,11 +281,11 @@ def _within(part: Tangents, groups: Groups) -> jax.Array | None:
 
 
 def _at(
-    fun: Callable[..., Any], operation: Operation, places: Places
-) -> tuple[Callable[..., Any], Any]:
+    fun: Callable[..., Arrays], operation: Operation, places: Places
+) -> tuple[Callable[..., Arrays], Arrays]:
     """`fun` of the operands in these places, the others held, and their values."""
 
-    def moving(*some: jax.Array) -> Any:
+    def moving(*some: jax.Array) -> Arrays:
         now = dict(zip(places, some, strict=True))
         return fun(*(now.get(p, value) for p, value in enumerate(operation.values)))
 
@@ -288,14 +293,14 @@ def _at(
 
 
 def _along(
-    fun: Callable[..., Any], operation: Operation, places: Places
-) -> Callable[..., Any]:
+    fun: Callable[..., Arrays], operation: Operation, places: Places
+) -> Callable[..., Arrays]:
     """The derivative of `fun` along tangents of the operands in these places."""
     moving, values = _at(fun, operation, places)
     return lambda *tangents: jax.jvp(moving, values, tangents)[1]
 
 
-def _forward(operation: Operation, places: Places) -> Callable[..., Any]:
+def _forward(operation: Operation, places: Places) -> Callable[..., Arrays]:
     """The same of the operation itself; of a `jax.custom_vjp`, the derivative of its
     forward pass, as JAX has it."""
     if not operation.custom:
@@ -303,25 +308,23 @@ def _forward(operation: Operation, places: Places) -> Callable[..., Any]:
     return _along(lambda *values: jax.vjp(operation.fun, *values)[0], operation, places)
 
 
-def _arguments(
-    tangents: Stacks, bends: Stacks
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+def _arguments(tangents: Stacks, bends: Stacks) -> tuple[Arrays, Arrays]:
     return tuple(tangents.values()), tuple(bends.values())
 
 
 def _curve(
-    fun: Callable[..., Any],
+    fun: Callable[..., Arrays],
     operation: Operation,
     places: Iterable[int],
     bent: Iterable[int],
-) -> Any:
+) -> Callable[[Arrays, Arrays], Arrays]:
     """The second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, of x_s in these
     places and x_ss in those bent."""
     places, bent = tuple(places), tuple(bent)
     moving, values = _at(fun, operation, places)
 
-    def derivative(tangents: Any, bends: Any) -> Any:
-        def along(now: Any, changing: Any) -> Any:
+    def derivative(tangents: Arrays, bends: Arrays) -> Arrays:
+        def along(now: Arrays, changing: Arrays) -> Arrays:
             changed = dict(zip(bent, changing, strict=True))
             full = tuple(
                 changed.get(p, tangent)
