@@ -9,7 +9,6 @@ over. Evaluation itself is the rule `lambda equation, values: equation.fun(*valu
 Source: "Writing custom Jaxpr interpreters in JAX", in the documentation of JAX.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -98,13 +97,13 @@ def interpret(
 def depends(program: Program) -> list[bool]:
     """Return which outputs of a program depend on its inputs, and not on constants
     alone."""
-    return interpret(
-        program,
-        [True] * len(program.jaxpr.invars),
-        lambda equation, reached: [any(reached)] * len(equation.results),
-        constant=lambda _: False,
-        enter={},  # a call is one equation: all of its results depend on its inputs
-    )
+    # a loop of its own: the Taylor sweep asks this of hundreds of programs, and what
+    # the interpreter prepares for evaluation would make tracing slower
+    reached = set(program.jaxpr.invars)
+    for equation in program.jaxpr.eqns:
+        if not reached.isdisjoint(_variables(equation.invars)):
+            reached.update(equation.outvars)
+    return [not isinstance(v, Literal) and v in reached for v in program.jaxpr.outvars]
 
 
 def selected(
@@ -145,21 +144,15 @@ def _entered(
 
 
 def _equation(program: Program, equation: JaxprEqn, variables: list[Var]) -> Equation:
+    # evaluated as a program of its own, so that JAX restores the context in which the
+    # equation was traced
+    alone = program.jaxpr.replace(
+        constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation]
+    )
     return Equation(
         equation.primitive.name,
         equation.params,
         tuple(v.aval for v in variables),
         tuple(v.aval for v in equation.outvars),
-        functools.partial(_evaluate, program, equation, variables),
+        jaxpr_as_fun(program.replace(jaxpr=alone, consts=())),
     )
-
-
-def _evaluate(
-    program: Program, equation: JaxprEqn, variables: list[Var], *values: jax.Array
-) -> list[jax.Array]:
-    """Evaluate one equation, as a program of its own: JAX then restores the context in
-    which it was traced."""
-    alone = program.jaxpr.replace(
-        constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation]
-    )
-    return jaxpr_as_fun(program.replace(jaxpr=alone, consts=()))(*values)
