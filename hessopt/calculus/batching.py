@@ -1,12 +1,12 @@
-"""A linear map applied to a stack of vectors, with the stack's axis kept in one place
-from first product to last.
+"""A linear map applied to a stack of vectors, with the stack's axis at one position in
+all intermediate results.
 
 `jax.vmap` puts the mapped axis wherever an operation's batching rule finds it cheapest:
-behind the data axis after `x @ dW`, in front after a broadcast. Between the two stand
-transposes as large as the activations, which cost more than the matrix products of a
-small network. Here every intermediate carries the axis at position 1, behind the data
-axis, and a product that contracts the data names its fixed factor first, so that it
-reads both as they lie.
+after the data axis for `x @ dW`, before it for a broadcast. Going from one to the other
+takes transposes as large as the activations, which cost more than the matrix products
+of a small network. Here every intermediate carries the axis at position 1, after the
+data axis, and a product that contracts the data axis takes its fixed factor first, so
+that neither factor is transposed.
 """
 
 from collections.abc import Callable
