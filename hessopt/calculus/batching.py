@@ -1,24 +1,30 @@
-"""A linear map applied to a stack of vectors, with the stack's axis kept in one place
-from first product to last.
+"""A linear map applied to a stack of vectors, with the stack's axis at one position in
+all intermediate results.
 
 `jax.vmap` puts the mapped axis wherever an operation's batching rule finds it cheapest:
-behind the data axis after `x @ dW`, in front after a broadcast. Between the two stand
-transposes as large as the activations, which cost more than the matrix products of a
-small network. Here every intermediate carries the axis at position 1, behind the data
-axis, and a product that contracts the data names its fixed factor first, so that it
-reads both as they lie.
+after the data axis for `x @ dW`, before it for a broadcast. Going from one to the other
+takes transposes as large as the activations, which cost more than the matrix products
+of a small network. Here every intermediate carries the axis at position 1, after the
+data axis, and a product that contracts the data axis takes its fixed factor first, so
+that neither factor is transposed.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
-from hessopt.calculus.jaxprs import CALLS, called, single
+from hessopt.calculus.jaxprs import Equation, interpret
 from hessopt.trees.sharding import gathered
 from hessopt.typing import Matrix
+
+
+class _Operand(NamedTuple):
+    """A value in the mapped program."""
+
+    value: Any
+    is_mapped: bool  # whether it carries the stack's axis
 
 
 def stacked(
@@ -35,14 +41,17 @@ def stacked(
     def mapped(batch: jax.Array) -> list[jax.Array]:
         size = batch.shape[0]
         operand = jnp.moveaxis(batch, 0, _axis(example))
-        outputs = _evaluate(program, [(operand, True)])
+        outputs = interpret(
+            program,
+            [_Operand(operand, True)],
+            _apply,
+            constant=lambda array: _Operand(array, False),
+        )
         return [
-            jnp.moveaxis(value, _axis(variable.aval), 0)
+            jnp.moveaxis(value, _axis(aval), 0)
             if is_mapped
             else jnp.broadcast_to(value, (size, *value.shape))
-            for variable, (value, is_mapped) in zip(
-                program.jaxpr.outvars, outputs, strict=True
-            )
+            for aval, (value, is_mapped) in zip(program.out_avals, outputs, strict=True)
         ]
 
     return mapped
@@ -80,57 +89,33 @@ def fill_rows(
 
 
 def _axis(array: Any) -> int:
-    """Where an array of this (unmapped) shape carries the stack: behind its first axis,
-    if it has one."""
+    """The position of the stack's axis in an array of this (unmapped) shape: after the
+    first axis, if there is one."""
     return min(1, len(array.shape))
 
 
-def _evaluate(program: Any, operands: Any) -> list[tuple[Any, bool]]:
-    """Evaluate equation by equation; every value comes with whether it is mapped."""
-    jaxpr = program.jaxpr
-    known: dict[Any, tuple[Any, bool]] = {
-        v: (c, False) for v, c in zip(jaxpr.constvars, program.consts, strict=True)
-    }
-    known |= zip(jaxpr.invars, operands, strict=True)
-
-    def read(variable: Any) -> tuple[Any, bool]:
-        return (
-            (variable.val, False) if isinstance(variable, Literal) else known[variable]
-        )
-
-    for equation in jaxpr.eqns:
-        inside = called(program, equation, CALLS)
-        if inside is not None:
-            results = _evaluate(inside, [read(v) for v in equation.invars])
-        else:
-            results = _apply(program, equation, read)
-        known |= zip(equation.outvars, results, strict=True)
-    return [read(v) for v in jaxpr.outvars]
-
-
-def _apply(
-    program: Any, equation: Any, read: Callable[[Any], tuple[Any, bool]]
-) -> list[tuple[Any, bool]]:
-    """One equation, through its own batching rule, with the axis put back where it
-    belongs."""
-    variables, fun = single(program, equation)
-    values = [read(v)[0] for v in variables]
-    mapped = [read(v)[1] for v in variables]
+def _apply(equation: Equation, operands: list[_Operand]) -> list[_Operand]:
+    """Map one equation by its own batching rule, with the stack's axis put back in its
+    place."""
+    values = [operand.value for operand in operands]
+    mapped = [operand.is_mapped for operand in operands]
     if not any(mapped):
-        return [(value, False) for value in fun(*values)]
-    if _contracts_data(equation, mapped):
-        fun = _fixed_factor_first(equation.params)
+        return [_Operand(value, False) for value in equation.fun(*values)]
+    contracts_data = _contracts_data(equation, mapped)
+    fun = _fixed_factor_first(equation.params) if contracts_data else equation.fun
     in_axes = tuple(
-        _axis(v.aval) if m else None for v, m in zip(variables, mapped, strict=True)
+        _axis(aval) if m else None
+        for aval, m in zip(equation.operands, mapped, strict=True)
     )
-    out_axes = [_axis(v.aval) for v in equation.outvars]
-    return [(value, True) for value in jax.vmap(fun, in_axes, out_axes)(*values)]
+    out_axes = [_axis(aval) for aval in equation.results]
+    images = jax.vmap(fun, in_axes, out_axes)(*values)
+    return [_Operand(image, True) for image in images]
 
 
-def _contracts_data(equation: Any, mapped: list[bool]) -> bool:
+def _contracts_data(equation: Equation, mapped: list[bool]) -> bool:
     """A plain matrix product over the first axis of a mapped left with a fixed right
     factor."""
-    if equation.primitive.name != "dot_general" or mapped != [True, False]:
+    if equation.name != "dot_general" or mapped != [True, False]:
         return False
     params = equation.params
     (left_axes, _), kept_in_step = params["dimension_numbers"]

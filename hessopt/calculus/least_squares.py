@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
 from hessopt.calculus.batching import fill_rows
-from hessopt.calculus.jaxprs import CALLS, called
+from hessopt.calculus.jaxprs import Equation, interpret
 from hessopt.numerics.guards import divide, matmul
 from hessopt.objective.binding import as_objective
 from hessopt.trees.vectors import ravel, solve_dtype
@@ -121,41 +120,23 @@ def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
     program = jax.make_jaxpr(
         lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves)))
     )(leaves)
-    return all(
-        found in (None, i)
-        for i, found in enumerate(_sources(program, range(len(leaves))))
-    )
+    sources = interpret(program, range(len(leaves)), _source, constant=lambda _: None)
+    return all(source in (None, i) for i, source in enumerate(sources))
 
 
-def _sources(program: Any, given: Sequence[int | None]) -> list[int | None]:
-    """For each output the one input on which it depends entrywise, None if on none,
-    MIXED if otherwise."""
-    known: dict[Any, int | None] = dict(zip(program.jaxpr.invars, given, strict=True))
-
-    def source(variable: Any) -> int | None:
-        return None if isinstance(variable, Literal) else known.get(variable)
-
-    for equation in program.jaxpr.eqns:
-        read = [source(v) for v in equation.invars]
-        among = {s for s in read if s is not None}
-        inside = called(program, equation, CALLS)
-        if inside is not None:
-            known |= zip(equation.outvars, _sources(inside, read), strict=True)
-            continue
-        shapes = {
-            v.aval.shape
-            for v, s in zip(equation.invars, read, strict=True)
-            if s is not None
-        }
-        entrywise = equation.primitive.name in _ENTRYWISE and shapes == {
-            equation.outvars[0].aval.shape
-        }
-        found = (
-            None
-            if not among
-            else among.pop()
-            if len(among) == 1 and entrywise
-            else MIXED
-        )
-        known |= dict.fromkeys(equation.outvars, found)
-    return [source(v) for v in program.jaxpr.outvars]
+def _source(equation: Equation, sources: list[int | None]) -> list[int | None]:
+    """The one input on which the results depend entry by entry, None if on none, MIXED
+    if otherwise."""
+    inputs = {source for source in sources if source is not None}
+    # what depends on an input must have the shape of the result: a broadcast is not
+    # entry by entry
+    shapes = {
+        aval.shape
+        for aval, source in zip(equation.operands, sources, strict=True)
+        if source is not None
+    }
+    entrywise = equation.name in _ENTRYWISE and shapes == {equation.results[0].shape}
+    found = None
+    if inputs:
+        found = inputs.pop() if len(inputs) == 1 and entrywise else MIXED
+    return [found] * len(equation.results)

@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
 
-from hessopt.calculus.jaxprs import depends
+from hessopt.calculus.jaxprs import depends, selected
 from hessopt.trees.sharding import contract
 
 Groups = tuple[int, ...]
@@ -109,16 +108,10 @@ def stacked(fun: Callable[..., Any], *stacks: Any) -> list[jax.Array | None]:
     and is zero."""
     one = jax.tree.map(lambda stack: stack[0], stacks)
     program = jax.make_jaxpr(fun)(*one)
-    flat = jax.tree.leaves(stacks)
     used = depends(program)
     if not any(used):
         return [None] * len(used)
-    kept = program.replace(
-        jaxpr=program.jaxpr.replace(
-            outvars=[v for v, u in zip(program.jaxpr.outvars, used, strict=True) if u]
-        )
-    )
-    outputs = iter(jax.vmap(jaxpr_as_fun(kept))(*flat))
+    outputs = iter(jax.vmap(selected(program, used))(*jax.tree.leaves(stacks)))
     return [next(outputs) if u else None for u in used]
 
 

@@ -1,5 +1,5 @@
-"""A scalar program as a list of operations, with the adjoint of all that depends on the
-parameters.
+"""A scalar program as a list of operations, with the adjoints of all that depends on
+the parameters.
 
 Calls are entered, so that an operation is one primitive; loops, branches, and functions
 with a derivative rule of their own stay whole.
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
 
 from hessopt.calculus.jaxprs import (
     CALLS,
     REMATERIALIZED,
-    called,
+    Equation,
+    Program,
     depends,
     inner_programs,
-    single,
+    interpret,
 )
 
 CUSTOM = ("custom_vjp_call", "custom_vjp_call_jaxpr")
@@ -50,106 +50,116 @@ class Tape(NamedTuple):
     gradient: list[jax.Array | None]  # adjoints of the parameters
 
 
+class _Entry(NamedTuple):
+    """A value of the program."""
+
+    value: Any
+    variable: int | None  # None for a constant
+
+
+class _Record(NamedTuple):
+    """An operation that was evaluated."""
+
+    operation: Operation
+    outputs: tuple[jax.Array, ...]
+    pull: Callable[..., tuple[jax.Array, ...]]  # adjoints of outputs -> of operands
+
+
 def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> Tape:
     """Evaluate `value_fn(*leaves)` and its derivatives in all intermediate results."""
     program = jax.make_jaxpr(value_fn)(*leaves)
+    _check_scalar(program)
+    records: list[_Record] = []
+    fresh = itertools.count()
+
+    def evaluate(equation: Equation, entries: list[_Entry]) -> list[_Entry]:
+        return _operate(equation, entries, fresh, records)
+
+    # a rematerialized call is entered too: the sweep reads every operand anyway
+    ((value, top),) = interpret(
+        program,
+        [_Entry(leaf, next(fresh)) for leaf in leaves],
+        evaluate,
+        constant=lambda array: _Entry(array, None),
+        enter=CALLS | REMATERIALIZED,
+    )
+    found = {} if top is None else {top: jnp.ones_like(value)}
+    adjoints = _reverse(records, found)
+    operations = [record.operation for record in records]
+    gradient = [found.get(i) for i in range(len(leaves))]
+    return Tape(value, top, operations, adjoints, gradient)
+
+
+def _check_scalar(program: Program) -> None:
     avals: list[Any] = list(program.out_avals)
-    if (
-        len(avals) != 1
-        or avals[0].shape
-        or not jnp.issubdtype(avals[0].dtype, jnp.floating)
-    ):
+    is_scalar = len(avals) == 1 and not avals[0].shape
+    if not is_scalar or not jnp.issubdtype(avals[0].dtype, jnp.floating):
         what = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in avals)
         raise TypeError(f"value_fn must return a real scalar, got {what}")
-    pulled: list[tuple[Operation, Any]] = []
-    fresh = itertools.count()
-    ((value, top),) = _evaluate(
-        program, [(leaf, next(fresh)) for leaf in leaves], fresh, pulled
-    )
-    found: dict[int, jax.Array] = {} if top is None else {top: jnp.ones_like(value)}
+
+
+def _reverse(
+    records: Sequence[_Record], found: dict[int, jax.Array]
+) -> list[tuple[jax.Array, ...] | None]:
+    """The adjoints of the results of every operation, None where there are none; puts
+    those of all variables into `found`."""
     adjoints: list[tuple[jax.Array, ...] | None] = []
-    for operation, (outputs, pull) in reversed(pulled):
-        if not any(i in found for i in operation.results):
-            adjoints.append(None)
-            continue
-        own = tuple(
-            found.get(i, jnp.zeros_like(x))
-            for i, x in zip(operation.results, outputs, strict=True)
-        )
-        adjoints.append(own)
-        for i, part in zip(operation.operands, pull(own), strict=True):
-            found[i] = found[i] + part if i in found else part
-    operations = [operation for operation, _ in pulled]
-    return Tape(
-        value,
-        top,
-        operations,
-        adjoints[::-1],
-        [found.get(i) for i in range(len(leaves))],
-    )
-
-
-def _evaluate(
-    program: Any, operands: Any, fresh: Iterator[int], pulled: Any
-) -> list[tuple[Any, int | None]]:
-    """Evaluate equation by equation; every value comes with its variable, None if it is
-    a constant."""
-    jaxpr = program.jaxpr
-    known: dict[Any, Any] = {
-        v: (c, None) for v, c in zip(jaxpr.constvars, program.consts, strict=True)
-    }
-    known |= zip(jaxpr.invars, operands, strict=True)
-
-    def read(variable: Any) -> tuple[Any, int | None]:
-        return (
-            (variable.val, None) if isinstance(variable, Literal) else known[variable]
-        )
-
-    for equation in jaxpr.eqns:
-        inside = called(program, equation, CALLS | REMATERIALIZED)
-        if inside is not None:
-            results = _evaluate(
-                inside, [read(v) for v in equation.invars], fresh, pulled
+    for operation, outputs, pull in reversed(records):
+        own = None
+        if any(i in found for i in operation.results):
+            own = tuple(
+                found.get(i, jnp.zeros_like(x))
+                for i, x in zip(operation.results, outputs, strict=True)
             )
-        else:
-            results = _operate(program, equation, read, fresh, pulled)
-        known |= zip(equation.outvars, results, strict=True)
-    return [read(v) for v in jaxpr.outvars]
+            for i, part in zip(operation.operands, pull(own), strict=True):
+                found[i] = found[i] + part if i in found else part
+        adjoints.append(own)
+    return adjoints[::-1]
 
 
 def _operate(
-    program: Any, equation: Any, read: Any, fresh: Iterator[int], pulled: Any
-) -> list[tuple[Any, int | None]]:
-    """Evaluate one equation, and put it down if it depends on the parameters."""
-    variables, call = single(program, equation)
-    entries = [read(v) for v in variables]
+    equation: Equation,
+    entries: list[_Entry],
+    fresh: Iterator[int],
+    records: list[_Record],
+) -> list[_Entry]:
+    """Evaluate one equation, and record it if it depends on the parameters."""
     active = {i: value for value, i in entries if i is not None}
-    smooth = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
+    smooth = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in equation.results]
 
+    # the equation as a function of what depends on the parameters; integers and truth
+    # values have no derivatives and come second
     def fun(*values: jax.Array) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
         now = dict(zip(active, values, strict=True))
-        outputs = call(*(value if i is None else now[i] for value, i in entries))
+        outputs = equation.fun(
+            *(value if i is None else now[i] for value, i in entries)
+        )
         split = [
             [x for x, s in zip(outputs, smooth, strict=True) if s is kind]
             for kind in (True, False)
         ]
         return tuple(split[0]), split[1]
 
-    if (
-        not active
-        or not any(smooth)
-        or _is_constant(equation.primitive.name, fun, tuple(active.values()))
-    ):
-        return [(value, None) for value in call(*(value for value, _ in entries))]
-    outputs, pull, others = jax.vjp(fun, *active.values(), has_aux=True)
+    values = tuple(active.values())
+    if not active or not any(smooth) or _is_constant(equation.name, fun, values):
+        outputs = equation.fun(*(value for value, _ in entries))
+        return [_Entry(value, None) for value in outputs]
+
+    # the reverse pass waits until the adjoints of the outputs are known
+    outputs, pull, others = jax.vjp(fun, *values, has_aux=True)
     results = tuple(next(fresh) for _ in outputs)
-    values, name = tuple(active.values()), equation.primitive.name
     operation = Operation(
-        name, lambda *x: fun(*x)[0], tuple(active), values, results, _custom(equation)
+        equation.name,
+        lambda *x: fun(*x)[0],
+        tuple(active),
+        values,
+        results,
+        _custom(equation.name, equation.params),
     )
-    pulled.append((operation, (outputs, pull)))
-    ours, rest = zip(outputs, results, strict=True), iter(others)
-    return [next(ours) if s else (next(rest), None) for s in smooth]
+    records.append(_Record(operation, outputs, pull))
+    ours = map(_Entry, outputs, results)
+    rest = (_Entry(value, None) for value in others)
+    return [next(ours) if s else next(rest) for s in smooth]
 
 
 def _is_constant(
@@ -159,24 +169,20 @@ def _is_constant(
     condition sees parameters."""
     if name != "while":
         return name == "stop_gradient"
-    return not any(
-        depends(
-            jax.make_jaxpr(lambda *along: jax.jvp(fun, values, along, has_aux=True)[1])(
-                *values
-            )
-        )
-    )
+
+    def along(*tangents: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.jvp(fun, values, tangents, has_aux=True)[1]
+
+    return not any(depends(jax.make_jaxpr(along)(*values)))
 
 
-def _custom(equation: Any) -> str:
+def _custom(name: str, params: dict[str, Any]) -> str:
     """The name of a `jax.custom_vjp` function that an equation calls, at any depth."""
-    programs = inner_programs(equation)
-    if equation.primitive.name in CUSTOM:
+    programs = inner_programs(params)
+    if name in CUSTOM:
         info = programs[0].debug_info if programs else None
-        return str(
-            getattr(info, "func_name", None)
-            or getattr(info, "func_src_info", None)
-            or "a function"
-        )
-    names = (_custom(inner) for program in programs for inner in program.eqns)
-    return next((name for name in names if name), "")
+        found = getattr(info, "func_name", None) or getattr(info, "func_src_info", None)
+        return str(found or "a function")
+    inner = (equation for program in programs for equation in program.eqns)
+    names = (_custom(equation.primitive.name, equation.params) for equation in inner)
+    return next(filter(None, names), "")
