@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from hessopt._checks import check_range
 from hessopt.calculus.curvature import curvature_product
-from hessopt.numerics.guards import matmul, or_one
+from hessopt.calculus.krylov import orthogonalized
+from hessopt.numerics.guards import or_one
 from hessopt.numerics.norms import norm
 from hessopt.trees.vectors import ravel, unravel
 from hessopt.typing import Matrix, Params, ValueFn, Vector
@@ -117,13 +118,9 @@ def spectrum(
 def _orthonormal(vector: Vector, V: Matrix) -> tuple[Vector, Vector, jax.Array]:
     """Orthogonalize `vector` against the rows of V; return the normalized remainder,
     the coefficients, and the norm of the remainder."""
-    coefficients = jnp.zeros(len(V), V.dtype)
-    for _ in range(2):
-        step = matmul(V, vector)
-        vector = vector - matmul(step, V)
-        coefficients = coefficients + step
-    length = norm(vector)
-    return vector / or_one(length), coefficients, length
+    rest, coefficients = orthogonalized(vector, V)
+    length = norm(rest)
+    return rest / or_one(length), coefficients, length
 
 
 def _extend(
