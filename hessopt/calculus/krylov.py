@@ -106,7 +106,11 @@ def _append(
     newest = jax.tree.map(
         lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), now.V
     )
-    rest, coefficients = orthogonalized(multiply(newest), now.V)
+    rest, coefficients = orthogonalized(
+        multiply(newest),
+        lambda v: within(now.V, v),
+        lambda y: combination(y, now.V),
+    )
     beta = jnp.sqrt(inner(rest, rest))
     unit = jax.tree.map(lambda leaf: leaf / or_one(beta), rest)
     V = _put(now.V, unit, k + 1)
@@ -124,13 +128,18 @@ def _eigenvectors(
     return jnp.linalg.eigh(T, symmetrize_input=False)
 
 
-def orthogonalized(vector: Tree, V: Tree) -> tuple[Tree, Vector]:
+def orthogonalized(
+    vector: Tree,
+    project: Callable[[Tree], Vector],
+    combine: Callable[[Vector], Tree],
+) -> tuple[Tree, Vector]:
     """Remove from a vector its part in an orthonormal basis; return the rest, and the
     coefficients of that part.
 
     Args:
       vector: pytree of real arrays.
-      V: leaves `(m, ...)`, m rows that are orthonormal or zero.
+      project: `v -> V'v` for a V of m vectors that are orthonormal or zero.
+      combine: `y -> V y`.
 
     Cost: `4 m n` multiplications.
     """
@@ -139,8 +148,8 @@ def orthogonalized(vector: Tree, V: Tree) -> tuple[Tree, Vector]:
     # section 6.9)
     parts = []
     for _ in range(2):
-        parts.append(within(V, vector))
-        vector = jax.tree.map(jnp.subtract, vector, combination(parts[-1], V))
+        parts.append(project(vector))
+        vector = jax.tree.map(jnp.subtract, vector, combine(parts[-1]))
     return vector, jnp.add(*parts)
 
 

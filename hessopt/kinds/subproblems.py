@@ -160,7 +160,7 @@ SUBPROBLEMS = {
 def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
     """Return the length and the direction of the component of c orthogonal to the
     columns of Q; 0 if it is below rounding."""
-    q, _ = orthogonalized(c, Q.T)
+    q, _ = orthogonalized(c, lambda q: matmul(q, Q), lambda y: matmul(Q, y))
     length = norm(q)
     length = jnp.where(length > 10 * jnp.finfo(c.dtype).eps * norm(c), length, 0.0)
     return length, divide(q, length, length > 0)
