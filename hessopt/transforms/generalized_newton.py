@@ -32,6 +32,7 @@ from hessopt.kinds.rates import (
     scale_by_rates,
     scaled,
 )
+from hessopt.numerics.guards import zero_unless
 from hessopt.trees.groups import Groups
 from hessopt.trees.vectors import applied, eps
 from hessopt.typing import StepStatus, Vector
@@ -278,6 +279,5 @@ def _parabola(
     seen = jnp.abs(bend) > noise
     known = (seen | (fall > 2 * noise)) & ~beyond
     bend = jnp.where(seen, bend, noise)
-    descent, curvature = fall / rate, 2 * bend / rate**2
-    model = Parabola(jnp.where(known, descent, 0), jnp.where(known, curvature, 0))
+    model = zero_unless(known, Parabola(fall / rate, 2 * bend / rate**2))
     return Measurement(start, model, known, beyond)
