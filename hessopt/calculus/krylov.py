@@ -7,7 +7,7 @@ Lanczos method", 1999.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +18,28 @@ from hessopt.trees.sharding import contract, stack_of, zeros
 from hessopt.trees.vectors import inner
 from hessopt.typing import Matrix, Vector
 
+Tree: TypeAlias = Any
+"""A pytree of real arrays."""
+
 
 class Krylov(NamedTuple):
     """An orthonormal basis V in which H is tridiagonal, `V'H V = S diag(w) S'` and `V'g
     = |g| e_1`."""
 
-    V: Any  # leaves (m, ...); zeros where not in use
+    V: Tree  # leaves (m, ...); zeros where not in use
     diagonal: Vector  # (m,)
     # (m,), below the diagonal; the last one in use leads out of the space
     beside: Vector
     used: jax.Array  # int32 scalar, k <= m: products with H
     residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimiser p
-    w: Vector  # (m,), eigenvalues, ascending; the k-th again behind it
+    w: Vector  # (m,), eigenvalues, ascending; after the k-th, that again
     z: Vector  # (m,), coefficients of g in the eigenvectors; 0 from the k-th on
     S: Matrix  # (m, m), eigenvectors
 
 
 def krylov(
-    multiply: Callable[[Any], Any],
-    g: Any,
+    multiply: Callable[[Tree], Tree],
+    g: Tree,
     size: int,
     minimize: Callable[[Vector, Vector], Shifted],
     tolerance: jax.Array,
@@ -55,11 +58,36 @@ def krylov(
     an eigendecomposition of size m per dimension; memory `m n`.
     """
     length = jnp.sqrt(inner(g, g))
+
+    def extend(now: Krylov) -> Krylov:
+        # H v_k = beta_(k-1) v_(k-1) + alpha_k v_k + beta_k v_(k+1)
+        V, diagonal, beside = _append(multiply, now)
+
+        # V'H V = T = S diag(w) S'  and  z = S'V'g = |g| S'e_1
+        k, inside = now.used, jnp.arange(size) <= now.used
+        w, S = _eigenvectors(diagonal, beside, inside)
+        w, z = jnp.minimum(w, w[k]), jnp.where(inside, length * S[0], 0.0)
+
+        # H V = V T + beta_k v_(k+1) e_k': what p = V S y leaves of the shifted system
+        # is beta_k |e_k'S y|
+        y = minimize(w, z).y
+        residual = beside[k] * jnp.abs(matmul(S[k], y))
+        return Krylov(V, diagonal, beside, k + 1, residual, w, z, S)
+
+    def goes_on(now: Krylov) -> jax.Array:
+        # a residual that is NaN ends the iteration
+        return (now.used < size) & (now.residual > tolerance)
+
+    return jax.lax.while_loop(goes_on, extend, extend(_begin(g, length, size)))
+
+
+def _begin(g: Tree, length: jax.Array, size: int) -> Krylov:
+    """The space of g alone, `v_1 = g / |g|`, before the first product."""
     unit = jax.tree.map(lambda leaf: leaf / or_one(length), g)
-    none = jnp.zeros(size, length.dtype)
     rows = zeros(jax.tree.map(lambda leaf: stack_of(leaf, size), unit), unit)
-    begin = Krylov(
-        V=jax.tree.map(lambda rows, leaf: _put(rows, leaf, 0), rows, unit),
+    none = jnp.zeros(size, length.dtype)
+    return Krylov(
+        V=_put(rows, unit, 0),
         diagonal=none,
         beside=none,
         used=jnp.zeros((), jnp.int32),
@@ -69,54 +97,79 @@ def krylov(
         S=jnp.eye(size, dtype=length.dtype),
     )
 
-    def extend(now: Krylov) -> Krylov:
-        k, V = now.used, now.V
-        newest = jax.tree.map(
-            lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), V
-        )
-        vector, coefficients = multiply(newest), none
-        for _ in range(2):
-            step = within(V, vector)
-            vector = jax.tree.map(jnp.subtract, vector, combination(step, V))
-            coefficients += step
-        beta = jnp.sqrt(inner(vector, vector))
-        new = jax.tree.map(lambda leaf: leaf / or_one(beta), vector)
-        V = jax.tree.map(lambda rows, leaf: _put(rows, leaf, k + 1), V, new)
-        diagonal, beside = (
-            now.diagonal.at[k].set(coefficients[k]),
-            now.beside.at[k].set(beta),
-        )
 
-        inside = jnp.arange(size) <= k
-        beyond = 1 + 4 * jnp.max(jnp.abs(diagonal) + 2 * beside)
-        off = jnp.diag(jnp.where(inside, beside, 0.0)[:-1] * inside[1:], -1)
-        T = jnp.diag(jnp.where(inside, diagonal, beyond)) + off + off.T
-        w, S = jnp.linalg.eigh(T, symmetrize_input=False)
-        w, z = jnp.minimum(w, w[k]), jnp.where(inside, length * S[0], 0.0)
-        residual = beta * jnp.abs(matmul(S[k], minimize(w, z).y))
-        return Krylov(V, diagonal, beside, k + 1, residual, w, z, S)
-
-    def goes_on(now: Krylov) -> jax.Array:
-        # ends where it is no number
-        return (now.used < size) & (now.residual > tolerance)
-
-    return jax.lax.while_loop(goes_on, extend, extend(begin))
+def _append(
+    multiply: Callable[[Tree], Tree], now: Krylov
+) -> tuple[Tree, Vector, Vector]:
+    """V with what `H v_k` adds to it, and the entries k of both diagonals."""
+    k = now.used
+    newest = jax.tree.map(
+        lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), now.V
+    )
+    rest, coefficients = orthogonalized(
+        multiply(newest),
+        lambda v: within(now.V, v),
+        lambda y: combination(y, now.V),
+    )
+    beta = jnp.sqrt(inner(rest, rest))
+    unit = jax.tree.map(lambda leaf: leaf / or_one(beta), rest)
+    V = _put(now.V, unit, k + 1)
+    return V, now.diagonal.at[k].set(coefficients[k]), now.beside.at[k].set(beta)
 
 
-def within(V: Any, vector: Any) -> Vector:
+def _eigenvectors(
+    diagonal: Vector, beside: Vector, inside: jax.Array
+) -> tuple[Vector, Matrix]:
+    """Eigenvalues, ascending, and eigenvectors of T; entries not in use have a place on
+    the diagonal that is beyond all eigenvalues of the others."""
+    beyond = 1 + 4 * jnp.max(jnp.abs(diagonal) + 2 * beside)
+    off = jnp.diag(jnp.where(inside, beside, 0.0)[:-1] * inside[1:], -1)
+    T = jnp.diag(jnp.where(inside, diagonal, beyond)) + off + off.T
+    return jnp.linalg.eigh(T, symmetrize_input=False)
+
+
+def orthogonalized(
+    vector: Tree,
+    project: Callable[[Tree], Vector],
+    combine: Callable[[Vector], Tree],
+) -> tuple[Tree, Vector]:
+    """Remove from a vector its part in an orthonormal basis; return the rest, and the
+    coefficients of that part.
+
+    Args:
+      vector: pytree of real arrays.
+      project: `v -> V'v` for a V of m vectors that are orthonormal or zero.
+      combine: `y -> V y`.
+
+    Cost: `4 m n` multiplications.
+    """
+    # the first pass leaves the rounding of the part that it removes, which is large
+    # where little else remains; the second removes that: "twice is enough" (Parlett,
+    # section 6.9)
+    parts = []
+    for _ in range(2):
+        parts.append(project(vector))
+        vector = jax.tree.map(jnp.subtract, vector, combine(parts[-1]))
+    return vector, jnp.add(*parts)
+
+
+def within(V: Tree, vector: Tree) -> Vector:
     """`V'v`, summed over the leaves."""
     products = jax.tree.map(lambda rows, x: contract(rows, x, x.ndim), V, vector)
     return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
-def combination(y: Vector, V: Any) -> Any:
+def combination(y: Vector, V: Tree) -> Tree:
     """`V y`, leaf by leaf."""
     return jax.tree.map(lambda rows: jnp.tensordot(y, rows, 1, precision="highest"), V)
 
 
-def _put(rows: jax.Array, leaf: jax.Array, k: Any) -> jax.Array:
+def _put(V: Tree, vector: Tree, k: Any) -> Tree:
     """Write row k, if there is one."""
-    last = jax.lax.dynamic_index_in_dim(rows, k, keepdims=False)
-    return jax.lax.dynamic_update_index_in_dim(
-        rows, jnp.where(k < len(rows), leaf, last), k, 0
-    )
+
+    def put(rows: jax.Array, leaf: jax.Array) -> jax.Array:
+        last = jax.lax.dynamic_index_in_dim(rows, k, keepdims=False)
+        row = jnp.where(k < len(rows), leaf, last)
+        return jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
+
+    return jax.tree.map(put, V, vector)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from hessopt._checks import check_range
 from hessopt.calculus.curvature import curvature_product
+from hessopt.calculus.krylov import orthogonalized
 from hessopt.numerics.guards import matmul, or_one
 from hessopt.numerics.norms import norm
 from hessopt.trees.vectors import ravel, unravel
@@ -117,13 +118,11 @@ def spectrum(
 def _orthonormal(vector: Vector, V: Matrix) -> tuple[Vector, Vector, jax.Array]:
     """Orthogonalize `vector` against the rows of V; return the normalized remainder,
     the coefficients, and the norm of the remainder."""
-    coefficients = jnp.zeros(len(V), V.dtype)
-    for _ in range(2):
-        step = matmul(V, vector)
-        vector = vector - matmul(step, V)
-        coefficients = coefficients + step
-    length = norm(vector)
-    return vector / or_one(length), coefficients, length
+    rest, coefficients = orthogonalized(
+        vector, lambda v: matmul(V, v), lambda y: matmul(y, V)
+    )
+    length = norm(rest)
+    return rest / or_one(length), coefficients, length
 
 
 def _extend(

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from hessopt._checks import check_count, check_range, renamed_attributes
 from hessopt.kinds.protocol import Call, scheduled, transformation
-from hessopt.numerics.guards import divide, select
+from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.trees.groups import Groups, check_groups, group_labels, take
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import all_finite, applied, inner, solve_dtype
@@ -231,7 +231,7 @@ def _step(
     # eta_s u_s
     rate = jnp.where(jnp.isfinite(rate), rate, 0)
     step = scaled(call.updates, now.problem.labels, rate)
-    return jax.tree.map(lambda u: jnp.where(sound, u, 0), step), options.rule.State(
+    return zero_unless(sound, step), options.rule.State(
         jnp.asarray(optax.safe_increment(state.count)),
         memory,
         RateInfo(status, rate, halvings, evaluations=jnp.int32(NOT_COUNTED)),

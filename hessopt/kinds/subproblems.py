@@ -15,7 +15,7 @@ import optax
 
 from hessopt._checks import renamed_attributes
 from hessopt.calculus.curvature import Curvature, block_hessians, curvature_product
-from hessopt.calculus.krylov import combination, krylov, within
+from hessopt.calculus.krylov import combination, krylov, orthogonalized, within
 from hessopt.calculus.least_squares import Root
 from hessopt.numerics import secular
 from hessopt.numerics.equilibration import equilibration, unit_power
@@ -160,9 +160,7 @@ SUBPROBLEMS = {
 def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
     """Return the length and the direction of the component of c orthogonal to the
     columns of Q; 0 if it is below rounding."""
-    q = c
-    for _ in range(2):  # two passes of Gram-Schmidt reach working precision
-        q = q - matmul(Q, matmul(q, Q))
+    q, _ = orthogonalized(c, lambda q: matmul(q, Q), lambda y: matmul(Q, y))
     length = norm(q)
     length = jnp.where(length > 10 * jnp.finfo(c.dtype).eps * norm(c), length, 0.0)
     return length, divide(q, length, length > 0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.numerics.guards import divide, or_one
+from hessopt.numerics.guards import divide, or_one, select
 
 Tree = Any
 """A pytree of real arrays."""
@@ -73,14 +73,14 @@ def conjugate_gradients(
     d = precondition(r)
     (rr, rz), _ = gram(r, d)
     begin = Conjugate(
-        x,
-        r,
-        d,
-        rz,
-        jnp.sqrt(rr),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((), bool),
-        jnp.isfinite(rr) & jnp.isfinite(rz),
+        x=x,
+        r=r,
+        d=d,
+        rz=rz,
+        residual=jnp.sqrt(rr),
+        products=jnp.zeros((), jnp.int32),
+        negative=jnp.zeros((), bool),
+        finite=jnp.isfinite(rr) & jnp.isfinite(rz),
     )
 
     def goes_on(now: Conjugate) -> jax.Array:
@@ -88,17 +88,15 @@ def conjugate_gradients(
         return unsolved & now.finite & ~now.negative & (now.products < max_iterations)
 
     def iterate(now: Conjugate) -> Conjugate:
+        # alpha = r.z / d.H d
         q = multiply(now.d)
-        (dd, dq), (_, qq) = gram(now.d, q)
-        size = jnp.sqrt(dd) * jnp.sqrt(qq)
-        finite, negative = jnp.isfinite(size), dq <= 4 * jnp.finfo(dq.dtype).eps * size
-        below = jnp.where(negative, size, dq)
-        # without any curvature, a step of that length
-        unit = 1.0 / jnp.where(dd > 0, jnp.sqrt(dd), 1.0)
-        alpha = divide(now.rz, below, below > 0, unit)
-        alpha = jnp.where(finite, alpha, 0.0)
+        alpha, negative, finite = _rate(now.rz, gram(now.d, q))
+
+        # x + alpha d,  r - alpha H d
         x = _plus(now.x, alpha, now.d)
-        r = jax.tree.map(lambda r, q: jnp.where(finite, r - alpha * q, r), now.r, q)
+        r = select(finite, _plus(now.r, -alpha, q), now.r)
+
+        # z = M r,  beta = (new r.z) / r.z,  z + beta d
         z = precondition(r)
         (rr, rz), _ = gram(r, z)
         return Conjugate(
@@ -113,6 +111,30 @@ def conjugate_gradients(
         )
 
     return jax.lax.while_loop(goes_on, iterate, begin)
+
+
+class _Rate(NamedTuple):
+    """How far x goes along d."""
+
+    alpha: jax.Array  # scalar; 0 where d or H d is not finite
+    negative: jax.Array  # bool scalar, whether the curvature along d is not positive
+    finite: jax.Array  # bool scalar, whether d and H d are
+
+
+def _rate(rz: jax.Array, products: jax.Array) -> _Rate:
+    """alpha of the inner products among d and `H d`."""
+    (dd, dq), (_, qq) = products
+    length = jnp.sqrt(dd)
+
+    # |d.H d| <= |d| |H d|: what is small beside this may be rounding, of either sign
+    bound = length * jnp.sqrt(qq)
+    negative = dq <= 4 * jnp.finfo(dq.dtype).eps * bound
+
+    # r.z / (|d| |H d|) there, or 1 / |d| where H d = 0: a step of length 1
+    curvature = jnp.where(negative, bound, dq)
+    alpha = divide(rz, curvature, curvature > 0, 1.0 / or_one(length))
+    finite = jnp.isfinite(bound)
+    return _Rate(jnp.where(finite, alpha, 0.0), negative, finite)
 
 
 def _plus(x: Tree, a: jax.Array, y: Tree) -> Tree:

@@ -5,15 +5,15 @@ It satisfies `(H + kappa D^2) eta = -g` with `kappa = (damping / 2) |D eta|` for
 only kappa at which the matrix is positive semidefinite. D^-1 H D^-1 is never formed:
 its entries differ by more than float32 can hold. Instead
 
-1. H is equilibrated by powers of two, and everything is brought to size 1; 2. the power
-of two above kappa is found by bisection of its exponent, one Cholesky factorisation a
-turn; 3. there, `M = L L'`, and in the eigenvectors of `W M^-1 W`, W = sqrt(kappa) D,
-one scalar equation is left (the secular
-   one). Its unknown is the distance from where the matrix is singular, so that nothing
-   cancels next to it;
+1. H is equilibrated by powers of two, and everything is brought to size 1;
+2. the power of two above kappa is found by bisection of its exponent, one Cholesky
+   factorisation a turn;
+3. with `M = H + W^2 = L L'` at this power, `W = sqrt(kappa) D`, one scalar equation is
+   left in the eigenvectors of `L^-1 W^2 L^-T`, the secular one. Its unknown is the
+   distance from where the matrix is singular, so that nothing cancels next to it;
 4. in the hard case (g orthogonal to the lowest eigenvector) g is changed along that
-vector by less than rounding: the
-   secular equation then completes the step by itself.
+   vector by less than rounding: the solution of the secular equation then has the
+   component along it that the step needs.
 
 Source: Nesterov and Polyak, "Cubic regularization of Newton method and its global
 performance", 2006, section 5; More and Sorensen, "Computing a trust region step", 1983,
@@ -30,8 +30,8 @@ from jax.scipy.linalg import solve_triangular
 
 from hessopt._checks import check_range
 from hessopt.numerics.equilibration import equilibration, power, unit_power
-from hessopt.numerics.guards import divide, matmul, or_one
-from hessopt.numerics.secular import decreasing_root
+from hessopt.numerics.guards import divide, matmul, or_one, select
+from hessopt.numerics.secular import decreasing_root, without_hard_case
 from hessopt.typing import Matrix, StepStatus, Vector, step_status
 
 
@@ -53,16 +53,19 @@ def solve_cubic(
     Args:
       gradient: `(S,)`, signed.
       hessian: `(S, S)`; its symmetric part is taken. It may be indefinite.
-      scale: `(S,)`, of which magnitudes count; entries may be zero, and differ by many
-        orders of magnitude.
-      damping: scalar, not negative. With 0, or without scale, it is Newton's step.
+      scale: `(S,)`; signs do not matter. Entries may be zero, and differ by many orders
+        of magnitude.
+      damping: scalar, not negative. With 0, or a scale of zeros, eta is Newton's step.
 
     Returns:
-      A global minimiser; one of two or more in the hard case. `status` has
-      NEGATIVE_CURVATURE where hessian is not positive definite, UNBOUNDED_MODEL, and
-      zero for eta, where it is not so on entries on which the cubic term does not act,
-      or where eta is out of the range of the dtype, NONFINITE for an input that is not
-      finite. Derivatives are to be had in forward mode only.
+      A global minimiser; one of two or more in the hard case. Its `status`:
+
+      NEGATIVE_CURVATURE: hessian is not positive definite. UNBOUNDED_MODEL, with zeros
+      for eta: hessian is not positive definite on entries on which the cubic term does
+      not act, or eta is out of the range of the dtype. NONFINITE, with zeros for eta:
+      an input is not finite.
+
+      It can be differentiated in forward mode only.
 
     Raises:
       ValueError: for damping < 0 (traced: NONFINITE), or shapes that do not fit.
@@ -72,11 +75,13 @@ def solve_cubic(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> solution = solve_cubic(jnp.array([0.0, 1.0]), jnp.diag(jnp.array([-1.0, 2.0])), jnp.ones(2), 1.0)
+      >>> gradient, hessian = jnp.array([0.0, 1.0]), jnp.diag(jnp.array([-1.0, 2.0]))
+      >>> solution = solve_cubic(gradient, hessian, jnp.ones(2), 1.0)
       >>> [round(abs(float(rate)), 3) for rate in solution.eta]
       [1.972, 0.333]
 
-    Source: see the head of this file.
+    Source: Nesterov and Polyak, "Cubic regularization of Newton method and its global
+    performance", 2006; More and Sorensen, "Computing a trust region step", 1983.
     """
     dtype = jnp.result_type(jnp.float32, gradient, hessian, scale)
     g, H, d = (jnp.asarray(a, dtype) for a in (gradient, hessian, scale))
@@ -97,64 +102,53 @@ def solve_cubic(
     return _solve(g, H, d, jnp.asarray(damping, dtype))
 
 
+class _Model(NamedTuple):
+    """`g.eta + eta.H eta / 2 + (lam / 6) |d eta|^3`."""
+
+    g: Vector
+    H: Matrix
+    d: Vector  # not negative
+    lam: jax.Array  # scalar
+
+
+class _Scaled(NamedTuple):
+    """The equations of the minimiser in units in which everything is of size 1.
+
+    `(A + kappa d^2) y = -g` with `kappa = 2^weight |d y|` and `eta = gamma t y`.
+    """
+
+    A: Matrix
+    d: Vector
+    g: Vector
+    weight: jax.Array  # scalar
+    is_cubic: jax.Array  # bool scalar, whether there is a cubic term; else kappa = 0
+    t: Vector
+    gamma: jax.Array  # scalar
+
+
 @jax.jit
 def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
-    size, dtype = g.size, g.dtype
+    # a model that is not finite is replaced by one with eta = 0
     lam = jnp.where(lam >= 0, lam, jnp.nan)
-    finite = (
-        jnp.all(jnp.isfinite(g))
-        & jnp.all(jnp.isfinite(H))
-        & jnp.all(jnp.isfinite(d))
-        & jnp.isfinite(lam)
-    )
-    g, H, d, lam = (
-        jnp.where(finite, a, b)
-        for a, b in (
-            (g, 0.0),
-            ((H + H.T) / 2, jnp.eye(size, dtype=dtype)),
-            (d, 0.0),
-            (lam, 0.0),
-        )
-    )
+    finite = jnp.isfinite(lam)
+    for a in (g, H, d):
+        finite &= jnp.all(jnp.isfinite(a))
+    given = _Model(g, (H + H.T) / 2, jnp.abs(d), lam)
+    plain = jax.tree.map(jnp.zeros_like, given)
+    plain = plain._replace(H=jnp.eye(g.size, dtype=g.dtype))
+    model = select(finite, given, plain)
 
-    # 1. eta = gamma t y, with kappa = 2^weight |d y|
-    d = jnp.abs(d)
-    idle = (d == 0) & (g == 0) & ~jnp.any(H != 0, axis=1)  # in no term: eta is 0
-    t = jnp.where(jnp.any(H != 0, axis=1), equilibration(H), unit_power(d))
-    A, d_t, g_t = H * t * t[:, None] + jnp.diag(idle.astype(dtype)), t * d, t * g
-    delta = or_one(jnp.max(d_t, initial=0.0))
-    weight = jnp.log2(lam / 2) + 3 * jnp.log2(delta)
-    cubic = jnp.isfinite(weight) & jnp.any(d > 0)
-    most, least = (
-        jnp.max(jnp.abs(g_t), initial=0.0),
-        power(jnp.where(cubic, 2 * _log_eps(dtype) - weight, 0.0)),
-    )
-    # what curvature alone would make of it, where g is zero or next to it, but not so
-    # large that g is lost
-    gamma = jnp.where(most > 0, jnp.clip(least, most, most * 2.0**40), least)
-    d_t, g_t, weight = d_t / delta, g_t / gamma, weight + jnp.log2(gamma)
+    # 1. everything of size 1
+    scaled = _scale(model)
 
-    # 2. kappa is at least 2^(k - 2), and the matrix definite from 2^(k - 1) on
-    definite = jnp.all(jnp.isfinite(jnp.linalg.cholesky(A)))
-    k, found = _exponent(A, d_t, g_t, weight)
-    bounded = jnp.where(cubic, found, definite)
+    # 2. kappa is between 2^(k - 2) and 2^(k - 1), from where on the matrix is definite;
+    # without a cubic term the matrix itself must be
+    definite = jnp.all(jnp.isfinite(jnp.linalg.cholesky(scaled.A)))
+    k, found = _exponent(scaled)
+    bounded = jnp.where(scaled.is_cubic, found, definite)
 
-    # 3. all in units of 2^k
-    L, w, j = _factor(A, d_t, jnp.where(cubic, k, -jnp.inf))
-    # jax.scipy takes 200 times as long, on CPUs
-    B = triangular_solve(L, jnp.diag(w), left_side=True, lower=True)
-    theta, Q = jnp.linalg.eigh(matmul(B, B.T))
-    z = matmul(Q.T, solve_triangular(L, j * g_t, lower=True))
-    level = jnp.where(cubic, 1.5 * k - weight, 0.0)
-    # a step along negative curvature does not shrink with g: brought to size 1 as well
-    unit = power(jnp.where((theta[-1] > 1) & (level > 0), level, 0.0))
-    x = _secular(jnp.maximum(theta, 0.0), z / unit, level - jnp.log2(unit))
-    eta = (
-        -(gamma * unit)
-        * t
-        * j
-        * solve_triangular(L.T, matmul(Q, jnp.where(cubic, x, z)), lower=False)
-    )
+    # 3. (A + kappa d^2) y = -g, and eta = gamma t y
+    eta = _minimiser(scaled, k)
 
     ok = finite & bounded & jnp.all(jnp.isfinite(eta))
     eta = jnp.where(ok, eta, 0.0)
@@ -163,10 +157,55 @@ def _solve(g: Vector, H: Matrix, d: Vector, lam: jax.Array) -> CubicSolution:
         StepStatus.NEGATIVE_CURVATURE: finite & ~definite,
         StepStatus.UNBOUNDED_MODEL: finite & ~ok,
     }
-    length = jnp.max(jnp.abs(d * eta))
-    return CubicSolution(
-        eta, length * jnp.linalg.norm(d * eta / or_one(length)), step_status(facts)
-    )
+    largest = jnp.max(jnp.abs(model.d * eta))
+    radius = largest * jnp.linalg.norm(model.d * eta / or_one(largest))
+    return CubicSolution(eta, radius, step_status(facts))
+
+
+def _scale(model: _Model) -> _Scaled:
+    """Equilibrate H, and bring scale and gradient to size 1."""
+    g, H, d, lam = model
+    dtype = g.dtype
+
+    # A = t H t; a group in no term gets an eta of 0 by a curvature of 1
+    curved = jnp.any(H != 0, axis=1)
+    idle = (d == 0) & (g == 0) & ~curved
+    t = jnp.where(curved, equilibration(H), unit_power(d))
+    A, d, g = H * t * t[:, None] + jnp.diag(idle.astype(dtype)), t * d, t * g
+
+    # kappa = (lam / 2) |d eta|, which is out of the range of the dtype before its
+    # logarithm is
+    delta = or_one(jnp.max(d, initial=0.0))
+    weight = jnp.log2(lam / 2) + 3 * jnp.log2(delta)
+    is_cubic = jnp.isfinite(weight) & jnp.any(model.d > 0)
+
+    # where g is zero or next to it, the size that curvature alone gives eta, but not
+    # one so large that g is lost
+    most = jnp.max(jnp.abs(g), initial=0.0)
+    least = power(jnp.where(is_cubic, 2 * _log_eps(dtype) - weight, 0.0))
+    gamma = jnp.where(most > 0, jnp.clip(least, most, most * 2.0**40), least)
+    weight = weight + jnp.log2(gamma)
+    return _Scaled(A, d / delta, g / gamma, weight, is_cubic, t, gamma)
+
+
+def _minimiser(scaled: _Scaled, k: jax.Array) -> Vector:
+    """eta by the secular equation, in units of the shift `2^k`."""
+    A, d, g, weight, is_cubic, t, gamma = scaled
+
+    # A + sigma W^2 = j^-1 L (1 - (1 - sigma) B B') L' j^-1  with  kappa = 2^k sigma
+    # and B = L^-1 j W; jax.scipy takes 200 times as long for B, on CPUs
+    L, w, j = _factor(A, d, jnp.where(is_cubic, k, -jnp.inf))
+    B = triangular_solve(L, jnp.diag(w), left_side=True, lower=True)
+    theta, Q = jnp.linalg.eigh(matmul(B, B.T))
+    z = matmul(Q.T, solve_triangular(L, j * g, lower=True))
+
+    # |W y| = 2^level sigma; a step along negative curvature does not shrink with g, and
+    # is brought to size 1 as well
+    level = jnp.where(is_cubic, 1.5 * k - weight, 0.0)
+    unit = power(jnp.where((theta[-1] > 1) & (level > 0), level, 0.0))
+    x = _secular(jnp.maximum(theta, 0.0), z / unit, level - jnp.log2(unit))
+    y = solve_triangular(L.T, matmul(Q, jnp.where(is_cubic, x, z)), lower=False)
+    return -(gamma * unit) * t * j * y
 
 
 def _factor(A: Matrix, d: Vector, k: jax.Array) -> tuple[Matrix, Vector, Vector]:
@@ -177,39 +216,35 @@ def _factor(A: Matrix, d: Vector, k: jax.Array) -> tuple[Matrix, Vector, Vector]
     return jnp.linalg.cholesky(A * j * j[:, None] + jnp.diag((j * w) ** 2)), j * w, j
 
 
-def _exponent(
-    A: Matrix, d: Vector, g: Vector, weight: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _exponent(scaled: _Scaled) -> tuple[jax.Array, jax.Array]:
     """One more than the exponent of the lowest power of two that is no less than kappa,
     and whether there is one."""
+    A, d, g, weight, *_ = scaled
     eps, used = _log_eps(d.dtype), d > 0
     least = jnp.log2(jnp.min(d, where=used, initial=1.0))
     ratio = _log_norm(divide(g, d, used))
-    # above the top the term in kappa^2 prevails in every row; below the bottom it is
-    # lost in rounding
+
+    # above the top kappa d^2 prevails over A in every row; below the bottom it is lost
+    # in rounding
     bottom = int(2 * eps) - 4
-    top = (
-        jnp.maximum(-2 * least, (weight + 1 + ratio) / 2)
-        - eps
-        + math.log2(2 * max(d.size, 1))
-        + 1
-    )
+    prevailing = jnp.maximum(-2 * least, (weight + 1 + ratio) / 2)
+    top = prevailing - eps + math.log2(2 * max(d.size, 1)) + 1
     limit = 2 * jnp.finfo(d.dtype).maxexp - 8
     top = jnp.clip(top, bottom + 2, limit).astype(jnp.int32)
 
     def reached(k: jax.Array) -> jax.Array:
+        # 2^weight |d y| <= 2^k with W = 2^(k/2) d; not so where L is NaN
         L, w, j = _factor(A, d, k.astype(d.dtype))
         rho = _log_norm(w * jax.scipy.linalg.cho_solve((L, True), j * g))
-        return rho + weight <= 1.5 * k  # not so for NaN
+        return rho + weight <= 1.5 * k
 
     def halve(ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        middle = (ends[0] + ends[1]) // 2
-        good = reached(middle)
-        return jnp.where(good, ends[0], middle), jnp.where(good, middle, ends[1])
+        low, high = ends
+        middle = (low + high) // 2
+        return select(reached(middle), (low, middle), (middle, high))
 
-    _, high = jax.lax.while_loop(
-        lambda ends: ends[1] - ends[0] > 1, halve, (jnp.full_like(top, bottom), top)
-    )
+    start = jnp.full_like(top, bottom), top
+    _, high = jax.lax.while_loop(lambda ends: ends[1] - ends[0] > 1, halve, start)
     return (high + 1).astype(d.dtype), reached(top)
 
 
@@ -220,15 +255,14 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
     The unknown is u = log t with `t = 1 - (1 - sigma) max(theta)`, in which all terms
     are positive. Newton's method, kept within a bracket.
     """
-    largest, info = or_one(theta[-1]), jnp.finfo(z.dtype)
-    # exactly 1, however XLA divides
-    q, tiny = (theta / largest).at[-1].set(1.0), float(info.tiny) ** 0.5
-    # singular at a sigma > 0, and nothing there to stop at
-    hard = (largest > 1) & (jnp.abs(z[-1]) < tiny)
-    z = z.at[-1].set(jnp.where(hard, jnp.where(z[-1] < 0, -tiny, tiny), z[-1]))
+    largest = or_one(theta[-1])
+    # the last one is 1, however XLA divides
+    q = (theta / largest).at[-1].set(1.0)
+    # with an eigenvalue above 1 the matrix is singular at a sigma > 0
+    z = without_hard_case(z, -1, largest > 1)
 
     def excess(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Logarithm of the left side over the right one, and its derivative."""
+        """The logarithm of the left side over the right one, and its derivative."""
         t = jnp.exp(u)
         below = (1 - q) + t * q
         terms, sigma = jnp.sqrt(theta) * z / below, 1 - (1 - t) / largest
@@ -236,13 +270,13 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
         positive = sigma > 0
         safe = jnp.where(positive, sigma, 1.0)
         value = (_log_norm(terms) - level) * math.log(2) - jnp.log(safe)
-        slope = -t * jnp.sum(squares * q / below) / or_one(jnp.sum(squares)) - t / (
-            largest * safe
-        )
+        of_left = -t * jnp.sum(squares * q / below) / or_one(jnp.sum(squares))
+        slope = of_left - t / (largest * safe)
         return jnp.where(positive, value, jnp.inf), slope
 
     zero = jnp.zeros((), z.dtype)
-    t = jnp.exp(decreasing_root(excess, zero + math.log(float(info.tiny)), zero))
+    lowest = zero + math.log(float(jnp.finfo(z.dtype).tiny))
+    t = jnp.exp(decreasing_root(excess, lowest, zero))
     return z / ((1 - q) + t * q)
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.numerics.guards import divide
+from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.typing import Vector
 
@@ -56,9 +56,8 @@ def within_radius(w: Vector, z: Vector, radius: jax.Array) -> Shifted:
     """
     inside = _step(w, z, jnp.zeros_like(w[0]))
     bounded = (w[0] >= 0) & (inside.length <= radius)
-    return _where(
-        bounded, inside, _solve(w, z, lambda kappa: (radius, jnp.zeros_like(kappa)))
-    )
+    outside = _solve(w, z, lambda kappa: (radius, jnp.zeros_like(kappa)))
+    return select(bounded, inside, outside)
 
 
 def with_cubic_term(w: Vector, z: Vector, sigma: jax.Array) -> Shifted:
@@ -76,9 +75,7 @@ def _solve(
     lowest = jnp.maximum(-w[0], 0.0)
     # the first gap is 0, however XLA divides
     gaps, lowest, z = (w + lowest) / unit_w, lowest / unit_w, z / unit_z
-    tiny = float(info.tiny) ** 0.5
-    hard = (lowest > 0) & (jnp.abs(z[0]) < tiny)  # nothing there to stop at
-    z = z.at[0].set(jnp.where(hard, jnp.where(z[0] < 0, -tiny, tiny), z[0]))
+    z = without_hard_case(z, 0, lowest > 0)
 
     def excess(u: jax.Array) -> tuple[jax.Array, jax.Array]:
         t = jnp.exp(u)
@@ -115,8 +112,23 @@ def _measured(w: Vector, y: Vector, kappa: jax.Array) -> Shifted:
     return Shifted(y, kappa, norm(y), jnp.sum((w / 2 + kappa) * y**2))
 
 
-def _where(condition: jax.Array, a: Shifted, b: Shifted) -> Shifted:
-    return Shifted(*(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True)))
+def without_hard_case(z: Vector, lowest: int, singular: jax.Array) -> Vector:
+    """Return z, of size 1, with a component along the eigenvector of the lowest
+    eigenvalue, if it has none and the matrix is singular at an admissible shift.
+
+    At that shift the step is then unbounded, and the secular equation has a root beside
+    it. The component is the square root of the smallest number of the dtype: far less
+    than rounding.
+
+    Args:
+      z: `(k,)`, coefficients of the gradient.
+      lowest: place of the lowest eigenvalue.
+      singular: bool scalar, whether there is such a shift.
+    """
+    tiny = float(jnp.finfo(z.dtype).tiny) ** 0.5
+    hard = singular & (jnp.abs(z[lowest]) < tiny)
+    signed = jnp.where(z[lowest] < 0, -tiny, tiny)
+    return z.at[lowest].set(jnp.where(hard, signed, z[lowest]))
 
 
 def decreasing_root(
@@ -130,7 +142,7 @@ def decreasing_root(
     def improve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         turn, low, high, u, _ = carry
         value, slope = excess(u)
-        low, high = jnp.where(value > 0, u, low), jnp.where(value > 0, high, u)
+        low, high = select(value > 0, (u, high), (low, u))
         new = u - value / slope
         new = jnp.where((new >= low) & (new <= high), new, (low + high) / 2)
         return turn + 1, low, high, new, jnp.abs(new - u) / jnp.maximum(jnp.abs(u), 1.0)

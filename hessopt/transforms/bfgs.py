@@ -21,7 +21,7 @@ from hessopt._checks import check_word, choose
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
-from hessopt.numerics.guards import divide, or_one, select
+from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.numerics.secant import accepts, first_scale
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import all_finite, eps, inner, inner_products, ravel, unravel
@@ -254,7 +254,7 @@ def _step(
     # the next pair can use H g only if the step is along it
     p = jnp.where(direction.plain, 0.0, memory.p)
     last = jnp.stack([found.x, found.vectors.g, p])
-    updates = unravel(select(facts.finite, direction.p, 0.0), call.updates)
+    updates = unravel(zero_unless(facts.finite, direction.p), call.updates)
     return updates, BfgsState(
         count=state.count + facts.finite.astype(jnp.int32),
         last=select(facts.finite, last, state.last),

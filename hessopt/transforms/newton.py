@@ -29,7 +29,7 @@ from hessopt.calculus.curvature import (
     resolve,
 )
 from hessopt.kinds.protocol import Call, scheduled, transformation
-from hessopt.numerics.guards import or_one, select
+from hessopt.numerics.guards import or_one, select, zero_unless
 from hessopt.numerics.indefiniteness import INDEFINITE_TREATMENTS, IndefiniteTreatment
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
@@ -203,7 +203,7 @@ def _step(
             StepStatus.FACTORIZATION_FAILED: finite & ~solved,
         }
         status |= step_status(facts)
-        p = jax.tree.map(lambda leaf, ok=solved: jnp.where(ok, leaf, 0), p)
+        p = zero_unless(solved, p)
         direction = combine(p, direction)
     status |= step_status({StepStatus.NOT_DESCENT: _points_uphill(direction, call)})
 

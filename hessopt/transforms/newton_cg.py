@@ -23,7 +23,7 @@ from hessopt._checks import check_count
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.cg import conjugate_gradients, forcing
-from hessopt.numerics.guards import divide, or_one, select
+from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import inner, inner_products, real_leaves, solve_dtype
@@ -161,7 +161,7 @@ def _step(
         if options.warm_start
         else None
     )
-    g = [jnp.where(known, leaf, 0.0) for leaf in g]
+    g = zero_unless(known, g)
 
     # algorithm 7.1: conjugate gradients to the forcing term, or to a direction of
     # negative curvature
@@ -179,10 +179,7 @@ def _step(
     # iterate before trouble
     sound = known & found.finite
     downhill = inner(g, found.x) > 0
-    p = [
-        jnp.where(downhill, x, jnp.where(found.finite, leaf, 0.0))
-        for x, leaf in zip(found.x, g, strict=True)
-    ]
+    p = select(downhill, found.x, zero_unless(found.finite, g))
     direction = _restored(p, call.updates)
     status = {
         StepStatus.NONFINITE: ~sound,
@@ -262,5 +259,4 @@ def _warm(
     (_, pq, _), (_, _, _), (pg, _, _) = inner_products(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)
     rate = divide(pg, pq, usable)
-    x, Hx = ([jnp.where(usable, rate * leaf, 0.0) for leaf in tree] for tree in (p, q))
-    return x, Hx
+    return zero_unless(usable, jax.tree.map(lambda leaf: rate * leaf, (p, q)))

@@ -12,7 +12,7 @@ import optax
 
 from hessopt._checks import check_transformation
 from hessopt.kinds.line_searches import LinesearchState
-from hessopt.numerics.guards import select
+from hessopt.numerics.guards import select, zero_unless
 from hessopt.objective.binding import bind, precompose, require_given, require_params
 from hessopt.trees.sharding import beside, gathered, split_like
 from hessopt.trees.vectors import strongly_typed
@@ -92,7 +92,7 @@ def fitted(
         moved &= jnp.isfinite(value) & ~_risen(
             value, getattr(new_state, "value", value)
         )
-        step = jax.tree.map(lambda leaf: jnp.where(moved, leaf, 0), step)
+        step = zero_unless(moved, step)
         kept: Any = select(moved, new_state, state)
         return step, kept._replace(info=getattr(new_state, "info", None)) if hasattr(
             kept, "info"

@@ -17,7 +17,7 @@ import optax
 
 from hessopt._checks import check_range, check_transformation, check_word
 from hessopt.kinds.reports import evaluations, reports
-from hessopt.numerics.guards import divide, select
+from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import of_group, require_params
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
@@ -179,9 +179,7 @@ def subsampled(
                 lambda u, r=factor[group]: (r * u).astype(u.dtype), part
             )
             finite = jnp.isfinite(lengths[group])
-            direction = combine(
-                jax.tree.map(lambda u, f=finite: jnp.where(f, u, 0), scaled), direction
-            )
+            direction = combine(zero_unless(finite, scaled), direction)
 
         new_states = {name: s for name, (_, s) in zip(names, steps, strict=True)}
         states = new_states or state.inner

@@ -43,7 +43,7 @@ from hessopt.kinds.subproblems import (
 )
 from hessopt.numerics import secular
 from hessopt.numerics.cg import forcing
-from hessopt.numerics.guards import divide, select
+from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.objective.binding import Objective, precompose
 from hessopt.trees.sharding import zeros
@@ -250,10 +250,7 @@ def _step(
         StepStatus.STEP_REJECTED: problem.finite & ~taken,
         StepStatus.NEGATIVE_CURVATURE: w[0] < -rounding,
     }
-    step = [
-        jnp.where(taken, p, 0.0).astype(g.dtype)
-        for p, g in zip(last.p, gradient, strict=True)
-    ]
+    step = optax.tree.cast_like(zero_unless(taken, last.p), gradient)
     found = last.size, problem.first_length, problem.model.scales
     before = state.size, state.first_length, state.scales
     return restore(step), TrustRegionState(
@@ -325,10 +322,7 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
         p = model.lift(
             step.y + jnp.where(norm(a) <= MAX_ACCELERATION * step.length, a / 2, 0.0)
         )
-    p = [
-        jnp.where(sound, x, 0.0).astype(part.dtype)
-        for x, part in zip(p, parts, strict=True)
-    ]
+    p = optax.tree.cast_like(zero_unless(sound, p), parts)
 
     # the gain ratio; where less than rounding was promised it says nothing of the model,
     # but that it promises too little

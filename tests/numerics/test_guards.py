@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hessopt.numerics.guards import divide, or_one, select
+from hessopt.numerics.guards import divide, or_one, select, zero_unless
 
 X, Y = jnp.array([1.0, 2.0, 3.0]), jnp.array([4.0, 0.0, -2.0])
 
@@ -28,3 +28,15 @@ def test_select_chooses_whole_trees():
             select(jnp.asarray(condition), new, old),
             expected,
         )
+
+
+def test_zero_unless_keeps_trees_and_dtypes():
+    tree = {"a": X.astype(jnp.float32), "b": X * 1j}
+    kept = zero_unless(jnp.asarray(True), tree)
+    none = zero_unless(jnp.asarray(False), {"a": tree["a"] * jnp.nan, "b": tree["b"]})
+    partly = zero_unless(Y > 0, tree)
+    for name, leaf in tree.items():
+        np.testing.assert_array_equal(kept[name], leaf)
+        np.testing.assert_array_equal(none[name], jnp.zeros(3))
+        np.testing.assert_array_equal(partly[name], leaf * jnp.array([1, 0, 0]))
+        assert kept[name].dtype == none[name].dtype == leaf.dtype
