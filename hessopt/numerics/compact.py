@@ -4,11 +4,13 @@ With the pairs as columns of S and Y, `R` the upper triangle of `S'Y`, `D` its d
 and gamma the scale of the initial matrix, the inverse BFGS matrix times g is (Byrd,
 Nocedal, Schnabel, theorem 2.2)
 
-    H g = gamma g + S v - gamma Y u,    u = R^-1 S'g,    v = R^-T ((D + gamma Y'Y) u - gamma Y'g).
+    H g = gamma g + S v - gamma Y u,    u = R^-1 S'g,
+    v = R^-T ((D + gamma Y'Y) u - gamma Y'g).
 
-`R^-1` is kept, not R: a new pair appends a column, `-R^-1 S'y / s.y` above `1 / s.y`,
-and the oldest one drops out with its row and column, so no system is ever solved. Pairs
-sit in slots, used in turn; what matrices hold for a slot without a pair is never used.
+`R^-1` is kept, not R: a new pair appends a column, `-R^-1 S'y / s'y` above `1 / s'y`,
+and the oldest one leaves with its row and column, so no system is ever solved. Each
+pair has a slot, and slots are used in turn; entries of a slot without a pair are
+ignored.
 
 Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices and their
 use in limited memory methods", Mathematical Programming 63, 1994.
@@ -19,13 +21,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import divide
 from hessopt.typing import Matrix, Vector
 
 
 class Compact(NamedTuple):
     """The products among k slots."""
 
-    # int32 scalar, the one that the next pair takes, from the oldest if all are used
+    # int32 scalar, the slot of the next pair; the oldest pair's if all are used
     slot: jax.Array
     used: jax.Array  # (k,) bools, which slots hold a pair
     R_inv: Matrix  # (k, k)
@@ -34,7 +37,7 @@ class Compact(NamedTuple):
 
 
 def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
-    """Shapes and dtypes; all zeros, it holds no pairs."""
+    """Shapes and dtypes; with zeros everywhere it holds no pairs."""
     shape: Any = jax.ShapeDtypeStruct
     square = shape((slots, slots), dtype)
     return Compact(
@@ -43,29 +46,39 @@ def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
 
 
 def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:
-    """Take in a pair, given its products `S'y` and `Y'y` with the pairs in their slots,
-    itself among them."""
-    k, used, R_inv, YY, _ = compact
+    """Add a pair, given its products `S'y` and `Y'y` with the pairs in their slots, its
+    own included."""
+    k, used, R_inv = compact.slot, compact.used, compact.R_inv
     new = jnp.arange(len(used)) == k
-    inverse = 1.0 / S_y[k]
+    sy, yy = S_y[k], Y_y[k]
+    # the last column of R^-1 is -R^-1 S'y / s'y above 1 / s'y, the last row zero to its
+    # left; both take the place of the oldest pair's
+    inverse = divide(1.0, sy, sy > 0)
     above = -(R_inv * jnp.where(used & ~new, S_y, 0.0)).sum(1)
     column = jnp.where(new, 1.0, above) * inverse
     return Compact(
         slot=jnp.where(k + 1 == len(used), 0, k + 1),
         used=used | new,
-        R_inv=jnp.where(new, column[:, None], jnp.where(new[:, None], 0.0, R_inv)),
-        YY=jnp.where(new, Y_y[:, None], jnp.where(new[:, None], Y_y, YY)),
-        gamma=S_y[k] / Y_y[k],
+        R_inv=_replaced(new, R_inv, 0.0, column),
+        YY=_replaced(new, compact.YY, Y_y, Y_y),
+        gamma=divide(sy, yy, yy > 0),
     )
+
+
+def _replaced(
+    new: Vector, matrix: Matrix, row: Vector | float, column: Vector
+) -> Matrix:
+    """The matrix with a row, then a column, in the place where `new` holds."""
+    return jnp.where(new, column[:, None], jnp.where(new[:, None], row, matrix))
 
 
 def coefficients(
     compact: Compact, S_g: Vector, Y_g: Vector, gamma: jax.Array
 ) -> tuple[Vector, Vector]:
     """v and w of `H g = gamma g + S v + Y w`, given `S'g` and `Y'g`."""
-    _, used, R_inv, YY, _ = compact
+    used, R_inv, YY = compact.used, compact.R_inv, compact.YY
     u = jnp.where(used, (R_inv * jnp.where(used, S_g, 0.0)).sum(1), 0.0)
-    D = 1.0 / jnp.where(used, jnp.diagonal(R_inv), 1.0)
+    D = divide(1.0, jnp.diagonal(R_inv), used)
     inner = jnp.where(used, D * u + gamma * ((YY * u).sum(1) - Y_g), 0.0)
     return jnp.where(used, (R_inv * inner[:, None]).sum(0), 0.0), -gamma * u
 
