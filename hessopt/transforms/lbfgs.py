@@ -148,14 +148,14 @@ class _Options(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """The newest pair, and the inner products that it is judged by."""
+    """The newest pair, and the inner products of the tests."""
 
     s: Params
     y: Params
     gram: Matrix  # (3, 3), inner products among g, s and y
     gg: jax.Array  # scalar, |g|^2
     gg_old: jax.Array  # scalar, |g_old|^2
-    uu: jax.Array  # scalar, squared length of the updates
+    uu: jax.Array  # scalar, |u|^2 of the updates u
 
 
 class _Products(NamedTuple):
@@ -168,29 +168,29 @@ class _Products(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What becomes of the newest pair: bool scalars."""
+    """The result of the tests, bool scalars."""
 
-    finite: jax.Array  # whether the update may use what it was given
+    finite: jax.Array  # value, gradient, updates and pair are finite
     good: jax.Array  # the pair enters the memory
     skipped: jax.Array  # the pair fails the curvature test
     stuck: jax.Array  # s = 0: the last search failed, and the memory is emptied
 
 
 class _Memory(NamedTuple):
-    """The pairs after this update, and what is known of them."""
+    """The pairs after this update, and their products."""
 
     pairs: Params
-    compact: compact.Compact
+    compact: compact.Compact  # products among the pairs
     g: jax.Array  # (m, 2), S'g and Y'g
     u: jax.Array  # (m, 2), S'u and Y'u
 
 
 class _Weights(NamedTuple):
-    """Those of `H u = gamma u + S v + Y w`, the product with H in compact form."""
+    """The coefficients of `H u = gamma u + S v + Y w`."""
 
-    gamma: jax.Array
-    v: Vector
-    w: Vector
+    gamma: jax.Array  # scalar
+    v: Vector  # (m,)
+    w: Vector  # (m,)
 
 
 def _init(options: _Options, params: Params) -> LbfgsState:
@@ -226,17 +226,18 @@ def _memory_dtype(options: _Options, leaf: jax.Array) -> jnp.dtype:
 def _step(
     options: _Options, call: Call, state: LbfgsState
 ) -> tuple[optax.Updates, LbfgsState]:
-    # the newest pair, s = x - x_old and y = g - g_old, and S'g, Y'g, S'y, Y'y with the
-    # pairs in memory, which are all read before one is overwritten
+    # the newest pair, s = x - x_old and y = g - g_old, and its products S'g, Y'g, S'y,
+    # Y'y with the memory, all taken before the oldest pair is overwritten
     pair = _form(options, call, state)
     products = _multiply(call, state, pair)
 
-    # it enters the memory iff its curvature s'y is sufficiently positive
+    # the pair enters the memory iff s'y > 1e-8 |s'g_old| and s'y > 10 eps |s| (|g| +
+    # |g_old|): H stays positive definite, and y is more than rounding
     verdict = _judge(options, call, state, pair, products)
     memory = _remember(call, state, pair, products, verdict)
 
-    # H u = gamma u + S v + Y w, or the updates at unit length where rounding has made
-    # that an ascent
+    # H u = gamma u + S v + Y w for the updates u; or u at unit length, where rounding
+    # has made u'H u <= 0, and then the memory is emptied
     weights, lost = _weigh(memory, verdict, pair.uu)
     direction = _direct(call, memory, weights, verdict)
     small = select(lost, compact.emptied(memory.compact), memory.compact)
@@ -268,7 +269,7 @@ def _step(
 
 
 def _form(options: _Options, call: Call, state: LbfgsState) -> _Pair:
-    """Form the newest pair, and take its inner products."""
+    """Form the newest pair and its inner products."""
     old_params, old_grad, gg_old = state.old_params, state.old_grad, state.gg
     if options.same_batch_pairs:
         # g_old on the batch of this call; at the first call there is no old point
@@ -290,14 +291,14 @@ def _form(options: _Options, call: Call, state: LbfgsState) -> _Pair:
 
 
 def _difference(new: jax.Array, old: jax.Array, rows: jax.Array) -> jax.Array:
-    """`new - old` of a leaf, as rounded as it will be kept."""
+    """`new - old` of a leaf, rounded to the dtype in which the memory keeps it."""
     wide = jnp.promote_types(jnp.result_type(new), jnp.float32)
     difference = jnp.asarray(new, wide) - jnp.asarray(old, wide)
     return difference.astype(rows.dtype).astype(wide)
 
 
 def _multiply(call: Call, state: LbfgsState, pair: _Pair) -> _Products:
-    """Take the products with the pairs in memory."""
+    """Take the products with the pairs in memory, in one reading of it if possible."""
     m = len(state.compact.used)
     products = functools.partial(stacks.products, jnp.zeros((m, 2), pair.gg.dtype))
     small, large = stacks.by_size(state.pairs, call.gradient, pair.y)
@@ -318,9 +319,7 @@ def _multiply(call: Call, state: LbfgsState, pair: _Pair) -> _Products:
     else:
         is_long = pair.gram[2, 2] > 0.5 * (pair.gg + pair.gg_old)
         g, y = jax.lax.cond(is_long, derived, measured)
-    u = g
-    if not call.is_gradient:
-        (u,) = products(state.pairs, call.updates)
+    (u,) = [g] if call.is_gradient else products(state.pairs, call.updates)
     return _Products(g=g, y=y, u=u)
 
 
@@ -331,7 +330,7 @@ def _judge(
     pair: _Pair,
     products: _Products,
 ) -> _Verdict:
-    """Test the newest pair."""
+    """Test the newest pair: `s'y` against `s'g_old = s'g - s'y` and the lengths."""
     (gg, sg, _), (_, ss, sy), (_, _, yy) = pair.gram
     finite = (
         call.finite
@@ -343,8 +342,8 @@ def _judge(
     good = accepts(ss, sy, sg - sy, gg, pair.gg_old, eps(call.gradient))
     if options.same_batch_pairs:
         good &= sy > MIN_COSINE * jnp.sqrt(ss) * jnp.sqrt(yy)
-    # the test waits for all products with the memory, which is written next: XLA would
-    # copy it if a product could still be due
+    # the memory is written next, and XLA copies it if a product with it could come
+    # later: the test therefore depends on all products
     good = jnp.all(
         known
         & good
@@ -359,11 +358,11 @@ def _judge(
 def _remember(
     call: Call, state: LbfgsState, pair: _Pair, products: _Products, verdict: _Verdict
 ) -> _Memory:
-    """Put a good pair into its slot, with its rows of all products, and empty a memory
-    whose search has failed."""
+    """Write a good pair and its products into its slot; empty the memory after a failed
+    search."""
     slot, good = state.compact.slot, verdict.good
     is_new = jnp.arange(len(products.g))[:, None] == slot
-    # the newest pair's own rows: s and y times y, s and y times g
+    # the rows of the slot are s'y and y'y, s'g and y'g, s'u and y'u
     S_y, Y_y = jnp.where(is_new, pair.gram[1:, 2], products.y).T
     g = jnp.where(is_new & good, pair.gram[1:, 0], products.g)
     u = g
@@ -384,29 +383,29 @@ def _remember(
 def _weigh(
     memory: _Memory, verdict: _Verdict, uu: jax.Array
 ) -> tuple[_Weights, jax.Array]:
-    """The compact form of H u, and whether rounding has made that an ascent: it is
-    then u at unit length."""
+    """The weights of H u, or where rounding has made u'H u <= 0 those of u at unit
+    length; and whether it has."""
     small = memory.compact
     S_u, Y_u = memory.u.T
+
+    # the initial matrix gamma I of the newest pair, gamma = s'y / y'y
     has_scale = jnp.any(small.used) & (small.gamma > 0)
     gamma = jnp.where(has_scale, small.gamma, first_scale(small.gamma, uu))
     v, w = compact.coefficients(small, S_u, Y_u, gamma)
+    weights = _Weights(gamma=gamma, v=v, w=w)
+
+    # u'H u = gamma u'u + v'S'u + w'Y'u
     slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=small.used)
     lost = verdict.finite & (uu > 0) & ~(slope > 0)
-    weights = _Weights(gamma=gamma, v=v, w=w)
-    unit = _Weights(
-        gamma=to_unit_length(uu),
-        v=jnp.zeros_like(v),
-        w=jnp.zeros_like(w),
-    )
+    unit = _Weights(to_unit_length(uu), jnp.zeros_like(v), jnp.zeros_like(w))
     return select(lost, unit, weights), lost
 
 
 def _direct(
     call: Call, memory: _Memory, weights: _Weights, verdict: _Verdict
 ) -> optax.Updates:
-    """`gamma u + S v + Y w`, by one reading of the memory; zero where the update may
-    use nothing."""
+    """`gamma u + S v + Y w`, by one reading of the memory; zero where the call is not
+    finite."""
     columns = jnp.stack([weights.v, weights.w], axis=1)
     combined = stacks.combination(memory.pairs, columns)
 
