@@ -51,7 +51,7 @@ def fitted(
 def _init(
     linesearch: optax.GradientTransformationExtraArgs, params: Params
 ) -> optax.OptState:
-    # optax's searches look at a first leaf: an empty tree gets one
+    # optax's searches look at a first leaf: an empty tree, or a placeholder, gets one
     arrays = jax.tree.map(jnp.asarray, params)
     state = linesearch.init(arrays if jax.tree.leaves(params) else jnp.zeros(()))
     return beside(strongly_typed(state), params)
