@@ -4,7 +4,8 @@ Let the pairs be the columns of S and Y, `R` the upper triangle of `S'Y`, `D` it
 diagonal and gamma the scale of the initial matrix. The inverse BFGS matrix times g is
 (Byrd, Nocedal, Schnabel, theorem 2.2)
 
-    H g = gamma g + S v - gamma Y u,    u = R^-1 S'g,    v = R^-T ((D + gamma Y'Y) u - gamma Y'g).
+    H g = gamma g + S v - gamma Y u,    u = R^-1 S'g,
+    v = R^-T ((D + gamma Y'Y) u - gamma Y'g).
 
 The state holds `R^-1` instead of R. A new pair appends a column, `-R^-1 S'y / s.y`
 above `1 / s.y`, and the oldest pair is removed with its row and column, so no linear
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.guards import divide
 from hessopt.typing import Matrix, Vector
 
 
@@ -46,27 +48,37 @@ def shapes(slots: int, dtype: jax.typing.DTypeLike) -> Compact:
 def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:
     """Append a pair, given its products `S'y` and `Y'y` with all pairs in their slots,
     including the new pair."""
-    k, used, R_inv, YY, _ = compact
+    k, used, R_inv = compact.slot, compact.used, compact.R_inv
     new = jnp.arange(len(used)) == k
-    inverse = 1.0 / S_y[k]
+    sy, yy = S_y[k], Y_y[k]
+    # the last column of R^-1 is -R^-1 S'y / s'y above 1 / s'y, the last row zero to its
+    # left; both take the place of the oldest pair's
+    inverse = divide(1.0, sy, sy > 0)
     above = -(R_inv * jnp.where(used & ~new, S_y, 0.0)).sum(1)
     column = jnp.where(new, 1.0, above) * inverse
     return Compact(
         slot=jnp.where(k + 1 == len(used), 0, k + 1),
         used=used | new,
-        R_inv=jnp.where(new, column[:, None], jnp.where(new[:, None], 0.0, R_inv)),
-        YY=jnp.where(new, Y_y[:, None], jnp.where(new[:, None], Y_y, YY)),
-        gamma=S_y[k] / Y_y[k],
+        R_inv=_replaced(new, R_inv, 0.0, column),
+        YY=_replaced(new, compact.YY, Y_y, Y_y),
+        gamma=divide(sy, yy, yy > 0),
     )
+
+
+def _replaced(
+    new: Vector, matrix: Matrix, row: Vector | float, column: Vector
+) -> Matrix:
+    """The matrix with a row, then a column, in the place where `new` holds."""
+    return jnp.where(new, column[:, None], jnp.where(new[:, None], row, matrix))
 
 
 def coefficients(
     compact: Compact, S_g: Vector, Y_g: Vector, gamma: jax.Array
 ) -> tuple[Vector, Vector]:
     """Compute v and w of `H g = gamma g + S v + Y w`, given `S'g` and `Y'g`."""
-    _, used, R_inv, YY, _ = compact
+    used, R_inv, YY = compact.used, compact.R_inv, compact.YY
     u = jnp.where(used, (R_inv * jnp.where(used, S_g, 0.0)).sum(1), 0.0)
-    D = 1.0 / jnp.where(used, jnp.diagonal(R_inv), 1.0)
+    D = divide(1.0, jnp.diagonal(R_inv), used)
     inner = jnp.where(used, D * u + gamma * ((YY * u).sum(1) - Y_g), 0.0)
     return jnp.where(used, (R_inv * inner[:, None]).sum(0), 0.0), -gamma * u
 

@@ -29,7 +29,7 @@ def select(condition: jax.Array, new: Tree, old: Params) -> Tree:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def zero_unless(condition: jax.Array, tree: Any) -> Any:
+def zero_unless(condition: jax.Array, tree: Tree) -> Tree:
     """Return the tree where the condition holds, else zeros, leaf by leaf; a condition
     that is no scalar holds or not for each entry of the leaves."""
     return jax.tree.map(lambda leaf: jnp.where(condition, leaf, 0), tree)

@@ -1,9 +1,11 @@
 """optax's line searches in any chain.
 
-They are written for a loop without data, NaN or meshes; what they miss is added around
-them.
+They are written for a loop without data, without NaN and without meshes; support for
+these is added around them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,93 +14,88 @@ import optax
 
 from hessopt._checks import check_transformation
 from hessopt.kinds.line_searches import LinesearchState
-from hessopt.numerics.guards import select, zero_unless
-from hessopt.objective.binding import bind, precompose, require_given, require_params
+from hessopt.kinds.protocol import Call, transformation
+from hessopt.numerics.guards import select
+from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import beside, gathered, split_like
 from hessopt.trees.vectors import strongly_typed
-from hessopt.typing import Params, ValueFn
+from hessopt.typing import Params
 
 
 def fitted(
     linesearch: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Fit one of optax's line searches into any chain; ours fits as it is.
+    """Fit one of optax's line searches into any chain; the Wolfe search of hessopt is
+    returned unchanged.
 
-    It gets the bound objective and nothing else, since optax's reject keywords that
-    they do not know; a strongly typed state, since theirs starts weakly typed and makes
-    a jitted step compile twice; and its old state back when it gives no step, since
-    theirs do not recover from a step of length zero. No step is taken from a value that
-    is not finite: every trial would be a decrease; nor one uphill, as theirs is when
-    trials run out. On an explicit mesh they see trees gathered, of which they take
-    inner products.
+    The search gets the bound objective and no other keyword, since optax's searches
+    reject keywords that they do not know. Its state is strongly typed: the weakly typed
+    state of optax makes a jitted step compile twice. When it gives no step, its old
+    state is kept, since optax's searches do not recover from a step of length zero. No
+    step is taken from a value that is not finite, where every trial would count as a
+    decrease, nor one that goes uphill, as optax's last trial may. On an explicit mesh
+    the search sees gathered trees, because it takes inner products of them.
     """
     check_transformation("linesearch", linesearch)
     linesearch = optax.with_extra_args_support(linesearch)
     if isinstance(jax.eval_shape(linesearch.init, jnp.zeros(())), LinesearchState):
         return linesearch
+    return transformation(
+        "the line search",
+        functools.partial(_init, linesearch),
+        functools.partial(_step, linesearch),
+        needs=("value_fn", "value", "grad"),
+    )
 
-    def init(params: Params) -> optax.OptState:
-        array_params = jax.tree.map(jnp.asarray, params)
-        # optax's searches look at a first leaf: of an empty tree or a placeholder, give
-        # them one
-        state = linesearch.init(
-            array_params if jax.tree.leaves(params) else jnp.zeros(())
-        )
-        return beside(strongly_typed(state), params)
 
-    def update(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: Params | None = None,
-        *,
-        value: Any = None,
-        grad: optax.Updates | None = None,
-        value_fn: ValueFn | None = None,
-        **data: Any,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        require_params(params, caller="the line search")
-        objective = bind(value_fn, data, caller="the line search")
-        require_given(value=value, grad=grad, caller="the line search")
-        if not jax.tree.leaves(updates):
-            return updates, state
-        array_params = jax.tree.map(jnp.asarray, params)
+def _init(
+    linesearch: optax.GradientTransformationExtraArgs, params: Params
+) -> optax.OptState:
+    # optax's searches look at a first leaf: an empty tree, or a placeholder, gets one
+    arrays = jax.tree.map(jnp.asarray, params)
+    state = linesearch.init(arrays if jax.tree.leaves(params) else jnp.zeros(()))
+    return beside(strongly_typed(state), params)
 
-        def place(tree: Any) -> Any:
-            return jax.tree.map(split_like, tree, array_params)
 
-        def with_grad(state: Any, change: Any) -> Any:
-            return (
-                state
-                if getattr(state, "grad", None) is None
-                else state._replace(grad=change(state.grad))
-            )
+def _step(
+    linesearch: optax.GradientTransformationExtraArgs, call: Call, state: Any
+) -> tuple[optax.Updates, Any]:
+    if not jax.tree.leaves(call.updates):
+        return call.updates, state
+    params = jax.tree.map(jnp.asarray, call.params)
 
-        def gather(tree: Any) -> Any:
-            return jax.tree.map(gathered, tree)
+    def gather(tree: Any) -> Any:
+        return jax.tree.map(gathered, tree)
 
-        whole, given, at = map(gather, (updates, grad, array_params))
-        step, new_state = linesearch.update(
-            whole,
-            with_grad(state, gather),
-            at,
-            value=value,
-            grad=given,
-            value_fn=precompose(objective, place),
-        )
-        step, new_state = place(step), with_grad(new_state, place)
-        moved = jnp.any(
-            jnp.array([jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)])
-        )
-        moved &= jnp.isfinite(value) & ~_risen(
-            value, getattr(new_state, "value", value)
-        )
-        step = zero_unless(moved, step)
-        kept: Any = select(moved, new_state, state)
-        return step, kept._replace(info=getattr(new_state, "info", None)) if hasattr(
-            kept, "info"
-        ) else kept
+    def place(tree: Any) -> Any:
+        return jax.tree.map(split_like, tree, params)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # the search of optax on whole trees, while the objective sees them split as ever
+    step, new = linesearch.update(
+        gather(call.updates),
+        _with_grad(state, gather),
+        gather(params),
+        value=call.value,
+        grad=gather(call.grad),
+        value_fn=precompose(call.objective, place),
+    )
+    step, new = place(step), _with_grad(new, place)
+
+    # no step from a value that is not finite, nor one uphill; the state is then the old
+    # one but for its report
+    nonzero = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]
+    risen = _risen(call.value, getattr(new, "value", call.value))
+    moved = jnp.any(jnp.array(nonzero)) & call.finite & ~risen
+    step = jax.tree.map(lambda leaf: jnp.where(moved, leaf, 0), step)
+    kept = select(moved, new, state)
+    return step, kept._replace(info=new.info) if hasattr(kept, "info") else kept
+
+
+def _with_grad(state: Any, change: Callable[[Params], Params]) -> Any:
+    """The state with the gradient changed that it keeps, if it keeps one."""
+    if getattr(state, "grad", None) is None:
+        return state
+    return state._replace(grad=change(state.grad))
 
 
 def _risen(value: Any, reached: Any) -> jax.Array:

@@ -9,6 +9,8 @@ Source: block sub-sampling as in randomised block Newton methods, Qu, Richtarik,
 and Fercoq, arXiv 1502.02268.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,20 +19,20 @@ import optax
 
 from hessopt._checks import check_range, check_transformation, check_word
 from hessopt.kinds.reports import evaluations, reports
-from hessopt.numerics.guards import divide, select, zero_unless
+from hessopt.numerics.guards import divide, select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import of_group, require_params
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import ravel, solve_dtype
-from hessopt.typing import Params, StepStatus, step_status
+from hessopt.typing import Params, StepStatus, Vector, step_status
 
 _NAME = "subsampled"
 
 
 class SubsampledInfo(NamedTuple):
-    """What the last update drew; what the blocks' own steps found is in their inner
-    states."""
+    """What the last update drew. What each block's own step found is in its state of
+    `inner`."""
 
     status: jax.Array  # int32 scalar, StepStatus
     drawn: jax.Array  # int32 scalar, blocks that got the inner direction
@@ -45,7 +47,8 @@ class SubsampledState(NamedTuple):
     # scalar, |step| / |gradient| averaged over the blocks of the last update that drew
     # one
     ratio: jax.Array
-    # {label: state of `inner` for that block}, each as of the block's last draw
+    # {name: state of `inner` for that block}, each as of the block's last draw; a
+    # scalar zero where there are no parameters
     inner: Any
     info: SubsampledInfo
 
@@ -91,109 +94,162 @@ def subsampled(
       ...     return 2.0 * jnp.sum(p["a"] ** 2) + jnp.sum(p["b"] ** 2)
       >>> tx = subsampled(scale_by_newton(), probability=0.5, blocks="leaf")
       >>> params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-      >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params, value_fn=loss)
+      >>> grads, state = jax.grad(loss)(params), tx.init(params)
+      >>> updates, state = tx.update(grads, state, params, value_fn=loss)
       >>> int(state.info.drawn) <= 2
       True
 
-    Source: see the head of this file.
+    Source: block sub-sampling as in Qu, Richtarik, Takac and Fercoq, "SDNA: Stochastic
+    dual Newton ascent for empirical risk minimization", arXiv 1502.02268.
     """
     check_range("probability", probability, 0, 1)
     check_groups("blocks", blocks)
     check_word("rest", rest, ("gradient", "norm_matched"))
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
+    options = _Options(inner, probability, blocks, rest == "norm_matched", seed)
+    # every keyword of `update` is for `inner`: there is nothing to bind here
+    return optax.GradientTransformationExtraArgs(
+        functools.partial(_init, options), functools.partial(_update, options)
+    )
 
-    def init(params: Params) -> SubsampledState:
-        labels, names = group_labels(params, blocks)
-        states = {
-            name: inner.init(take(params, labels, group))
-            for group, name in enumerate(names)
-        }
-        state = SubsampledState(
-            count=jnp.zeros((), jnp.int32),
-            ratio=jnp.ones((), solve_dtype(params)),
-            # of no block a leaf, so that `optax.tree.map_params` sees a non-parameter
-            # there
-            inner=states or jnp.zeros(()),
-            info=SubsampledInfo(
-                status=jnp.zeros((), jnp.int32),
-                drawn=jnp.zeros((), jnp.int32),
-                evaluations=jnp.zeros((), jnp.int32),
-            ),
+
+class _Options(NamedTuple):
+    """The arguments of `subsampled`, checked."""
+
+    inner: optax.GradientTransformationExtraArgs
+    probability: float | jax.Array
+    blocks: Groups
+    norm_matched: bool
+    seed: int
+
+
+class _Block(NamedTuple):
+    """What `inner.update` takes for one block: trees have None in place of the leaves
+    of the others."""
+
+    updates: Params
+    state: optax.OptState
+    params: Params
+    keywords: dict[str, Any]  # among them the objective with the other leaves held
+
+
+class _Step(NamedTuple):
+    """One block after the draw."""
+
+    updates: Params
+    state: optax.OptState
+
+
+def _init(options: _Options, params: Params) -> SubsampledState:
+    labels, names = group_labels(params, options.blocks)
+    states = {
+        name: options.inner.init(take(params, labels, group))
+        for group, name in enumerate(names)
+    }
+    state = SubsampledState(
+        count=jnp.zeros((), jnp.int32),
+        ratio=jnp.ones((), solve_dtype(params)),
+        # `optax.tree.map_params` takes an empty dict for that of the parameters
+        inner=states or jnp.zeros(()),
+        info=SubsampledInfo(
+            status=jnp.zeros((), jnp.int32),
+            drawn=jnp.zeros((), jnp.int32),
+            evaluations=jnp.zeros((), jnp.int32),
+        ),
+    )
+    return beside(state, params)
+
+
+def _update(
+    options: _Options,
+    updates: optax.Updates,
+    state: Any,  # SubsampledState
+    params: Params | None = None,
+    **keywords: Any,
+) -> tuple[optax.Updates, SubsampledState]:
+    require_params(params, caller=_NAME)
+    labels, names = group_labels(params, options.blocks)
+
+    def block(group: int) -> _Block:
+        own = of_group(labels, group, params, keywords, caller=_NAME)
+        part, at = (take(tree, labels, group) for tree in (updates, params))
+        return _Block(part, state.inner[names[group]], at, own)
+
+    # block b is drawn with the given probability, independently of the others
+    key = jax.random.fold_in(jax.random.key(options.seed), state.count)
+    drawn = jax.random.bernoulli(key, options.probability, (len(names),))
+
+    # a drawn block takes p_b of `inner`, another keeps g_b
+    blocks = [block(group) for group in range(len(names))]
+    steps = [
+        _advance(options.inner, drawn[group], own) for group, own in enumerate(blocks)
+    ]
+
+    # the rest moves by g_b, or by r g_b with r the mean of |p_b| / |g_b|
+    dtype = state.ratio.dtype
+    lengths = _lengths([step.updates for step in steps], dtype)
+    before = _lengths([own.updates for own in blocks], dtype)
+    ratio = _mean_ratio(state.ratio, drawn, lengths, before)
+    factor = jnp.where(drawn | (not options.norm_matched), 1.0, ratio)
+
+    # a block that is not finite does not move
+    finite = jnp.isfinite(lengths)
+    direction = updates
+    for group, step in enumerate(steps):
+        part = _scaled(step.updates, factor[group], finite[group])
+        direction = combine(part, direction)
+
+    states = dict(zip(names, (step.state for step in steps), strict=True))
+    inner_states = states or state.inner
+    return direction, SubsampledState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        ratio=ratio,
+        inner=inner_states,
+        info=SubsampledInfo(
+            status=step_status({StepStatus.NONFINITE: ~jnp.all(finite)}),
+            drawn=jnp.sum(drawn, dtype=jnp.int32),
+            evaluations=evaluations(reports(inner_states, state.inner)),
+        ),
+    )
+
+
+def _advance(
+    inner: optax.GradientTransformationExtraArgs, drawn: jax.Array, block: _Block
+) -> _Step:
+    """The update of `inner` and its state if the block is drawn, else what it had. A
+    step that is not finite leaves the state as it was."""
+
+    def by_inner() -> _Step:
+        new, state = inner.update(
+            block.updates, block.state, block.params, **block.keywords
         )
-        return beside(state, params)
+        new = optax.tree.cast_like(new, block.updates)
+        finite = jnp.isfinite(norm(ravel(new)))
+        return _Step(new, select(finite, state, block.state))
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Params | None = None,
-        **keywords: Any,
-    ) -> tuple[optax.Updates, SubsampledState]:
-        require_params(params, caller=_NAME)
-        labels, names = group_labels(params, blocks)
-        drawn = jax.random.bernoulli(
-            jax.random.fold_in(jax.random.key(seed), state.count),
-            probability,
-            (len(names),),
-        )
+    return jax.lax.cond(drawn, by_inner, lambda: _Step(block.updates, block.state))
 
-        def step(group: int) -> tuple[Any, Any]:
-            """The block's update, and the state of `inner` for it: both as they were if
-            the block is not drawn."""
-            part, kept_state = take(updates, labels, group), state.inner[names[group]]
-            own = of_group(labels, group, params, keywords, caller=_NAME)
 
-            def inner_step() -> tuple[Any, Any]:
-                new, new_state = inner.update(
-                    part, kept_state, take(params, labels, group), **own
-                )
-                new = optax.tree.cast_like(new, part)
-                finite = jnp.isfinite(norm(ravel(new)))
-                return new, select(finite, new_state, kept_state)
+def _lengths(parts: Sequence[Params], dtype: jax.typing.DTypeLike) -> Vector:
+    """The length of each tree."""
+    return jnp.array([norm(ravel(part)) for part in parts], dtype)
 
-            return jax.lax.cond(drawn[group], inner_step, lambda: (part, kept_state))
 
-        steps = [step(group) for group in range(len(names))]
-        dtype = state.ratio.dtype
-        lengths = jnp.array([norm(ravel(part)) for part, _ in steps], dtype)
-        before = jnp.array(
-            [norm(ravel(take(updates, labels, group))) for group in range(len(names))],
-            dtype,
-        )
-        usable = (
-            drawn
-            & (before > 0)
-            & (lengths > 0)
-            & jnp.isfinite(before)
-            & jnp.isfinite(lengths)
-        )
-        ratios = divide(lengths, before, usable)
-        ratio = jnp.where(
-            usable.any(), ratios.sum() / jnp.maximum(usable.sum(), 1), state.ratio
-        )
+def _mean_ratio(
+    old: jax.Array, drawn: jax.Array, lengths: Vector, before: Vector
+) -> jax.Array:
+    """The mean of `lengths / before` over the drawn blocks for which both are positive
+    and finite; the old one where there are none."""
+    positive = (before > 0) & (lengths > 0)
+    usable = drawn & positive & jnp.isfinite(before) & jnp.isfinite(lengths)
+    ratios = divide(lengths, before, usable)
+    count = jnp.sum(usable, dtype=ratios.dtype)
+    return divide(ratios.sum(), count, count > 0, otherwise=old)
 
-        factor = jnp.where(drawn | (rest == "gradient"), 1.0, ratio)
-        direction = updates
-        for group, (part, _) in enumerate(steps):
-            scaled = jax.tree.map(
-                lambda u, r=factor[group]: (r * u).astype(u.dtype), part
-            )
-            finite = jnp.isfinite(lengths[group])
-            direction = combine(zero_unless(finite, scaled), direction)
 
-        new_states = {name: s for name, (_, s) in zip(names, steps, strict=True)}
-        states = new_states or state.inner
-        return direction, SubsampledState(
-            count=jnp.asarray(optax.safe_increment(state.count)),
-            ratio=ratio,
-            inner=states,
-            info=SubsampledInfo(
-                status=step_status(
-                    {StepStatus.NONFINITE: ~jnp.all(jnp.isfinite(lengths))}
-                ),
-                drawn=jnp.sum(drawn, dtype=jnp.int32),
-                evaluations=evaluations(reports(states, state.inner)),
-            ),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+def _scaled(part: Params, factor: jax.Array, finite: jax.Array) -> Params:
+    """The factor times a tree, zero where the condition does not hold."""
+    return jax.tree.map(
+        lambda u: jnp.where(finite, (factor * u).astype(u.dtype), 0), part
+    )

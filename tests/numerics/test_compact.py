@@ -77,3 +77,10 @@ def test_what_stands_in_a_free_slot_is_ignored():
     )
     assert np.isfinite(v).all()
     assert np.isfinite(w).all()
+
+
+def test_a_pair_without_curvature_makes_no_infinities():
+    small, *_ = filled(curved_pairs(2), 3)
+    spoilt = compact.append(small, jnp.zeros(3), jnp.zeros(3))
+    assert np.isfinite(spoilt.R_inv).all()
+    assert spoilt.gamma == 0  # none is known
