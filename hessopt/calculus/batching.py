@@ -89,8 +89,8 @@ def fill_rows(
 
 
 def _axis(array: Any) -> int:
-    """The position of the stack's axis in an array of this (unmapped) shape: after the
-    first axis, if there is one."""
+    """Return the position of the stack's axis in an array of this (unmapped) shape:
+    after the first axis, if there is one."""
     return min(1, len(array.shape))
 
 
@@ -113,8 +113,8 @@ def _apply(equation: Equation, operands: list[_Operand]) -> list[_Operand]:
 
 
 def _contracts_data(equation: Equation, mapped: list[bool]) -> bool:
-    """A plain matrix product over the first axis of a mapped left with a fixed right
-    factor."""
+    """Return a plain matrix product over the first axis of a mapped left with a fixed
+    right factor."""
     if equation.name != "dot_general" or mapped != [True, False]:
         return False
     params = equation.params
@@ -132,8 +132,8 @@ def _contracts_data(equation: Equation, mapped: list[bool]) -> bool:
 def _fixed_factor_first(
     params: dict[str, Any],
 ) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:
-    """The same product with its factors exchanged, and the result's axes back in the
-    old order."""
+    """Return the same product with its factors exchanged, and the result's axes back in
+    the old order."""
     (left_axes, right_axes), _ = params["dimension_numbers"]
     keep = {name: params[name] for name in ("precision", "preferred_element_type")}
 

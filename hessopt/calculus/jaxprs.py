@@ -138,7 +138,7 @@ def _variables(atoms: Sequence[Any]) -> list[Var]:
 def _inside(
     program: Program, equation: JaxprEqn, enter: Mapping[str, str]
 ) -> Program | None:
-    """The program to enter, None where the equation is taken as a whole."""
+    """Return the program to enter, None where the equation is taken as a whole."""
     parameter = enter.get(equation.primitive.name)
     if parameter is None:
         return None
@@ -163,6 +163,6 @@ def _alone(program: Program, equation: JaxprEqn, variables: list[Var]) -> Equati
 
 
 def _closed(program: Program, jaxpr: Any) -> Program:
-    """A program without constants, made as a copy of another since its type is not
-    exported."""
+    """Return a program without constants, made as a copy of another since its type is
+    not exported."""
     return program.replace(jaxpr=jaxpr, consts=())

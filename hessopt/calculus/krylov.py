@@ -31,7 +31,7 @@ class Krylov(NamedTuple):
     # (m,), below the diagonal; the last one in use leads out of the space
     beside: Vector
     used: jax.Array  # int32 scalar, k <= m: products with H
-    residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimiser p
+    residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimizer p
     w: Vector  # (m,), eigenvalues, ascending; after the k-th, that again
     z: Vector  # (m,), coefficients of g in the eigenvectors; 0 from the k-th on
     S: Matrix  # (m, m), eigenvectors
@@ -44,7 +44,7 @@ def krylov(
     minimize: Callable[[Vector, Vector], Shifted],
     tolerance: jax.Array,
 ) -> Krylov:
-    """Extend the space until the model's minimiser in it has a residual of at most
+    """Extend the space until the model's minimizer in it has a residual of at most
     `tolerance`.
 
     Args:
@@ -82,7 +82,7 @@ def krylov(
 
 
 def _begin(g: Tree, length: jax.Array, size: int) -> Krylov:
-    """The space of g alone, `v_1 = g / |g|`, before the first product."""
+    """Return the space of g alone, `v_1 = g / |g|`, before the first product."""
     unit = jax.tree.map(lambda leaf: leaf / or_one(length), g)
     rows = zeros(jax.tree.map(lambda leaf: stack_of(leaf, size), unit), unit)
     none = jnp.zeros(size, length.dtype)
@@ -154,13 +154,13 @@ def orthogonalized(
 
 
 def within(V: Tree, vector: Tree) -> Vector:
-    """`V'v`, summed over the leaves."""
+    """Return `V'v`, summed over the leaves."""
     products = jax.tree.map(lambda rows, x: contract(rows, x, x.ndim), V, vector)
     return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
 def combination(y: Vector, V: Tree) -> Tree:
-    """`V y`, leaf by leaf."""
+    """Return `V y`, leaf by leaf."""
     return jax.tree.map(lambda rows: jnp.tensordot(y, rows, 1, precision="highest"), V)
 
 

@@ -94,8 +94,8 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
 def _transposed_jacobian(
     model_fn: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any
 ) -> jax.Array:
-    """J', a row for every parameter; the tangents of a leaf skip what does not depend
-    on it."""
+    """Return J', a row for every parameter; the tangents of a leaf skip what does not
+    depend on it."""
     sizes = [leaf.size for leaf in jax.tree.leaves(outputs)]
     columns = [sum(sizes[:i]) for i in range(len(sizes))]
     rows = jnp.zeros((sum(part.size for part in parts), sum(sizes)), dtype)
@@ -114,8 +114,8 @@ def _transposed_jacobian(
 
 
 def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
-    """Whether each entry of a linear function's result is seen to depend on the same
-    entry of its argument only."""
+    """Return whether each entry of a linear function's result is seen to depend on the
+    same entry of its argument only."""
     leaves, treedef = jax.tree.flatten(example)
     program = jax.make_jaxpr(
         lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves)))
@@ -125,8 +125,8 @@ def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
 
 
 def _source(equation: Equation, sources: list[int | None]) -> list[int | None]:
-    """The one input on which the results depend entry by entry, None if on none, MIXED
-    if otherwise."""
+    """Return the one input on which the results depend entry by entry, None if on none,
+    MIXED if otherwise."""
     inputs = {source for source in sources if source is not None}
     # what depends on an input must have the shape of the result: a broadcast is not
     # entry by entry

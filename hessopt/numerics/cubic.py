@@ -1,4 +1,4 @@
-"""The global minimiser of a cubic model, `g.eta + eta.H eta / 2 + (damping / 6) |D
+"""The global minimizer of a cubic model, `g.eta + eta.H eta / 2 + (damping / 6) |D
 eta|^3` with D = diag(scale) >= 0.
 
 It satisfies `(H + kappa D^2) eta = -g` with `kappa = (damping / 2) |D eta|` for the
@@ -7,7 +7,7 @@ its entries differ by more than float32 can hold. Instead
 
 1. H is equilibrated by powers of two, and everything is brought to size 1;
 2. the power of two above kappa is found by bisection of its exponent, one Cholesky
-   factorisation a turn;
+   factorization a turn;
 3. with `M = H + W^2 = L L'` at this power, `W = sqrt(kappa) D`, one scalar equation is
    left in the eigenvectors of `L^-1 W^2 L^-T`, the secular one. Its unknown is the
    distance from where the matrix is singular, so that nothing cancels next to it;
@@ -36,9 +36,9 @@ from hessopt.typing import Matrix, StepStatus, Vector, step_status
 
 
 class CubicSolution(NamedTuple):
-    """The minimiser of a cubic model."""
+    """The minimizer of a cubic model."""
 
-    eta: Vector  # (S,); zeros unless the model has a minimiser
+    eta: Vector  # (S,); zeros unless the model has a minimizer
     radius: jax.Array  # scalar, |scale * eta|
     # int32 scalar, StepStatus: NEGATIVE_CURVATURE, UNBOUNDED_MODEL, NONFINITE
     status: jax.Array
@@ -47,7 +47,7 @@ class CubicSolution(NamedTuple):
 def solve_cubic(
     gradient: Vector, hessian: Matrix, scale: Vector, damping: jax.typing.ArrayLike
 ) -> CubicSolution:
-    """Minimise `gradient.eta + eta.hessian.eta / 2 + (damping / 6) |scale * eta|^3`
+    """Minimize `gradient.eta + eta.hessian.eta / 2 + (damping / 6) |scale * eta|^3`
     over eta.
 
     Args:
@@ -58,7 +58,7 @@ def solve_cubic(
       damping: scalar, not negative. With 0, or a scale of zeros, eta is Newton's step.
 
     Returns:
-      A global minimiser; one of two or more in the hard case. Its `status`:
+      A global minimizer; one of two or more in the hard case. Its `status`:
 
       NEGATIVE_CURVATURE: hessian is not positive definite. UNBOUNDED_MODEL, with zeros
       for eta: hessian is not positive definite on entries on which the cubic term does
@@ -70,7 +70,7 @@ def solve_cubic(
     Raises:
       ValueError: for damping < 0 (traced: NONFINITE), or shapes that do not fit.
 
-    Cost: about 14 Cholesky factorisations and one eigendecomposition, `14 S^3`; no
+    Cost: about 14 Cholesky factorizations and one eigendecomposition, `14 S^3`; no
     evaluation of the objective.
 
     Example:
@@ -112,7 +112,7 @@ class _Model(NamedTuple):
 
 
 class _Scaled(NamedTuple):
-    """The equations of the minimiser in units in which everything is of size 1.
+    """The equations of the minimizer in units in which everything is of size 1.
 
     `(A + kappa d^2) y = -g` with `kappa = 2^weight |d y|` and `eta = gamma t y`.
     """
@@ -209,8 +209,8 @@ def _minimiser(scaled: _Scaled, k: jax.Array) -> Vector:
 
 
 def _factor(A: Matrix, d: Vector, k: jax.Array) -> tuple[Matrix, Vector, Vector]:
-    """`L L' = j (A + W^2) j` for `W = 2^(k/2) d`, with j that brings its diagonal to
-    size 1; and `j W`, j."""
+    """Return `L L' = j (A + W^2) j` for `W = 2^(k/2) d`, with j that brings its
+    diagonal to size 1; and `j W`, j."""
     w = power(k / 2) * d
     j = 1 / jnp.maximum(w, 1.0)
     return jnp.linalg.cholesky(A * j * j[:, None] + jnp.diag((j * w) ** 2)), j * w, j
@@ -249,7 +249,7 @@ def _exponent(scaled: _Scaled) -> tuple[jax.Array, jax.Array]:
 
 
 def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
-    """`z / (1 - (1 - sigma) theta)` for the sigma at which `|sqrt(theta) that| =
+    """Return `z / (1 - (1 - sigma) theta)` for the sigma at which `|sqrt(theta) that| =
     2^level sigma`, theta ascending.
 
     The unknown is u = log t with `t = 1 - (1 - sigma) max(theta)`, in which all terms
@@ -262,7 +262,8 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
     z = without_hard_case(z, -1, largest > 1)
 
     def excess(u: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The logarithm of the left side over the right one, and its derivative."""
+        """Return the logarithm of the left side over the right one, and its
+        derivative."""
         t = jnp.exp(u)
         below = (1 - q) + t * q
         terms, sigma = jnp.sqrt(theta) * z / below, 1 - (1 - t) / largest
@@ -281,8 +282,8 @@ def _secular(theta: Vector, z: Vector, level: jax.Array) -> Vector:
 
 
 def _log_norm(v: Vector) -> jax.Array:
-    """The logarithm to base 2 of the length of v, also where its square is out of
-    range; -inf for zero."""
+    """Return the logarithm to base 2 of the length of v, also where its square is out
+    of range; -inf for zero."""
     largest = jnp.max(jnp.abs(v))
     return jnp.log2(largest) + jnp.log2(or_one(jnp.linalg.norm(v / or_one(largest))))
 

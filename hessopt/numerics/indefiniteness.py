@@ -1,4 +1,4 @@
-"""A symmetric matrix, factorised as it is or made positive definite: what Newton's step
+"""A symmetric matrix, factorized as it is or made positive definite: what Newton's step
 is solved with."""
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ class Factorization(NamedTuple):
     """A symmetric `(n, n)` matrix A, ready for solves."""
 
     factor: Params  # pytree of arrays, what `IndefiniteTreatment.solve` takes
-    # (n,), magnitudes whose smallest tells how near to singular the factorised matrix
+    # (n,), magnitudes whose smallest tells how near to singular the factorized matrix
     # is
     pivots: Vector
-    # scalar, added to the diagonal of A; handed to the next factorisation
+    # scalar, added to the diagonal of A; handed to the next factorization
     shift: jax.Array
-    attempts: jax.Array  # int32 scalar, factorisations tried
+    attempts: jax.Array  # int32 scalar, factorizations tried
     indefinite: jax.Array  # bool scalar, A is known not to be positive definite
     ok: jax.Array  # bool scalar, the factor can be used
 
@@ -32,7 +32,7 @@ class Factorization(NamedTuple):
 class IndefiniteTreatment(NamedTuple):
     """A way to solve with a matrix that need not be positive definite."""
 
-    # of a matrix and the shift of the last factorisation
+    # of a matrix and the shift of the last factorization
     factorize: Callable[[Matrix, jax.Array], Factorization]
     solve: Callable[[Params, Vector], Vector]  # of its factor and a vector
 

@@ -7,8 +7,8 @@ there are eigenvalues:
     y = -z / (w + kappa),    kappa >= max(0, -min(w)),
 
 and one scalar equation says which shift it is: `|y| = radius`, unless kappa = 0 has
-`|y| <= radius`, for the minimiser of the quadratic model within a ball; `kappa = sigma
-|y|` for that of the model with `sigma/3 |p|^3`. Both are global minimisers of models
+`|y| <= radius`, for the minimizer of the quadratic model within a ball; `kappa = sigma
+|y|` for that of the model with `sigma/3 |p|^3`. Both are global minimizers of models
 that need not be convex. The unknown is the distance from the singular shift, in which
 all terms are positive and nothing cancels. In the hard case, g orthogonal to the
 eigenvector of the lowest eigenvalue, z is changed there by less than rounding: the
@@ -34,7 +34,7 @@ TURNS = 80
 
 
 class Shifted(NamedTuple):
-    """The minimiser of a model."""
+    """The minimizer of a model."""
 
     y: Vector  # (k,), in the eigenvectors
     shift: jax.Array  # scalar, kappa
@@ -47,7 +47,7 @@ ShiftRule = Callable[[Vector, Vector, jax.Array], Shifted]
 
 
 def within_radius(w: Vector, z: Vector, radius: jax.Array) -> Shifted:
-    """Minimise `z.y + y.(w y)/2` over `|y| <= radius`.
+    """Minimize `z.y + y.(w y)/2` over `|y| <= radius`.
 
     Args:
       w: `(k,)`, eigenvalues, ascending.
@@ -61,15 +61,15 @@ def within_radius(w: Vector, z: Vector, radius: jax.Array) -> Shifted:
 
 
 def with_cubic_term(w: Vector, z: Vector, sigma: jax.Array) -> Shifted:
-    """Minimise `z.y + y.(w y)/2 + (sigma/3) |y|^3`; arguments as for `within_radius`."""
+    """Minimize `z.y + y.(w y)/2 + (sigma/3) |y|^3`; arguments as for `within_radius`."""
     return _solve(w, z, lambda kappa: (kappa / sigma, jnp.ones_like(kappa)))
 
 
 def _solve(
     w: Vector, z: Vector, length: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 ) -> Shifted:
-    """The step for which `|y(kappa)|` is `length(kappa)`, given with its logarithmic
-    derivative."""
+    """Return the step for which `|y(kappa)|` is `length(kappa)`, given with its
+    logarithmic derivative."""
     info = jnp.finfo(z.dtype)
     unit_w, unit_z = unit_scale(w), unit_scale(z)
     lowest = jnp.maximum(-w[0], 0.0)

@@ -168,7 +168,7 @@ class _Bounds(NamedTuple):
 
 
 def _interval(bounds: _Bounds) -> tuple[jax.Array, jax.Array]:
-    """The lowest and the highest rate, of those whose squares are numbers."""
+    """Return the lowest and the highest rate, of those whose squares are numbers."""
     lowest = jnp.maximum(bounds.min_rate, SMALLEST_RATE)
     return lowest, jnp.minimum(bounds.max_rate, LARGEST_RATE)
 
@@ -267,8 +267,8 @@ def _values(problem: RateProblem, rates: jax.Array) -> Vector:
 def _parabola(
     problem: RateProblem, start: jax.Array, rate: Vector, fall: Vector, bend: Vector
 ) -> Measurement:
-    """The parabola through phi(0) with `fall = b r` and `bend = A r^2 / 2` at the rate
-    r."""
+    """Return the parabola through phi(0) with `fall = b r` and `bend = A r^2 / 2` at
+    the rate r."""
     # what of a difference of two values may be rounding
     coarsest = max(float(jnp.finfo(start.dtype).eps), eps(problem.params))
     noise = 8 * coarsest * jnp.abs(start).astype(rate.dtype)

@@ -74,7 +74,7 @@ def scale_by_grouped_newton(
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale additive updates, group by group, by the rates that minimise a cubic model
+    """Scale additive updates, group by group, by the rates that minimize a cubic model
     of the objective.
 
     Args:
@@ -114,7 +114,7 @@ def scale_by_grouped_newton(
 
       Its status is `state.info.status`:
 
-      UNBOUNDED_MODEL: the model has no minimiser, since H is indefinite and third
+      UNBOUNDED_MODEL: the model has no minimizer, since H is indefinite and third
       derivatives are missing (ReLU and squares make a parabola along each group); the
       rates are those of a parabola above the model, which lower the model as well.
       RATE_KEPT: a group kept its last rate, since the model says nothing about it or,
@@ -192,7 +192,7 @@ def _blank(size: int, dtype: Any) -> Cubic:
 
 
 def _measure(problem: RateProblem, rate: Vector) -> Measurement:
-    """The model by derivatives, in one sweep of tangents."""
+    """Return the model by derivatives, in one sweep of tangents."""
     value, gradient, hessian, third = taylor(
         problem.objective, problem.params, problem.updates, groups=problem.groups
     )
@@ -225,8 +225,8 @@ def _solve(
 
 
 def _bounded(g: Vector, H: Matrix) -> Vector:
-    """The minimiser of `-g.eta + eta.|H| eta / 2`, a parabola above that of H; zero for
-    a group without curvature."""
+    """Return the minimizer of `-g.eta + eta.|H| eta / 2`, a parabola above that of H;
+    zero for a group without curvature."""
     # |H| has the eigenvalues of H by magnitude, in units of the groups in which all
     # rows are alike
     largest = jnp.max(jnp.abs(H), axis=1, initial=0.0)

@@ -40,7 +40,7 @@ from hessopt.typing import Labels, Matrix, Params, StepStatus, Vector, step_stat
 _NOT_REUSED = (
     StepStatus.FACTORIZATION_FAILED | StepStatus.NO_CURVATURE | StepStatus.NONFINITE
 )
-"""Facts after which the next update factorises again."""
+"""Facts after which the next update factorizes again."""
 
 
 class NewtonInfo(NamedTuple):
@@ -48,10 +48,10 @@ class NewtonInfo(NamedTuple):
 
     status: jax.Array  # int32 scalar, StepStatus
     damping: jax.Array  # scalar, lambda with the shift, in units of f / params^2
-    smallest_pivot: jax.Array  # scalar, of the factorised matrix, same units
+    smallest_pivot: jax.Array  # scalar, of the factorized matrix, same units
     # scalar, largest over smallest pivot: an estimate of the condition number
     condition: jax.Array
-    attempts: jax.Array  # int32 scalar, factorisations tried, over all blocks
+    attempts: jax.Array  # int32 scalar, factorizations tried, over all blocks
     evaluations: jax.Array  # int32 scalar, of the objective besides the Hessian: 0
 
 
@@ -60,7 +60,7 @@ class NewtonState(NamedTuple):
     like params."""
 
     count: jax.Array  # int32 scalar, updates so far
-    # (number of blocks,), shifts of the last factorisations that succeeded
+    # (number of blocks,), shifts of the last factorizations that succeeded
     shift: Vector
     factors: Params  # with update_every > 1, the blocks' factors in use; None else
     info: NewtonInfo
@@ -88,7 +88,7 @@ def scale_by_newton(
         or an `IndefiniteTreatment`.
       blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal
         blocks only, each computed on its own.
-      update_every: number of updates for which a factorisation serves. Shapes the
+      update_every: number of updates for which a factorization serves. Shapes the
         state, so under `optax.inject_hyperparams` it stands in `static_args`.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
@@ -109,7 +109,7 @@ def scale_by_newton(
         requires.
 
     Cost per update: sum n_b products of about two gradients each and n_b^3/3
-    multiplications per attempted factorisation (`"shift"`: 1.6 attempts on average),
+    multiplications per attempted factorization (`"shift"`: 1.6 attempts on average),
     every `update_every` updates; n_b^2 in between. Memory during an update: two to four
     times the sum of n_b^2; with update_every > 1 once between updates.
 
@@ -146,7 +146,7 @@ class _Options(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """The factorised blocks of the curvature, as an update uses them."""
+    """The factorized blocks of the curvature, as an update uses them."""
 
     factors: Params  # one per block
     shift: Vector  # (number of blocks,)
@@ -176,7 +176,7 @@ def _step(
     parts = [take(call.updates, labels, group) for group in range(len(names))]
     gradients = [jnp.where(call.finite, ravel(part), jnp.nan) for part in parts]
 
-    # H + lambda I, factorised when it is due or when the last factors were of no use
+    # H + lambda I, factorized when it is due or when the last factors were of no use
     def factorize() -> _Blocks:
         return _factorize(options, call, state, labels, gradients)
 
@@ -222,7 +222,7 @@ def _factorize(
     labels: Labels,
     gradients: list[Vector],
 ) -> _Blocks:
-    """Form and factorise all blocks of the curvature at params."""
+    """Form and factorize all blocks of the curvature at params."""
     count, dtype = len(gradients), solve_dtype(call.params)
     lam = jnp.asarray(scheduled(options.damping, state.count), dtype)
     matrices = block_hessians(
@@ -245,7 +245,7 @@ def _factorize(
 def _empty_factors(
     options: _Options, params: Params, labels: Labels, count: int
 ) -> list[Params]:
-    """Zeros in the shapes of the blocks' factors."""
+    """Return zeros in the shapes of the blocks' factors."""
 
     def empty(group: int) -> Params:
         size = jax.eval_shape(ravel, take(params, labels, group)).size
@@ -258,7 +258,7 @@ def _empty_factors(
 
 
 def _points_uphill(direction: optax.Updates, call: Call) -> jax.Array:
-    """Whether a direction that is not zero has no positive product with the
+    """Return whether a direction that is not zero has no positive product with the
     gradient."""
     p, g = ravel(direction), ravel(call.gradient)
     g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
@@ -274,7 +274,7 @@ def _factorize_block(
     old_factor: Params,
     old_shift: jax.Array,
 ) -> tuple[Params, jax.Array, NewtonInfo]:
-    """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was
+    """Factorize `H + lam I`, or `|g| I` where that is zero; on failure return what was
     there before."""
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
@@ -306,7 +306,7 @@ def _factorize_block(
 
 
 def _worst(infos: list[NewtonInfo], dtype: jax.typing.DTypeLike) -> NewtonInfo:
-    """The flags of all blocks, the extremes of their figures, the sum of their
+    """Return the flags of all blocks, the extremes of their figures, the sum of their
     attempts; zeros for no block."""
     if not infos:
         # an array for each field: a state that shares buffers cannot be donated

@@ -1,7 +1,7 @@
 """Newton-CG: `H p = g` by conjugate gradients, as far as it is worth it, and no farther
 than to negative curvature.
 
-Products with H come from one linearisation of the gradient; H is never formed and
+Products with H come from one linearization of the gradient; H is never formed and
 vectors stay trees. The residual may be `min(1/2, sqrt(|g|/|g_0|)) |g|`, so that little
 work goes into early steps and the last ones converge superlinearly. A direction of
 negative curvature ends the iteration and is part of p: a step along it is what leaves a
@@ -76,7 +76,7 @@ def scale_by_newton_cg(
         symmetric and positive definite.
       warm_start: whether to begin with the last direction, at the length that suits
         this gradient; one more product.
-      rematerialize: whether to linearise the gradient anew in every product: less
+      rematerialize: whether to linearize the gradient anew in every product: less
         memory, more time.
 
     Returns:
@@ -202,7 +202,8 @@ def _step(
 def _products(
     options: _Options, call: Call
 ) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
-    """`v -> H v` and `r -> M r` at params, over real leaves in at least float32."""
+    """Return `v -> H v` and `r -> M r` at params, over real leaves in at least
+    float32."""
     params = call.params
     parts, restore = real_leaves(params)
     objective = precompose(call.objective, restore)
@@ -216,7 +217,7 @@ def _products(
         v = [x.astype(p.dtype) for x, p in zip(v, parts, strict=True)]
         if once is not None:
             return _wide(once(v), params)
-        # at params that seem to depend on v, or XLA would move the linearisation out of
+        # at params that seem to depend on v, or XLA would move the linearization out of
         # the loop
         point, v = jax.lax.optimization_barrier((parts, v))
         return _wide(product_at(point)(v), params)
@@ -230,13 +231,13 @@ def _products(
 
 
 def _wide(tree: Params, params: Params) -> Leaves:
-    """The real leaves of a tree in the dtype of inner products over params."""
+    """Return the real leaves of a tree in the dtype of inner products over params."""
     dtype = solve_dtype(params)
     return [leaf.astype(dtype) for leaf in real_leaves(tree)[0]]
 
 
 def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
-    """The tree of real leaves p, in the dtypes of the updates."""
+    """Return the tree of real leaves p, in the dtypes of the updates."""
     like, restore = real_leaves(updates)
     return restore([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
 
@@ -244,7 +245,8 @@ def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
 def _kept(
     options: _Options, sound: jax.Array, direction: optax.Updates, old: Params
 ) -> Params:
-    """The direction that a warm start begins with, of the last step that was sound."""
+    """Return the direction that a warm start begins with, of the last step that was
+    sound."""
     if not options.warm_start:
         return None
     return optax.tree.cast_like(select(sound, direction, old), old)
@@ -253,8 +255,8 @@ def _kept(
 def _warm(
     p: Leaves, multiply: Callable[[Leaves], Leaves], g: Leaves
 ) -> tuple[Leaves, Leaves]:
-    """The multiple of p that minimises the model, and H times it; zero where p has no
-    positive curvature."""
+    """Return the multiple of p that minimizes the model, and H times it; zero where p
+    has no positive curvature."""
     q = multiply(p)
     (_, pq, _), (_, _, _), (pg, _, _) = inner_products(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)

@@ -1,14 +1,14 @@
-"""Trust-region Newton: the global minimiser of a quadratic model, kept to where the
+"""Trust-region Newton: the global minimizer of a quadratic model, kept to where the
 model is good.
 
 With g and H the gradient and the Hessian (or Gauss-Newton matrix) at params, the step
-minimises one of
+minimizes one of
 
     g.p + p.H p / 2  over  |D p| <= radius,        g.p + p.H p / 2 + (sigma/3) |D p|^3,
 
 and is taken if the objective falls. How much it falls, over how much the quadratic
 promised, sets the radius, or sigma, for the next one. Indefinite H is welcome: both
-minimisers go along negative curvature. D equilibrates H, with the largest of each of
+minimizers go along negative curvature. D equilibrates H, with the largest of each of
 its entries so far: units of parameters do not matter, and a parameter that has lost its
 influence, as that of a saturated neuron, does not run away for it. One
 eigendecomposition of `D^-1 H D^-1` serves for all trials.
@@ -271,7 +271,7 @@ def _step(
 def _measure(
     options: _Options, call: Call, gradient: Leaves, state: TrustRegionState
 ) -> _Problem:
-    """The value, and the model in the eigenvectors of the curvature."""
+    """Return the value, and the model in the eigenvectors of the curvature."""
     parts, restore = real_leaves(call.params)
     objective = precompose(call.objective, restore)
     value = objective(parts) if call.value is None else jnp.asarray(call.value)
@@ -301,7 +301,8 @@ def _measure(
 def _size(
     options: _Options, state: TrustRegionState, w: Vector, z: Vector
 ) -> jax.Array:
-    """The radius or sigma of the last update; for the first, by Cauchy's step."""
+    """Return the radius or sigma of the last update; for the first, by Cauchy's
+    step."""
     given = options.initial_radius
     radius = _cauchy(w, z) if given is None else jnp.asarray(given, w.dtype)
     first = options.step_bound.first(w, secular.within_radius(w, z, radius))
@@ -309,7 +310,7 @@ def _size(
 
 
 def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
-    """Minimise the bounded model, and judge the step by the objective."""
+    """Minimize the bounded model, and judge the step by the objective."""
     objective, parts, value, noise, model, *_ = problem
     step = options.step_bound.minimize(model.w, model.z, last.size)
     sound = jnp.isfinite(step.length)
@@ -336,7 +337,7 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
 
 
 def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
-    """`J'L r''`, r'' the second derivative of the outputs along p."""
+    """Return `J'L r''`, r'' the second derivative of the outputs along p."""
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
     def slope(x: Leaves) -> Params:
@@ -347,7 +348,7 @@ def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
 
 
 def _cauchy(w: Vector, z: Vector) -> jax.Array:
-    """The length of the step to the minimum along the gradient, of curvature by
+    """Return the length of the step to the minimum along the gradient, of curvature by
     magnitude; without any, 1."""
     scale = unit_scale(z)
     z = z / scale

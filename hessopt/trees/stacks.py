@@ -49,7 +49,7 @@ def products(zero: jax.Array, stack: Params, *trees: Params) -> list[jax.Array]:
 
 
 def _leaf_products(rows: jax.Array, xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """The products of one leaf of a stack with that of each vector."""
+    """Return the products of one leaf of a stack with that of each vector."""
     wide = jnp.promote_types(jnp.float32, xs[0].dtype)
 
     def product(x: jax.Array) -> jax.Array:

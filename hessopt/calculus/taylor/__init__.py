@@ -154,7 +154,7 @@ def _gradient(
     count: int,
     dtype: Any,
 ) -> Vector:
-    """The gradient of phi at 0, by the adjoints of the parameters."""
+    """Return the gradient of phi at 0, by the adjoints of the parameters."""
     slopes = [jnp.zeros((), dtype)] * count
     for adjoint, update, label in zip(tape.gradient, updates, labels, strict=True):
         if adjoint is not None:

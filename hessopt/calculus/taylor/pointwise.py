@@ -34,7 +34,7 @@ operand only."""
 
 
 def is_pointwise(operation: Operation, adjoint: tuple[jax.Array, ...]) -> bool:
-    """Whether the operation is one of these, real, in one operand."""
+    """Return whether the operation is one of these, real, in one operand."""
     if (
         operation.name not in POINTWISE_PRIMITIVES
         or len(operation.values) != 1
@@ -57,7 +57,7 @@ def contract_pointwise(
     order: int,
     dtype: Any,
 ) -> Contribution:
-    """What the operation adds, and the tangents of its result."""
+    """Return what the operation adds, and the tangents of its result."""
     (lam,), (groups, s) = adjoint, x
     f1, f2, f3 = (*_slopes(operation, order), None)[:3]
     ss = None if xx is None else spread(xx, groups)
@@ -81,7 +81,7 @@ def contract_pointwise(
 
 
 def _slopes(operation: Operation, order: int) -> list[jax.Array | None]:
-    """The derivatives f', f'', ... at every entry; None where one is zero by
+    """Return the derivatives f', f'', ... at every entry; None where one is zero by
     construction."""
     (value,) = operation.values
     one = jnp.ones_like(value)

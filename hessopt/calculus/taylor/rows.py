@@ -20,8 +20,8 @@ def rows(
     dtype: DTypeLike,
     chunk_size: int,
 ) -> tuple[Matrix, Vector]:
-    """The Hessian of phi a few rows at a time, by derivatives of the gradient, and the
-    third derivatives."""
+    """Return the Hessian of phi a few rows at a time, by derivatives of the gradient,
+    and the third derivatives."""
     if not count:
         return jnp.zeros((0, 0), dtype), jnp.zeros(0, dtype)
     gradient = jax.grad(objective, argnums=tuple(range(len(leaves))))

@@ -108,8 +108,8 @@ def _add(sums: Sums, term: jax.Array) -> None:
 
 
 def _collected(sums: Sums, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """The sum over operations, and over the devices each of which has operations of its
-    own."""
+    """Return the sum over operations, and over the devices each of which has operations
+    of its own."""
     parts = (jax.lax.psum(part, axes) if axes else part for axes, part in sums.items())
     return sum(parts, jnp.zeros(shape, dtype))
 
@@ -122,7 +122,7 @@ def _contract(
     order: int,
     dtype: DTypeLike,
 ) -> Contribution:
-    """What any operation adds, and the tangents of its results."""
+    """Return what any operation adds, and the tangents of its results."""
 
     def reverse(*values: jax.Array) -> Arrays:
         own = (
@@ -148,8 +148,8 @@ def _contract(
 
 @jax.custom_jvp
 def _held(adjoint: Arrays, values: Arrays) -> Arrays:
-    """The adjoint, with tangents that are zeros but there: JAX cannot transpose a
-    linear solve without them."""
+    """Return the adjoint, with tangents that are zeros but there: JAX cannot transpose
+    a linear solve without them."""
     return adjoint
 
 
@@ -166,7 +166,7 @@ def _hessian(
     x: dict[int, Tangents],
     dtype: DTypeLike,
 ) -> list[tuple[Groups, Groups, jax.Array]]:
-    """What an operation adds to the Hessian."""
+    """Return what an operation adds to the Hessian."""
     parts, found = _parts(x), []
     order = sorted(parts, key=len)
     # a product of two operands is taken from the side with fewer groups
@@ -190,7 +190,7 @@ def _third(
     xx: dict[int, Tangents],
     dtype: DTypeLike,
 ) -> list[tuple[Groups, jax.Array]]:
-    """What an operation adds to the third derivative."""
+    """Return what an operation adds to the third derivative."""
     found = []
     for groups, tangents, bends in _movements(x, xx):
         twice = stacked(
@@ -210,7 +210,7 @@ def _third(
 
 
 def _first(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
-    """The tangents of the results."""
+    """Return the tangents of the results."""
     return _summed(
         (groups, stacked(_forward(operation, places), *(x[p].stack for p in places)))
         for groups, places in _parts(x).items()
@@ -220,7 +220,7 @@ def _first(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
 def _second(
     operation: Operation, x: dict[int, Tangents], xx: dict[int, Tangents]
 ) -> dict[int, Tangents]:
-    """The second derivatives of the results."""
+    """Return the second derivatives of the results."""
     return _summed(
         (
             groups,
@@ -236,7 +236,7 @@ def _second(
 def _summed(
     parts: Iterable[tuple[Groups, list[jax.Array | None]]],
 ) -> dict[int, Tangents]:
-    """The sum over parts, each with a stack for every result."""
+    """Return the sum over parts, each with a stack for every result."""
     found: dict[int, list[Tangents]] = {}
     for groups, stacks in parts:
         for result, stack in enumerate(stacks):
@@ -246,7 +246,7 @@ def _summed(
 
 
 def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
-    """The operands that the same groups have reached, by these groups."""
+    """Return the operands that the same groups have reached, by these groups."""
     parts: dict[Groups, Places] = {}
     for place, tangents in x.items():
         parts[tangents.groups] = (*parts.get(tangents.groups, ()), place)
@@ -256,8 +256,8 @@ def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
 def _movements(
     x: dict[int, Tangents], xx: dict[int, Tangents]
 ) -> Iterator[tuple[Groups, Stacks, Stacks]]:
-    """The groups that move the same operands, with the first and, where there are any,
-    second derivatives of these."""
+    """Return the groups that move the same operands, with the first and, where there
+    are any, second derivatives of these."""
     movements: dict[Places, Groups] = {}
     for group in dict.fromkeys(
         group for tangents in x.values() for group in tangents.groups
@@ -274,8 +274,8 @@ def _movements(
 
 
 def _within(part: Tangents, groups: Groups) -> jax.Array | None:
-    """The stack of these groups, zero where `part` has none; None where it has none of
-    them."""
+    """Return the stack of these groups, zero where `part` has none; None where it has
+    none of them."""
     common = tuple(group for group in groups if group in part.groups)
     return spread(Tangents(common, taken(part, common)), groups) if common else None
 
@@ -283,7 +283,8 @@ def _within(part: Tangents, groups: Groups) -> jax.Array | None:
 def _at(
     fun: Callable[..., Arrays], operation: Operation, places: Places
 ) -> tuple[Callable[..., Arrays], Arrays]:
-    """`fun` of the operands in these places, the others held, and their values."""
+    """Return `fun` of the operands in these places, the others held, and their
+    values."""
 
     def moving(*some: jax.Array) -> Arrays:
         now = dict(zip(places, some, strict=True))
@@ -295,14 +296,14 @@ def _at(
 def _along(
     fun: Callable[..., Arrays], operation: Operation, places: Places
 ) -> Callable[..., Arrays]:
-    """The derivative of `fun` along tangents of the operands in these places."""
+    """Return the derivative of `fun` along tangents of the operands in these places."""
     moving, values = _at(fun, operation, places)
     return lambda *tangents: jax.jvp(moving, values, tangents)[1]
 
 
 def _forward(operation: Operation, places: Places) -> Callable[..., Arrays]:
-    """The same of the operation itself; of a `jax.custom_vjp`, the derivative of its
-    forward pass, as JAX has it."""
+    """Return the same of the operation itself; of a `jax.custom_vjp`, the derivative of
+    its forward pass, as JAX has it."""
     if not operation.custom:
         return _along(operation.fun, operation, places)
     return _along(lambda *values: jax.vjp(operation.fun, *values)[0], operation, places)
@@ -318,8 +319,8 @@ def _curve(
     places: Iterable[int],
     bent: Iterable[int],
 ) -> Callable[[Arrays, Arrays], Arrays]:
-    """The second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, of x_s in these
-    places and x_ss in those bent."""
+    """Return the second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, of x_s in
+    these places and x_ss in those bent."""
     places, bent = tuple(places), tuple(bent)
     moving, values = _at(fun, operation, places)
 

@@ -31,14 +31,14 @@ class Contribution(NamedTuple):
 
 
 def added(*arrays: jax.Array | None) -> jax.Array | None:
-    """The sum of those that are not None, None if all are."""
+    """Return the sum of those that are not None, None if all are."""
     some = [array for array in arrays if array is not None]
     return sum(some[1:], some[0]) if some else None
 
 
 def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
-    """The result, not to be computed before all these are done, or what is contracted
-    is put off and tangents kept.
+    """Return the result, not to be computed before all these are done, or what is
+    contracted is put off and tangents kept.
 
     XLA heeds dependences, and no barriers on CPUs.
     """
@@ -53,7 +53,7 @@ def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
 
 
 def total(parts: Sequence[Tangents]) -> Tangents:
-    """The sum of tangents that need not have the same groups."""
+    """Return the sum of tangents that need not have the same groups."""
     if len(parts) == 1:
         return parts[0]
     groups = tuple(dict.fromkeys(group for part in parts for group in part.groups))
@@ -64,15 +64,15 @@ def total(parts: Sequence[Tangents]) -> Tangents:
 
 
 def spread(part: Tangents, groups: Groups) -> jax.Array:
-    """The stack of all these groups, zero where `part` has none."""
+    """Return the stack of all these groups, zero where `part` has none."""
     return placed(part.stack, (part.groups,), (groups,))
 
 
 def placed(
     array: jax.Array, have: Sequence[Groups], want: Sequence[Groups]
 ) -> jax.Array:
-    """An array whose first axes run over some groups, with these axes over others, zero
-    for those it has not."""
+    """Return an array whose first axes run over some groups, with these axes over
+    others, zero for those it has not."""
     margins = [(0, 0, 0)] * array.ndim
     for axis, (old, new) in enumerate(zip(have, want, strict=True)):
         begin = new.index(old[0])
@@ -94,7 +94,7 @@ def placed(
 
 
 def taken(part: Tangents, groups: Groups) -> jax.Array:
-    """The stack of these groups out of those that `part` has."""
+    """Return the stack of these groups out of those that `part` has."""
     if part.groups == groups:
         return part.stack
     begin = part.groups.index(groups[0])
@@ -104,8 +104,8 @@ def taken(part: Tangents, groups: Groups) -> jax.Array:
 
 
 def stacked(fun: Callable[..., Any], *stacks: Any) -> list[jax.Array | None]:
-    """`jax.vmap(fun)(*stacks)` as a list, None for what does not depend on the stacks
-    and is zero."""
+    """Return `jax.vmap(fun)(*stacks)` as a list, None for what does not depend on the
+    stacks and is zero."""
     one = jax.tree.map(lambda stack: stack[0], stacks)
     program = jax.make_jaxpr(fun)(*one)
     used = depends(program)
@@ -128,6 +128,6 @@ def rowwise(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _contracted(a: jax.Array, b: jax.Array, dtype: Any, **how: Any) -> jax.Array:
-    """The sum over all axes but the first, at least in this dtype."""
+    """Return the sum over all axes but the first, at least in this dtype."""
     product = contract(a, b, a.ndim - 1, dtype=jnp.promote_types(dtype, a.dtype), **how)
     return jnp.real(product).astype(dtype)

@@ -101,8 +101,8 @@ def _check_scalar(program: Program) -> None:
 def _reverse(
     records: Sequence[_Record], found: dict[int, jax.Array]
 ) -> list[tuple[jax.Array, ...] | None]:
-    """The adjoints of the results of every operation, None where there are none; puts
-    those of all variables into `found`."""
+    """Return the adjoints of the results of every operation, None where there are none;
+    puts those of all variables into `found`."""
     adjoints: list[tuple[jax.Array, ...] | None] = []
     for operation, outputs, pull in reversed(records):
         own = None
@@ -165,8 +165,8 @@ def _operate(
 def _is_constant(
     name: str, fun: Callable[..., Any], values: tuple[jax.Array, ...]
 ) -> bool:
-    """Whether it stops all derivatives: by its name, or as a loop of which only the
-    condition sees parameters."""
+    """Return whether it stops all derivatives: by its name, or as a loop of which only
+    the condition sees parameters."""
     if name != "while":
         return name == "stop_gradient"
 
@@ -177,7 +177,8 @@ def _is_constant(
 
 
 def _custom(name: str, params: dict[str, Any]) -> str:
-    """The name of a `jax.custom_vjp` function that an equation calls, at any depth."""
+    """Return the name of a `jax.custom_vjp` function that an equation calls, at any
+    depth."""
     programs = inner_programs(params)
     if name in CUSTOM:
         info = programs[0].debug_info if programs else None
