@@ -37,7 +37,7 @@ nearly zero on one batch is larger on the next, and its inverse makes too long a
 
 
 class LbfgsInfo(NamedTuple):
-    """What the last update found."""
+    """Report of the last update."""
 
     status: jax.Array  # int32 scalar, StepStatus
     pairs: jax.Array  # int32 scalar, pairs in use

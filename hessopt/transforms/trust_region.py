@@ -332,7 +332,7 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
     p = optax.tree.cast_like(zero_unless(sound, p), parts)
 
     # the gain ratio; if the predicted decrease is below rounding, the ratio does not
-    # measure the accuracy of the model, and 1 is used, which lengthens the next step
+    # measure the accuracy of the model, and 1 is used, which relaxes the bound
     reached = jnp.asarray(objective(applied(parts, p)), value.dtype)
     fall = jnp.where(sound, value - reached, jnp.nan)
     ratio = gain_ratio(fall, step.decrease, noise).astype(model.w.dtype)
