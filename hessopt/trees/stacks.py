@@ -39,7 +39,7 @@ def write(
 
 def products(zero: jax.Array, stack: Params, *trees: Params) -> list[jax.Array]:
     """Return `A'x` for each vector x, as `(m, 2)`, summed over the leaves. The sum
-    starts with `zero`, of shape `(m, 2)`."""
+    starts with `zero`, which determines the shape and the dtype."""
     sums = [zero] * len(trees)
     for rows, *xs in zip(*map(jax.tree.leaves, (stack, *trees)), strict=True):
         terms = _leaf_products(rows, xs)
