@@ -62,7 +62,8 @@ def within_radius(w: Vector, z: Vector, radius: jax.Array) -> Shifted:
 
 
 def with_cubic_term(w: Vector, z: Vector, sigma: jax.Array) -> Shifted:
-    """Minimize `z.y + y.(w y)/2 + (sigma/3) |y|^3`; arguments as for `within_radius`."""
+    """Minimize `z.y + y.(w y)/2 + (sigma/3) |y|^3`, arguments as in
+    `within_radius`."""
     return _solve(w, z, lambda kappa: (kappa / sigma, jnp.ones_like(kappa)))
 
 
