@@ -186,9 +186,7 @@ class Docstrings(griffe.Extension):
             if isinstance(thing, griffe.Class):
                 document_fields(thing)
             if thing.docstring and not thing.is_module:
-                text = separated(
-                    rearranged(inspect.cleandoc(thing.docstring.value), thing)
-                )
+                text = separated(rearranged(inspect.cleandoc(thing.docstring.value)))
                 thing.docstring.value = linked(text, thing.name)
 
 
@@ -234,17 +232,10 @@ def explanation(field: griffe.Attribute) -> str:
     return " ".join(above) or "see above"
 
 
-def rearranged(text: str, thing: griffe.Object) -> str:
-    """Sections by the names that Google style knows, other headings in bold, and the
-    source itself."""
+def rearranged(text: str) -> str:
+    """Rename sections to the headings of Google style, and set other headings in
+    bold."""
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
-    head = re.search(
-        r"^Source: .*",
-        thing.module.docstring.value if thing.module.docstring else "",
-        re.M | re.S,
-    )
-    if head:
-        text = text.replace("Source: see the head of this file.", head[0])
     return re.sub(
         r"^((?:Cost|Source)\b[^:\n]*:) ", r"**\1** ", text, flags=re.MULTILINE
     )

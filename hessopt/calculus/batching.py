@@ -1,12 +1,12 @@
-"""A linear map applied to a stack of vectors, with the stack's axis at one position in
-all intermediate results.
+"""A linear map applied to a stack of vectors, with the stack's axis at the same
+position in all intermediate results.
 
 `jax.vmap` puts the mapped axis wherever an operation's batching rule finds it cheapest:
-after the data axis for `x @ dW`, before it for a broadcast. Going from one to the other
-takes transposes as large as the activations, which cost more than the matrix products
-of a small network. Here every intermediate carries the axis at position 1, after the
-data axis, and a product that contracts the data axis takes its fixed factor first, so
-that neither factor is transposed.
+after the data axis for `x @ dW`, before it for a broadcast. Conversions between the two
+are transposes as large as the activations, which cost more than the matrix products of
+a small network. Here every intermediate result has the axis at position 1, after the
+data axis, and the fixed factor of a product that contracts the data axis comes first,
+so that neither factor is transposed.
 """
 
 from collections.abc import Callable
@@ -24,17 +24,17 @@ class _Operand(NamedTuple):
     """A value in the mapped program."""
 
     value: Any
-    is_mapped: bool  # whether it carries the stack's axis
+    is_mapped: bool  # whether it has the stack's axis
 
 
 def stacked(
     fun: Callable[[jax.Array], list[jax.Array]], example: jax.Array
 ) -> Callable[[jax.Array], list[jax.Array]]:
     """Return `jax.vmap(fun)` for functions of one array like `example`, with the mapped
-    axis held at position 1.
+    axis kept at position 1.
 
-    Same values as `jax.vmap` up to rounding; one trace of `fun`, no time when compiled
-    but that of its operations.
+    The values equal those of `jax.vmap` up to rounding. `fun` is traced once; a
+    compiled program has no overhead.
     """
     program = jax.make_jaxpr(fun)(example)
 
@@ -65,8 +65,8 @@ def fill_rows(
     columns: list[int],
     chunk_size: int,
 ) -> Matrix:
-    """Write the products of all unit vectors of `leaf`, a chunk at a time, into its
-    rows of `matrix`."""
+    """Write the images of all unit vectors of `leaf` under `linear` into the leaf's
+    rows of `matrix`, a chunk at a time."""
     chunk = min(chunk_size, leaf.size)
     products = stacked(linear, leaf)
 
@@ -80,8 +80,8 @@ def fill_rows(
             )
         return matrix, None
 
-    # the last chunk starts early enough to be full: one compiled body, a few rows
-    # written twice
+    # the last chunk starts early enough to be full, so that one body is compiled; a few
+    # rows are written twice
     starts = jnp.minimum(
         jnp.arange(0, leaf.size, chunk, dtype=jnp.int32), leaf.size - chunk
     )
@@ -89,14 +89,14 @@ def fill_rows(
 
 
 def _axis(array: Any) -> int:
-    """The position of the stack's axis in an array of this (unmapped) shape: after the
-    first axis, if there is one."""
+    """Return the position of the stack's axis in an array of this (unmapped) shape:
+    after the first axis, if there is one."""
     return min(1, len(array.shape))
 
 
 def _apply(equation: Equation, operands: list[_Operand]) -> list[_Operand]:
-    """Map one equation by its own batching rule, with the stack's axis put back in its
-    place."""
+    """Map one equation by its own batching rule, and move the stack's axis to its
+    position."""
     values = [operand.value for operand in operands]
     mapped = [operand.is_mapped for operand in operands]
     if not any(mapped):
@@ -113,13 +113,13 @@ def _apply(equation: Equation, operands: list[_Operand]) -> list[_Operand]:
 
 
 def _contracts_data(equation: Equation, mapped: list[bool]) -> bool:
-    """A plain matrix product over the first axis of a mapped left with a fixed right
-    factor."""
+    """Return whether the equation is a matrix product without batch axes that contracts
+    the first axis of a mapped left factor with a fixed right factor."""
     if equation.name != "dot_general" or mapped != [True, False]:
         return False
     params = equation.params
     (left_axes, _), kept_in_step = params["dimension_numbers"]
-    # alike for both factors
+    # the precision is the same for both factors
     symmetric = params["precision"] in (None, *((p, p) for p in jax.lax.Precision))
     return (
         0 in left_axes
@@ -132,8 +132,8 @@ def _contracts_data(equation: Equation, mapped: list[bool]) -> bool:
 def _fixed_factor_first(
     params: dict[str, Any],
 ) -> Callable[[jax.Array, jax.Array], list[jax.Array]]:
-    """The same product with its factors exchanged, and the result's axes back in the
-    old order."""
+    """Return the product with its factors exchanged and the axes of the result in the
+    original order."""
     (left_axes, right_axes), _ = params["dimension_numbers"]
     keep = {name: params[name] for name in ("precision", "preferred_element_type")}
 

@@ -1,10 +1,10 @@
 """An interpreter of the programs that JAX traces (jaxprs).
 
-`interpret` goes through a program equation by equation. Values are whatever the caller
-likes: arrays with a mark, the names of inputs, truth values. A rule says what an
-equation makes of the values of its operands, and the interpreter does the rest: it
-looks values up, enters the calls of inner programs, and hands literals and constants
-over. Evaluation itself is the rule `lambda equation, values: equation.fun(*values)`.
+`interpret` processes a program equation by equation. Values are of any type that the
+caller chooses, such as arrays with a flag, the names of inputs, or bools. A rule maps
+the values of an equation's operands to the values of its results. The interpreter looks
+values up, enters the calls of inner programs, and converts literals and constants.
+Plain evaluation is the rule `lambda equation, values: equation.fun(*values)`.
 
 Source: "Writing custom Jaxpr interpreters in JAX", in the documentation of JAX.
 """
@@ -16,8 +16,8 @@ import jax
 from jax.extend.core import JaxprEqn, Literal, Var, jaxpr_as_fun
 
 Program: TypeAlias = Any
-"""A program with the values of its constants, as from `jax.make_jaxpr`. JAX exports no
-type of it in all supported versions."""
+"""A program with the values of its constants, as returned by `jax.make_jaxpr`. Not all
+supported versions of JAX export its type."""
 
 Value = TypeVar("Value")
 
@@ -27,11 +27,11 @@ CALLS = {
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
 }
-"""Primitives that call a program and do nothing else, by their names in all supported
-versions of JAX, with the parameter that holds the program."""
+"""Primitives that only call a program, by their names in all supported versions of JAX,
+with the parameter that holds the program."""
 
 REMATERIALIZED = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
-"""The same for calls that are evaluated again in a backward pass."""
+"""The same for calls that are rematerialized in a backward pass."""
 
 
 class Equation(NamedTuple):
@@ -60,24 +60,24 @@ def interpret(
     """Return the values of a program's outputs.
 
     Args:
-      program: as from `jax.make_jaxpr`.
+      program: a program as returned by `jax.make_jaxpr`.
       inputs: a value for every input of the program.
       rule: `(equation, values) -> values`, called once for every equation that is not
-        entered, in the order of the program.
+        entered, in program order.
       constant: `array -> value`, for literals and for constants of the program.
       enter: primitives whose inner program is interpreted with the same rule, with the
         parameter that holds it; their operands are the inputs of that program. All
-        others, such as loops, branches and functions with a derivative rule, are one
-        equation.
+        others, such as loops, branches and functions with a derivative rule, are
+        treated as one equation.
 
     Raises:
-      ValueError: when there are more or fewer inputs, or results of the rule, than the
-        program or the equation has.
+      ValueError: if the number of inputs, or of results of the rule, differs from that
+        of the program or the equation.
 
-    Cost: that of the rule, and tens of microseconds for every equation.
+    Cost: that of the rule, and tens of microseconds per equation.
     """
     jaxpr = program.jaxpr
-    # an equation reads what earlier ones wrote: one dictionary holds all values so far
+    # an equation reads the results of earlier ones: one dictionary holds all values
     known = dict(zip(jaxpr.constvars, map(constant, program.consts), strict=True))
     known |= zip(jaxpr.invars, inputs, strict=True)
 
@@ -87,7 +87,7 @@ def interpret(
     for equation in jaxpr.eqns:
         inside = _inside(program, equation, enter)
         if inside is None:
-            # an operand that is read twice is one operand: `x * x` is a function of x
+            # a variable that is read twice is one operand: `x * x` is a function of x
             variables = list(dict.fromkeys(_variables(equation.invars)))
             values = [known[variable] for variable in variables]
             results = rule(_alone(program, equation, variables), values)
@@ -100,10 +100,10 @@ def interpret(
 
 
 def depends(program: Program) -> list[bool]:
-    """Return which outputs of a program depend on its inputs, and not on constants
-    alone."""
-    # a loop of its own: the Taylor sweep asks this of hundreds of programs, and what
-    # the interpreter prepares for evaluation would make tracing slower
+    """Return, for each output of a program, whether it depends on the inputs, and not
+    only on constants."""
+    # this does not use the interpreter: the Taylor sweep calls it for hundreds of
+    # programs, and the preparation of equations for evaluation would slow tracing down
     reached = set(program.jaxpr.invars)
     for equation in program.jaxpr.eqns:
         if not reached.isdisjoint(_variables(equation.invars)):
@@ -138,18 +138,18 @@ def _variables(atoms: Sequence[Any]) -> list[Var]:
 def _inside(
     program: Program, equation: JaxprEqn, enter: Mapping[str, str]
 ) -> Program | None:
-    """The program to enter, None where the equation is taken as a whole."""
+    """Return the program to enter, or None if the equation is treated as a whole."""
     parameter = enter.get(equation.primitive.name)
     if parameter is None:
         return None
     inside = equation.params[parameter]
-    # in older versions of JAX a rematerialized program has no place for constants
+    # in older versions of JAX a rematerialized program has no field for constants
     return inside if hasattr(inside, "consts") else _closed(program, inside)
 
 
 def _alone(program: Program, equation: JaxprEqn, variables: list[Var]) -> Equation:
-    # evaluated as a program of its own, so that JAX restores the context in which the
-    # equation was traced
+    # the equation is evaluated as a separate program, so that JAX restores the context
+    # in which it was traced
     alone = program.jaxpr.replace(
         constvars=[], invars=variables, outvars=equation.outvars, eqns=[equation]
     )
@@ -163,6 +163,6 @@ def _alone(program: Program, equation: JaxprEqn, variables: list[Var]) -> Equati
 
 
 def _closed(program: Program, jaxpr: Any) -> Program:
-    """A program without constants, made as a copy of another since its type is not
-    exported."""
+    """Return a program without constants, made as a copy of another one, since the type
+    is not exported."""
     return program.replace(jaxpr=jaxpr, consts=())

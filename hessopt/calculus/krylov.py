@@ -1,5 +1,5 @@
-"""A quadratic model in the space of g, H g, H^2 g, ...: a small tridiagonal matrix in
-place of H.
+"""A quadratic model in the Krylov space of g, H g, H^2 g, ..., in which H is a small
+tridiagonal matrix.
 
 Source: Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the
 Lanczos method", 1999.
@@ -26,14 +26,14 @@ class Krylov(NamedTuple):
     """An orthonormal basis V in which H is tridiagonal, `V'H V = S diag(w) S'` and `V'g
     = |g| e_1`."""
 
-    V: Tree  # leaves (m, ...); zeros where not in use
+    V: Tree  # leaves (m, ...); unused rows are zero
     diagonal: Vector  # (m,)
-    # (m,), below the diagonal; the last one in use leads out of the space
+    # (m,), entries below the diagonal; the last used one couples to the next vector
     beside: Vector
     used: jax.Array  # int32 scalar, k <= m: products with H
-    residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimiser p
-    w: Vector  # (m,), eigenvalues, ascending; after the k-th, that again
-    z: Vector  # (m,), coefficients of g in the eigenvectors; 0 from the k-th on
+    residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimizer p
+    w: Vector  # (m,), eigenvalues, ascending; the k-th is repeated
+    z: Vector  # (m,), coefficients of g in the eigenvectors; 0 after the k-th
     S: Matrix  # (m, m), eigenvectors
 
 
@@ -44,18 +44,18 @@ def krylov(
     minimize: Callable[[Vector, Vector], Shifted],
     tolerance: jax.Array,
 ) -> Krylov:
-    """Extend the space until the model's minimiser in it has a residual of at most
+    """Extend the space until the model's minimizer in it has a residual of at most
     `tolerance`.
 
     Args:
       multiply: v -> H v on trees like g.
       g: pytree of real arrays.
-      size: m, bound on the dimension.
-      minimize: `(w, z) -> step` of the model.
+      size: m, maximum dimension.
+      minimize: `(w, z) -> step`, the minimizer of the model.
       tolerance: scalar.
 
-    Cost: a product with H, `4 k n` multiplications (the basis is kept orthogonal) and
-    an eigendecomposition of size m per dimension; memory `m n`.
+    Cost per dimension: a product with H, `4 k n` multiplications (to keep the basis
+    orthogonal) and an eigendecomposition of size m. Memory: `m n`.
     """
     length = jnp.sqrt(inner(g, g))
 
@@ -68,8 +68,8 @@ def krylov(
         w, S = _eigenvectors(diagonal, beside, inside)
         w, z = jnp.minimum(w, w[k]), jnp.where(inside, length * S[0], 0.0)
 
-        # H V = V T + beta_k v_(k+1) e_k': what p = V S y leaves of the shifted system
-        # is beta_k |e_k'S y|
+        # H V = V T + beta_k v_(k+1) e_k': the residual of the shifted system at p = V S
+        # y is beta_k |e_k'S y|
         y = minimize(w, z).y
         residual = beside[k] * jnp.abs(matmul(S[k], y))
         return Krylov(V, diagonal, beside, k + 1, residual, w, z, S)
@@ -82,7 +82,7 @@ def krylov(
 
 
 def _begin(g: Tree, length: jax.Array, size: int) -> Krylov:
-    """The space of g alone, `v_1 = g / |g|`, before the first product."""
+    """Return the space spanned by `v_1 = g / |g|`, before the first product."""
     unit = jax.tree.map(lambda leaf: leaf / or_one(length), g)
     rows = zeros(jax.tree.map(lambda leaf: stack_of(leaf, size), unit), unit)
     none = jnp.zeros(size, length.dtype)
@@ -101,7 +101,8 @@ def _begin(g: Tree, length: jax.Array, size: int) -> Krylov:
 def _append(
     multiply: Callable[[Tree], Tree], now: Krylov
 ) -> tuple[Tree, Vector, Vector]:
-    """V with what `H v_k` adds to it, and the entries k of both diagonals."""
+    """Return V with the next vector from `H v_k`, and both diagonals with their entries
+    k."""
     k = now.used
     newest = jax.tree.map(
         lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), now.V
@@ -120,8 +121,8 @@ def _append(
 def _eigenvectors(
     diagonal: Vector, beside: Vector, inside: jax.Array
 ) -> tuple[Vector, Matrix]:
-    """Eigenvalues, ascending, and eigenvectors of T; entries not in use have a place on
-    the diagonal that is beyond all eigenvalues of the others."""
+    """Return the eigenvalues, ascending, and eigenvectors of T. Unused diagonal entries
+    are set to a number above all eigenvalues of the used part."""
     beyond = 1 + 4 * jnp.max(jnp.abs(diagonal) + 2 * beside)
     off = jnp.diag(jnp.where(inside, beside, 0.0)[:-1] * inside[1:], -1)
     T = jnp.diag(jnp.where(inside, diagonal, beyond)) + off + off.T
@@ -133,8 +134,8 @@ def orthogonalized(
     project: Callable[[Tree], Vector],
     combine: Callable[[Vector], Tree],
 ) -> tuple[Tree, Vector]:
-    """Remove from a vector its part in an orthonormal basis; return the rest, and the
-    coefficients of that part.
+    """Remove from a vector its component in the span of an orthonormal basis; return
+    the rest, and the coefficients of the component.
 
     Args:
       vector: pytree of real arrays.
@@ -143,9 +144,9 @@ def orthogonalized(
 
     Cost: `4 m n` multiplications.
     """
-    # the first pass leaves the rounding of the part that it removes, which is large
-    # where little else remains; the second removes that: "twice is enough" (Parlett,
-    # section 6.9)
+    # the first pass leaves the rounding errors of the component that it removes, which
+    # are large if the rest is small; the second pass removes them: "twice is enough"
+    # (Parlett, section 6.9)
     parts = []
     for _ in range(2):
         parts.append(project(vector))
@@ -154,18 +155,18 @@ def orthogonalized(
 
 
 def within(V: Tree, vector: Tree) -> Vector:
-    """`V'v`, summed over the leaves."""
+    """Return `V'v`, summed over the leaves."""
     products = jax.tree.map(lambda rows, x: contract(rows, x, x.ndim), V, vector)
     return functools.reduce(jnp.add, jax.tree.leaves(products))
 
 
 def combination(y: Vector, V: Tree) -> Tree:
-    """`V y`, leaf by leaf."""
+    """Return `V y`, leaf by leaf."""
     return jax.tree.map(lambda rows: jnp.tensordot(y, rows, 1, precision="highest"), V)
 
 
 def _put(V: Tree, vector: Tree, k: Any) -> Tree:
-    """Write row k, if there is one."""
+    """Write row k, if there is such a row."""
 
     def put(rows: jax.Array, leaf: jax.Array) -> jax.Array:
         last = jax.lax.dynamic_index_in_dim(rows, k, keepdims=False)

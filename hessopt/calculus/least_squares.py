@@ -1,13 +1,13 @@
-"""The square root of a Gauss-Newton matrix, for losses that look at every output by
-itself.
+"""The square root of a Gauss-Newton matrix, for losses that are sums of functions of
+single outputs.
 
-Where the Hessian of the loss is diagonal, `L = diag(l)`, as for squared errors,
+If the Hessian of the loss is diagonal, `L = diag(l)`, as for squared errors,
 
     J' L J = K' K  with  K = diag(sqrt(l)) J,    gradient = K' r  with  r = (loss gradient) / sqrt(l),
 
-and R of `[K r] = Q R` holds both: its singular values are the roots of the eigenvalues
-of `J' L J`, to full precision, where the product has lost all below sqrt(eps) of the
-largest.
+and R of `[K r] = Q R` contains both. The singular values of its part for K are the
+square roots of the eigenvalues of `J' L J`, to full precision, whereas the product
+loses all of those below sqrt(eps) of the largest one.
 
 Source: Bjorck, "Numerical Methods for Least Squares Problems", 1996, section 9.2.
 """
@@ -26,11 +26,11 @@ from hessopt.trees.vectors import ravel, solve_dtype
 from hessopt.typing import Matrix, Vector
 
 CHUNK_SIZE = 4
-"""Tangents at once. There are many outputs where this is used, and more tangents of
-them leave the cache."""
+"""Number of tangents that are computed at once. There are usually many outputs, and
+more tangents would not fit into the cache."""
 
 MIXED = -1
-"""In place of an input: several, or not entry by entry."""
+"""Source of a result that depends on several inputs, or not entry by entry."""
 
 _ENTRYWISE = frozenset(
     [
@@ -53,17 +53,17 @@ class Root(NamedTuple):
 
     K: Matrix  # (k, n), triangular
     r: Vector  # (k,)
-    # (n,), of outputs with a slope and next to no curvature, whose r would drown the
-    # others
+    # (n,), from outputs with a slope and nearly zero curvature, whose r would dominate
+    # the others
     rest: Vector
 
 
 def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
-    """Return the root of the Gauss-Newton matrix at real leaves; None where the loss is
-    not seen to be diagonal.
+    """Return the root of the Gauss-Newton matrix at real leaves, or None if the Hessian
+    of the loss is not recognized as diagonal.
 
-    Negative curvature of the loss counts as none; what is not finite makes the result
-    so.
+    Negative curvature of the loss is replaced by zero. Values that are not finite make
+    the result not finite.
 
     Cost: n tangents of the model, in chunks, and `2 m n^2` multiplications for m
     outputs; memory `m n`.
@@ -94,8 +94,8 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
 def _transposed_jacobian(
     model_fn: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any
 ) -> jax.Array:
-    """J', a row for every parameter; the tangents of a leaf skip what does not depend
-    on it."""
+    """Return J', with a row for every parameter. The tangents of a leaf are computed
+    only for operations that depend on it."""
     sizes = [leaf.size for leaf in jax.tree.leaves(outputs)]
     columns = [sum(sizes[:i]) for i in range(len(sizes))]
     rows = jnp.zeros((sum(part.size for part in parts), sum(sizes)), dtype)
@@ -114,8 +114,8 @@ def _transposed_jacobian(
 
 
 def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
-    """Whether each entry of a linear function's result is seen to depend on the same
-    entry of its argument only."""
+    """Return whether each entry of a linear function's result is recognized to depend
+    only on the same entry of its argument."""
     leaves, treedef = jax.tree.flatten(example)
     program = jax.make_jaxpr(
         lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves)))
@@ -125,11 +125,11 @@ def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
 
 
 def _source(equation: Equation, sources: list[int | None]) -> list[int | None]:
-    """The one input on which the results depend entry by entry, None if on none, MIXED
-    if otherwise."""
+    """Return the one input on which the results depend entry by entry, None if there is
+    no such input, else MIXED."""
     inputs = {source for source in sources if source is not None}
-    # what depends on an input must have the shape of the result: a broadcast is not
-    # entry by entry
+    # operands that depend on an input must have the shape of the result: a broadcast is
+    # not entry by entry
     shapes = {
         aval.shape
         for aval, source in zip(equation.operands, sources, strict=True)

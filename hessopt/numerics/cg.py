@@ -1,8 +1,8 @@
 """Conjugate gradients on `H x = g`, for an H that need not be positive definite.
 
-A direction of negative or no curvature ends the iteration, and is used: with `d'H d <=
-0` the step along d is the one that its curvature would ask for if it had the other
-sign, `r.z / (|d| |H d|)`.
+A direction d with `d'H d <= 0` ends the iteration, after a last step along d. Its
+length is that of a direction with the positive curvature `|d| |H d|`: the rate is `r.z
+/ (|d| |H d|)`.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithms 5.3 and 7.1;
 Steihaug, "The conjugate gradient method and trust regions in large scale optimization",
@@ -22,7 +22,7 @@ Tree = Any
 
 
 class Conjugate(NamedTuple):
-    """Where the iteration is."""
+    """The state of the iteration."""
 
     x: Tree
     r: Tree  # g - H x
@@ -30,16 +30,15 @@ class Conjugate(NamedTuple):
     rz: jax.Array  # scalar, r.z with z = M r
     residual: jax.Array  # scalar, |r|
     products: jax.Array  # int32 scalar, products with H
-    # bool scalar, it ended with a direction that has no positive curvature
+    # bool scalar, whether it ended with a direction whose curvature is not positive
     negative: jax.Array
-    # bool scalar, nothing met was inf or NaN; where it is false, x is the last iterate
-    # that was
+    # bool scalar, whether all numbers were finite; if not, x is the last finite iterate
     finite: jax.Array
 
 
 def forcing(length: jax.Array, first_length: jax.Array) -> jax.Array:
-    """Return what part of |g| may remain: `min(1/2, sqrt(|g| / |g_0|))`, so that
-    convergence is superlinear."""
+    """Return the tolerated residual relative to |g|, `min(1/2, sqrt(|g| / |g_0|))`, for
+    superlinear convergence."""
     return jnp.minimum(0.5, jnp.sqrt(length / or_one(first_length)))
 
 
@@ -53,18 +52,18 @@ def conjugate_gradients(
     tolerance: jax.Array,
     max_iterations: int,
 ) -> Conjugate:
-    """Solve `H x = g` until `|g - H x| <= tolerance`, or a direction has no positive
-    curvature.
+    """Solve `H x = g` until `|g - H x| <= tolerance`, or the curvature along a
+    direction is not positive.
 
     Args:
-      multiply: v -> H v, symmetric.
+      multiply: v -> H v, for a symmetric H.
       g: pytree of real arrays.
-      start: x to begin with and H x; zero by default.
-      gram: the inner products among trees, `(k, k)`.
-      precondition: r -> M r, symmetric positive definite; near the inverse of H, if it
-        is any good.
+      start: the initial x and H x; None means zero.
+      gram: computes the inner products among k trees, `(k, k)`.
+      precondition: r -> M r, symmetric positive definite, an approximation of the
+        inverse of H.
       tolerance: scalar.
-      max_iterations: bound on products.
+      max_iterations: maximum number of products with H.
 
     Cost: one product per iteration; memory for four vectors.
     """
@@ -114,23 +113,24 @@ def conjugate_gradients(
 
 
 class _Rate(NamedTuple):
-    """How far x goes along d."""
+    """The step along d."""
 
-    alpha: jax.Array  # scalar; 0 where d or H d is not finite
+    alpha: jax.Array  # scalar; 0 if d or H d is not finite
     negative: jax.Array  # bool scalar, whether the curvature along d is not positive
     finite: jax.Array  # bool scalar, whether d and H d are
 
 
 def _rate(rz: jax.Array, products: jax.Array) -> _Rate:
-    """alpha of the inner products among d and `H d`."""
+    """Compute alpha from the inner products among d and `H d`."""
     (dd, dq), (_, qq) = products
     length = jnp.sqrt(dd)
 
-    # |d.H d| <= |d| |H d|: what is small beside this may be rounding, of either sign
+    # |d.H d| <= |d| |H d|: a number much smaller than this bound may be rounding, of
+    # either sign
     bound = length * jnp.sqrt(qq)
     negative = dq <= 4 * jnp.finfo(dq.dtype).eps * bound
 
-    # r.z / (|d| |H d|) there, or 1 / |d| where H d = 0: a step of length 1
+    # r.z / (|d| |H d|) there, or 1 / |d| if H d = 0, a step of length 1
     curvature = jnp.where(negative, bound, dq)
     alpha = divide(rz, curvature, curvature > 0, 1.0 / or_one(length))
     finite = jnp.isfinite(bound)

@@ -30,8 +30,8 @@ def select(condition: jax.Array, new: Tree, old: Params) -> Tree:
 
 
 def zero_unless(condition: jax.Array, tree: Tree) -> Tree:
-    """Return the tree where the condition holds, else zeros, leaf by leaf; a condition
-    that is no scalar holds or not for each entry of the leaves."""
+    """Return the tree if the condition holds, else zeros. A condition that is not a
+    scalar is broadcast to the leaves and applied entry by entry."""
     return jax.tree.map(lambda leaf: jnp.where(condition, leaf, 0), tree)
 
 

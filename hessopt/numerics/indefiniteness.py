@@ -1,5 +1,5 @@
-"""A symmetric matrix, factorised as it is or made positive definite: what Newton's step
-is solved with."""
+"""Factorizations of a symmetric matrix for Newton's step, with several treatments of a
+matrix that is not positive definite."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,34 +12,35 @@ from hessopt.numerics.guards import matmul
 from hessopt.typing import Matrix, Params, Vector
 
 ABSOLUTE_FLOOR = 1e-8
-"""Smallest magnitude, relative to the largest, that `absolute` lets an eigenvalue have."""
+"""Smallest absolute value of an eigenvalue, relative to the largest, after
+`absolute`."""
 
 
 class Factorization(NamedTuple):
     """A symmetric `(n, n)` matrix A, ready for solves."""
 
-    factor: Params  # pytree of arrays, what `IndefiniteTreatment.solve` takes
-    # (n,), magnitudes whose smallest tells how near to singular the factorised matrix
-    # is
+    factor: Params  # pytree of arrays, for `IndefiniteTreatment.solve`
+    # (n,), absolute values; the smallest one measures how nearly singular the
+    # factorized matrix is
     pivots: Vector
-    # scalar, added to the diagonal of A; handed to the next factorisation
+    # scalar, added to the diagonal of A; passed to the next factorization
     shift: jax.Array
-    attempts: jax.Array  # int32 scalar, factorisations tried
+    attempts: jax.Array  # int32 scalar, attempted factorizations
     indefinite: jax.Array  # bool scalar, A is known not to be positive definite
     ok: jax.Array  # bool scalar, the factor can be used
 
 
 class IndefiniteTreatment(NamedTuple):
-    """A way to solve with a matrix that need not be positive definite."""
+    """A method of solving with a matrix that need not be positive definite."""
 
-    # of a matrix and the shift of the last factorisation
+    # (matrix, shift of the last factorization) -> Factorization
     factorize: Callable[[Matrix, jax.Array], Factorization]
-    solve: Callable[[Params, Vector], Vector]  # of its factor and a vector
+    solve: Callable[[Params, Vector], Vector]  # (factor, vector) -> vector
 
 
 def _shift(matrix: Matrix, shift: jax.Array) -> Factorization:
     found = shifted_cholesky(matrix, shift)
-    # what a remembered shift may hide
+    # a remembered shift may hide an indefinite matrix; these signs of it remain
     indefinite = (found.attempts > 1) | jnp.any(jnp.diagonal(matrix) <= 0)
     return Factorization(
         found.factor, found.pivots, found.shift, found.attempts, indefinite, found.ok
@@ -82,15 +83,15 @@ def _none(matrix: Matrix, shift: jax.Array) -> Factorization:
 
 
 SHIFT = IndefiniteTreatment(_shift, cholesky_solve)
-"""`A + s I` with a remembered s, halved or doubled until it serves; Cholesky, n^3/3
-multiplications an attempt."""
+"""`A + s I` with a remembered s, which is halved or doubled until the matrix is
+positive definite. Cost: Cholesky, n^3/3 multiplications per attempt."""
 
 ABSOLUTE = IndefiniteTreatment(_absolute, _solve_absolute)
-"""`|A|`, the eigenvalues by magnitude: no step is attracted by a saddle. `eigh`, about
-9 n^3."""
+"""`|A|`, with the absolute values of the eigenvalues, so that saddles do not attract
+the iterates. Cost: `eigh`, about 9 n^3 multiplications."""
 
 NONE = IndefiniteTreatment(_none, jax.scipy.linalg.lu_solve)
-"""A itself, definite or not. LU, and a Cholesky that only tells whether it is definite:
-n^3."""
+"""A itself, whether definite or not. Cost: LU, and a Cholesky factorization that only
+determines whether A is definite, n^3 multiplications."""
 
 INDEFINITE_TREATMENTS = {"shift": SHIFT, "absolute": ABSOLUTE, "none": NONE}

@@ -1,18 +1,18 @@
-"""Shifted systems `(H + kappa I) p = -g` with one scalar unknown, in the eigenvectors
-of H.
+"""Shifted systems `(H + kappa I) p = -g` with an unknown shift, in the eigenvectors of
+H.
 
-With `H = Q diag(w) Q'`, `z = Q'g` and `p = Q y` every shift costs as many operations as
-there are eigenvalues:
+With `H = Q diag(w) Q'`, `z = Q'g` and `p = Q y` the cost per shift is proportional to
+the number of eigenvalues:
 
     y = -z / (w + kappa),    kappa >= max(0, -min(w)),
 
-and one scalar equation says which shift it is: `|y| = radius`, unless kappa = 0 has
-`|y| <= radius`, for the minimiser of the quadratic model within a ball; `kappa = sigma
-|y|` for that of the model with `sigma/3 |p|^3`. Both are global minimisers of models
-that need not be convex. The unknown is the distance from the singular shift, in which
-all terms are positive and nothing cancels. In the hard case, g orthogonal to the
-eigenvector of the lowest eigenvalue, z is changed there by less than rounding: the
-equation then completes the step along that vector by itself.
+and one scalar equation determines the shift: for the minimizer of the quadratic model
+within a ball, `|y| = radius`, unless `|y| <= radius` at kappa = 0; for that of the
+model with the term `sigma/3 |p|^3`, `kappa = sigma |y|`. Both are global minimizers of
+models that need not be convex. The unknown is the distance from the singular shift; all
+terms are positive in it, and there is no cancellation. In the hard case, g orthogonal
+to the eigenvector of the lowest eigenvalue, z is changed there by less than rounding:
+the solution of the equation then has the component along it that the step needs.
 
 Source: More and Sorensen, "Computing a trust region step", 1983; Cartis, Gould and
 Toint, "Adaptive cubic regularisation methods for unconstrained optimization", part I,
@@ -30,24 +30,25 @@ from hessopt.numerics.norms import norm, unit_scale
 from hessopt.typing import Vector
 
 TURNS = 80
-"""Of Newton's method on the scalar equation, at most; about six are usual."""
+"""Maximum number of iterations of Newton's method on the scalar equation; about six are
+typical."""
 
 
 class Shifted(NamedTuple):
-    """The minimiser of a model."""
+    """The minimizer of a model."""
 
     y: Vector  # (k,), in the eigenvectors
     shift: jax.Array  # scalar, kappa
     length: jax.Array  # scalar, |y|
-    decrease: jax.Array  # scalar, what the quadratic model falls by
+    decrease: jax.Array  # scalar, decrease of the quadratic model
 
 
 ShiftRule = Callable[[Vector, Vector, jax.Array], Shifted]
-"""`(w, z, size) -> step`, with what size is said by the model."""
+"""`(w, z, size) -> step`, where size is the radius or sigma."""
 
 
 def within_radius(w: Vector, z: Vector, radius: jax.Array) -> Shifted:
-    """Minimise `z.y + y.(w y)/2` over `|y| <= radius`.
+    """Minimize `z.y + y.(w y)/2` over `|y| <= radius`.
 
     Args:
       w: `(k,)`, eigenvalues, ascending.
@@ -61,19 +62,20 @@ def within_radius(w: Vector, z: Vector, radius: jax.Array) -> Shifted:
 
 
 def with_cubic_term(w: Vector, z: Vector, sigma: jax.Array) -> Shifted:
-    """Minimise `z.y + y.(w y)/2 + (sigma/3) |y|^3`; arguments as for `within_radius`."""
+    """Minimize `z.y + y.(w y)/2 + (sigma/3) |y|^3`, arguments as in
+    `within_radius`."""
     return _solve(w, z, lambda kappa: (kappa / sigma, jnp.ones_like(kappa)))
 
 
 def _solve(
     w: Vector, z: Vector, length: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 ) -> Shifted:
-    """The step for which `|y(kappa)|` is `length(kappa)`, given with its logarithmic
-    derivative."""
+    """Return the step for which `|y(kappa)| = length(kappa)`; `length` returns its
+    value and its logarithmic derivative."""
     info = jnp.finfo(z.dtype)
     unit_w, unit_z = unit_scale(w), unit_scale(z)
     lowest = jnp.maximum(-w[0], 0.0)
-    # the first gap is 0, however XLA divides
+    # the first gap is exactly 0, however XLA rounds the division
     gaps, lowest, z = (w + lowest) / unit_w, lowest / unit_w, z / unit_z
     z = without_hard_case(z, 0, lowest > 0)
 
@@ -99,7 +101,7 @@ def _solve(
 
 
 def divided(w: Vector, z: Vector, kappa: jax.Array) -> Vector:
-    """Return `-z / (w + kappa)`, infinite where the shift is too small for z."""
+    """Return `-z / (w + kappa)`, infinite if `w + kappa <= 0` and z is not 0."""
     below = w + kappa
     return divide(-z, below, below > 0, jnp.where(z == 0, 0.0, jnp.inf))
 
@@ -116,13 +118,13 @@ def without_hard_case(z: Vector, lowest: int, singular: jax.Array) -> Vector:
     """Return z, of size 1, with a component along the eigenvector of the lowest
     eigenvalue, if it has none and the matrix is singular at an admissible shift.
 
-    At that shift the step is then unbounded, and the secular equation has a root beside
-    it. The component is the square root of the smallest number of the dtype: far less
-    than rounding.
+    At that shift the step is then unbounded, and the secular equation has a root near
+    it. The component is the square root of the smallest normal number of the dtype, far
+    below rounding.
 
     Args:
       z: `(k,)`, coefficients of the gradient.
-      lowest: place of the lowest eigenvalue.
+      lowest: index of the lowest eigenvalue.
       singular: bool scalar, whether there is such a shift.
     """
     tiny = float(jnp.finfo(z.dtype).tiny) ** 0.5
@@ -136,8 +138,8 @@ def decreasing_root(
     low: jax.Array,
     high: jax.Array,
 ) -> jax.Array:
-    """Return the root of a decreasing function, given with its derivative, by Newton's
-    method kept within a bracket."""
+    """Return the root of a decreasing function by Newton's method, restricted to a
+    bracket; `excess` returns the value and the derivative."""
 
     def improve(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         turn, low, high, u, _ = carry

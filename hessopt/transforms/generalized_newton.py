@@ -1,10 +1,10 @@
-"""Generalized Newton: the rate at which a parabola through the objective along the
-update is lowest.
+"""Generalized Newton: the rate that minimizes a parabola through the objective along
+the update.
 
     phi(eta) = f(params + eta u),    eta = b / A,    b = -phi'(0),  A = phi''(0)
 
-The last rate is kept where the parabola opens downwards (A <= 0) or where u points
-uphill (b <= 0).
+The last rate is kept if the parabola opens downwards (A <= 0) or u points uphill (b <=
+0).
 
 Source: Bu and Xu, "Gradient descent with generalized Newton's method", arXiv
 2407.02772.
@@ -38,7 +38,7 @@ from hessopt.trees.vectors import applied, eps
 from hessopt.typing import StepStatus, Vector
 
 SMALLEST_RATE, LARGEST_RATE = 1e-18, 1e18
-"""The bounds of all rates: the squares of these are still numbers in float32."""
+"""Bounds of all rates; their squares can be represented in float32."""
 
 
 class Parabola(NamedTuple):
@@ -52,13 +52,13 @@ class GeneralizedNewtonState(NamedTuple):
     """State of `scale_by_generalized_newton`; S groups."""
 
     count: jax.Array  # int32 scalar, updates so far
-    memory: Memory  # with a `Parabola` for a model
+    memory: Memory  # its model is a `Parabola`
     info: RateInfo
 
 
 Mode = Callable[[RateProblem, Vector], Measurement]
-"""`(problem, rate) -> Measurement` with a `Parabola` for a model; rate `(S,)` is the
-last one."""
+"""`(problem, rate) -> Measurement` whose model is a `Parabola`; rate `(S,)` is the last
+one."""
 
 
 def scale_by_generalized_newton(
@@ -78,50 +78,55 @@ def scale_by_generalized_newton(
     """Scale additive updates by the rate of generalized Newton, measured at every step.
 
     Args:
-      mode: how the parabola is measured: `"exact"`, by derivatives; `"forward"`, by one
-        value at the last rate and the slope `grad . u`; `"central"`, by two values, at
-        the last rate and as far on the other side; or a callable, see `Mode`.
-      groups: None for one rate of all parameters; else groups as in `group_labels`,
-        each with a rate by a parabola of its own.
-      learning_rate: factor on the rates, or a schedule of it. A schedule belongs here:
-        in the base optimizer, the rates would cancel it.
-      update_every: steps from one measurement to the next. In those between, which cost
-        nothing except under vmap, the rates stay, and no group moves farther than when
-        it was measured. All steps of the first two periods are measured, and so is a
-        step that would lead uphill, if `update` is given grad.
+      mode: the measurement of the parabola. `"exact"` uses derivatives; `"forward"` one
+        value of the objective at the last rate r, and the slope `grad . u`; `"central"`
+        two values, at r and -r. A callable is also accepted, see `Mode`.
+      groups: None for one rate; else groups as in `hessopt.group_labels`, each with a
+        rate from its own parabola.
+      learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
+        in the base optimizer would be cancelled by the rates.
+      update_every: number of steps from one measurement to the next. The steps in
+        between reuse the rates and cost nothing, except under vmap; in them the step of
+        a group is at most as long as at its measurement. Every step of the first two
+        periods is measured, and so is a step that would lead uphill, if `update`
+        receives grad.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
-        noisy batches; 0 for none.
-      rate_decay: in [0, 1], weight of the past in an average of the rates; 0 for none.
-      initial_rate: rate of every group until a parabola gives one, and place of the
-        first probe, where the objective must change by more than its rounding.
-      min_rate, max_rate: bounds on the rates that the parabolas give. Halving, by the
-        safeguard or after a probe that is not finite, goes below min_rate.
-      max_change: factor, at least 1, by which a rate changes at most, after the first.
-      safeguard: whether the objective is evaluated at a step with measured rates. If it
-        rises there by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that is not enough, no step is taken.
+        noisy batches; 0 disables averaging.
+      rate_decay: in [0, 1], weight of the past in an average of the rates; 0 disables
+        averaging.
+      initial_rate: the rate until the first parabola is usable; also the first probe,
+        which must change the objective by more than rounding.
+      min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
+        finite can reduce rates below min_rate.
+      max_change: largest factor, at least 1, by which a rate changes from one
+        measurement to the next, after the first one.
+      safeguard: whether to evaluate the objective at the step of newly measured rates.
+        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
+        five times; if that does not suffice, no step is taken.
 
     Returns:
-      A transformation, additive update in and `rate u` out, whose `update(updates,
-      state, params, *, value, grad, value_fn, **data)` needs the objective, on the
-      batch of the gradient; `"forward"` evaluates a gradient of its own where value and
-      grad are not given. Its status is `state.info.status`:
+      A transformation of the additive update u into `rate u`, whose `update(updates,
+      state, params, *, value, grad, value_fn, **data)` requires the objective on the
+      batch of the gradient; `"forward"` computes the value and the slope itself if
+      value and grad are not both given. Its status is `state.info.status`:
 
-      RATE_KEPT: a group kept its last rate, since its parabola opens downwards
-      (NEGATIVE_CURVATURE), its update points uphill (NOT_DESCENT), or rounding hides
-      the parabola. Where rounding hides the curvature alone, the rate may grow.
+      RATE_KEPT: a group kept its last rate, because its parabola opens downwards
+        (NEGATIVE_CURVATURE), its update points uphill (NOT_DESCENT), or the parabola
+        cannot be distinguished from rounding. If only the curvature cannot be
+        distinguished from rounding, the rate may grow.
       SAFEGUARDED: the rates were halved because the objective rose. STEP_REJECTED: no
       step was taken. NONFINITE: a probe was not finite and the rate was halved; or the
-      value or an update is not finite, and then the update is zero and the state as
-      before, but for count and info.
+      value or an update is not finite, and then the update is zero and the state is
+      unchanged except count and info.
 
     Raises:
-      ValueError: for numbers out of their ranges, or unknown words.
+      ValueError: for numbers out of range, or an unknown mode.
       TypeError: in `update`, for a missing objective or params.
 
-    Cost per measurement: exact, about one gradient, of which half is shared with the
-    caller's in the same program, for several groups that of `taylor(order=2)`; forward
-    one value per group, central two; the safeguard one value. Memory: scalars.
+    Cost per measurement: with `"exact"` about one gradient, half of which is shared
+    with the caller's gradient in the same program, or for several groups that of
+    `taylor(order=2)`; with `"forward"` one value per group, with `"central"` two; one
+    value for the safeguard. Memory: scalars.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -160,7 +165,7 @@ def scale_by_generalized_newton(
 
 
 class _Bounds(NamedTuple):
-    """Which rates may be found."""
+    """Bounds on the rates."""
 
     min_rate: jax.typing.ArrayLike
     max_rate: jax.typing.ArrayLike
@@ -168,7 +173,7 @@ class _Bounds(NamedTuple):
 
 
 def _interval(bounds: _Bounds) -> tuple[jax.Array, jax.Array]:
-    """The lowest and the highest rate, of those whose squares are numbers."""
+    """Return the lowest and the highest rate whose squares can be represented."""
     lowest = jnp.maximum(bounds.min_rate, SMALLEST_RATE)
     return lowest, jnp.minimum(bounds.max_rate, LARGEST_RATE)
 
@@ -184,14 +189,13 @@ def _solve(
     solved: jax.Array,
     count: jax.Array,
 ) -> RateSolution:
-    # eta = b / A is a minimum only where the parabola opens upwards and u points
-    # downhill
+    # eta = b / A is a minimum only if the parabola opens upwards and u points downhill
     b, A = model
     usable = (b > 0) & (A > 0)
     eta = b / jnp.where(usable, A, 1)
 
-    # one noisy batch must not change a rate by orders of magnitude; the initial rate
-    # was a guess
+    # one noisy batch must not change a rate by orders of magnitude; the first solution
+    # is not limited, since the initial rate is a guess
     changed = jnp.clip(eta, rate / bounds.max_change, rate * bounds.max_change)
     eta = jnp.clip(jnp.where(solved, changed, eta), *_interval(bounds))
     facts = {
@@ -202,7 +206,7 @@ def _solve(
 
 
 def exact(problem: RateProblem, rate: Vector) -> Measurement:
-    """Measure the parabola by derivatives, in one sweep of tangents."""
+    """Measure the parabola with derivatives, in one sweep of tangents."""
     terms = taylor(
         problem.objective,
         problem.params,
@@ -216,7 +220,7 @@ def exact(problem: RateProblem, rate: Vector) -> Measurement:
 
 
 def forward(problem: RateProblem, rate: Vector) -> Measurement:
-    """Measure the parabola by a value at the last rate and the slope at 0."""
+    """Measure the parabola with a value at the last rate and the slope at 0."""
     start, slope = _slope(problem, rate)
     # phi(r) - phi(0) = -b r + A r^2 / 2
     change = (_values(problem, jnp.diag(rate)) - start).astype(rate.dtype)
@@ -224,8 +228,7 @@ def forward(problem: RateProblem, rate: Vector) -> Measurement:
 
 
 def central(problem: RateProblem, rate: Vector) -> Measurement:
-    """Measure the parabola by two values, at the last rate and as far on the other
-    side."""
+    """Measure the parabola with two values, at the last rate r and at -r."""
     start = problem.value
     if start is None:
         start = problem.objective(problem.params)
@@ -240,7 +243,7 @@ MODES: dict[str, Mode] = {"exact": exact, "forward": forward, "central": central
 
 
 def _slope(problem: RateProblem, rate: Vector) -> tuple[jax.Array, Vector]:
-    """phi(0) and phi'(0), from what `update` was given if that is both."""
+    """Return phi(0) and phi'(0), from value and grad if `update` received both."""
     if problem.value is not None and problem.grad is not None:
         slope = inner_by_group(problem.grad, problem.updates, problem.labels, rate)
         return problem.value, slope
@@ -255,7 +258,7 @@ def _slope(problem: RateProblem, rate: Vector) -> tuple[jax.Array, Vector]:
 
 
 def _values(problem: RateProblem, rates: jax.Array) -> Vector:
-    """phi at each row of `(k, S)`, in the dtype of the objective."""
+    """Return phi at each row of rates `(k, S)`, in the dtype of the objective."""
 
     def phi(rate: Vector) -> jax.Array:
         step = scaled(problem.updates, problem.labels, rate)
@@ -267,14 +270,14 @@ def _values(problem: RateProblem, rates: jax.Array) -> Vector:
 def _parabola(
     problem: RateProblem, start: jax.Array, rate: Vector, fall: Vector, bend: Vector
 ) -> Measurement:
-    """The parabola through phi(0) with `fall = b r` and `bend = A r^2 / 2` at the rate
-    r."""
-    # what of a difference of two values may be rounding
+    """Return the parabola through phi(0) with `fall = b r` and `bend = A r^2 / 2` at
+    the rate r."""
+    # bound on the rounding of a difference of two values
     coarsest = max(float(jnp.finfo(start.dtype).eps), eps(problem.params))
     noise = 8 * coarsest * jnp.abs(start).astype(rate.dtype)
 
-    # a bend that rounding hides may be as large as the noise; where the fall is hidden
-    # too, nothing is known
+    # a bend below the noise is replaced by the noise, which bounds it; if the fall is
+    # below it too, nothing is known
     beyond = ~jnp.isfinite(bend)
     seen = jnp.abs(bend) > noise
     known = (seen | (fall > 2 * noise)) & ~beyond

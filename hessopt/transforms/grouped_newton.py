@@ -1,12 +1,12 @@
-"""Grouped Newton: the rates of all groups together, by a model of third order of the
-objective along their updates.
+"""Grouped Newton: the rates of all groups are determined jointly by a third-order model
+of the objective along their updates.
 
     phi(eta) = f(params + sum_s eta_s u_s)
     g = -phi'(0),    H = phi''(0),    d_s = |phi_sss(0)|^(1/3),    D = diag(d)
     eta = argmin  -g.eta + eta.H eta / 2 + (lambda / 6) |D eta|^3
 
-The cubic term keeps the rates where phi is close to its parabola; a change of the units
-of a group changes nothing.
+The cubic term restricts the rates to the region where phi is close to its quadratic
+model. The method is invariant to a change of the units of a group.
 
 Source: Wolinski, "Adapting Newton's Method to Neural Networks through a Summary of
 Higher-Order Derivatives", arXiv 2312.03885.
@@ -41,7 +41,7 @@ SOLVER_FACTS = (
     StepStatus.UNBOUNDED_MODEL,
     StepStatus.NONFINITE,
 )
-"""The facts that `solve_cubic` reports of a model."""
+"""The facts that `solve_cubic` reports about a model."""
 
 
 class Cubic(NamedTuple):
@@ -56,7 +56,7 @@ class GroupedNewtonState(NamedTuple):
     """State of `scale_by_grouped_newton`; S groups."""
 
     count: jax.Array  # int32 scalar, updates so far
-    memory: Memory  # with a `Cubic` for a model
+    memory: Memory  # its model is a `Cubic`
     info: RateInfo
 
 
@@ -74,38 +74,39 @@ def scale_by_grouped_newton(
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale additive updates, group by group, by the rates that minimise a cubic model
+    """Scale the additive updates of each group by the rates that minimize a cubic model
     of the objective.
 
     Args:
-      groups: groups of leaves, as in `group_labels`.
-      cubic_damping: lambda, not negative, or a schedule of it. Without units: 1 trusts
-        third derivatives as they are. With 0 it is Newton's method in the rates.
-      learning_rate: factor on the rates, or a schedule of it. A schedule belongs here:
-        in the base optimizer, the rates would cancel it.
-      update_every: steps from one model to the next. In those between, which cost
-        nothing except under vmap, the rates stay, and no group moves farther than when
-        it was measured. All steps of the first two periods are measured, and so is a
-        step that would lead uphill, if `update` is given grad.
+      groups: groups of leaves, as in `hessopt.group_labels`.
+      cubic_damping: lambda >= 0, dimensionless, or a schedule of it. With 1 the third
+        derivatives enter as they are; with 0 the method is Newton's method in the
+        rates.
+      learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
+        in the base optimizer would be cancelled by the rates.
+      update_every: number of steps from one model to the next. The steps in between
+        reuse the rates and cost nothing, except under vmap; in them the step of a group
+        is at most as long as at its measurement. Every step of the first two periods is
+        measured, and so is a step that would lead uphill, if `update` receives grad.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
-        for none.
-      rate_decay: in [0, 1], weight of the past in an average of the rates, which begins
+        disables averaging.
+      rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
         with the first solution.
       nonnegative: whether negative rates are replaced by 0, after the solve and before
-        they are averaged. Training is better without: the rates of the other groups
-        were found together with the negative ones.
-      cross_groups: whether H keeps its entries between groups; else it is diagonal.
-      ridge: not negative; this multiple of the magnitudes of the diagonal of H is added
-        to the diagonal.
+        the average. (Training is better without: the solution relies on the decrease by
+        groups with negative rates.)
+      cross_groups: whether H has entries between groups; otherwise it is diagonal.
+      ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
+        added to the diagonal.
       initial_rate: rate of every group until the first solution.
-      safeguard: whether the objective is evaluated at a step with new rates. If it
-        rises there by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that is not enough, no step is taken.
+      safeguard: whether to evaluate the objective at the step of newly measured rates.
+        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
+        five times; if that does not suffice, no step is taken.
 
     Returns:
-      A transformation, additive update in and `rate u` out, whose `update(updates,
-      state, params, *, value, grad, value_fn, **data)` needs the objective: on the
-      batch of the gradient, or, for a model of the whole data, a closure:
+      A transformation of the additive update u into `rate u`, whose `update(updates,
+      state, params, *, value, grad, value_fn, **data)` requires the objective: on the
+      batch of the gradient, or, for a model on the whole data, as a closure:
 
           objective = lambda params: loss(params, all_of_x, all_of_y)
           updates, state = tx.update(
@@ -114,18 +115,18 @@ def scale_by_grouped_newton(
 
       Its status is `state.info.status`:
 
-      UNBOUNDED_MODEL: the model has no minimiser, since H is indefinite and third
-      derivatives are missing (ReLU and squares make a parabola along each group); the
-      rates are those of a parabola above the model, which lower the model as well.
-      RATE_KEPT: a group kept its last rate, since the model says nothing about it or,
-      with NONFINITE, is not finite. NEGATIVE_CURVATURE: H is not positive definite,
-      which the cubic term makes up for. SAFEGUARDED: the rates were halved
-      because the objective rose. STEP_REJECTED: no step was taken. NONFINITE also where
-      the value or an update is not finite: then the update is zero and the state as
-      before, but for count and info.
+      UNBOUNDED_MODEL: the model has no minimizer, since H is indefinite and third
+      derivatives are zero (with ReLU and squares the objective is a parabola along each
+      group); the rates then minimize a parabola above the model, which decreases the
+      model as well. RATE_KEPT: a group kept its last rate, since the model does not
+      determine it or, with NONFINITE, is not finite. NEGATIVE_CURVATURE: H is not
+      positive definite, and the cubic term bounds the model. SAFEGUARDED: the rates
+      were halved because the objective rose. STEP_REJECTED: no step was taken.
+      NONFINITE is also reported if the value or an update is not finite; then the
+      update is zero and the state is unchanged except count and info.
 
-      The paper also shortens the steps on a plateau of the objective. In a chain that
-      comes after the rates, and `update` then needs `value`:
+      The paper also shortens the steps on a plateau of the objective. For this, append
+      the following transformation to the chain; `update` then requires `value`:
 
           optax.chain(
               grouped_newton(base),
@@ -133,11 +134,11 @@ def scale_by_grouped_newton(
           )
 
     Raises:
-      ValueError: for numbers out of their ranges, or unknown words.
+      ValueError: for numbers out of range, or unknown groups.
       TypeError: in `update`, for a missing objective or params.
 
     Cost per model: that of `taylor(order=3)` and `solve_cubic`, and one value for the
-    safeguard. The steps between cost nothing. Memory: `S^2`.
+    safeguard. The steps in between cost nothing. Memory: `S^2`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -178,7 +179,7 @@ def scale_by_grouped_newton(
 
 
 class _Solver(NamedTuple):
-    """The arguments that say how a model is solved, checked."""
+    """The arguments of the solution of a model, checked."""
 
     cubic_damping: optax.ScalarOrSchedule
     nonnegative: bool
@@ -192,7 +193,7 @@ def _blank(size: int, dtype: Any) -> Cubic:
 
 
 def _measure(problem: RateProblem, rate: Vector) -> Measurement:
-    """The model by derivatives, in one sweep of tangents."""
+    """Measure the model with derivatives, in one sweep of tangents."""
     value, gradient, hessian, third = taylor(
         problem.objective, problem.params, problem.updates, groups=problem.groups
     )
@@ -215,8 +216,8 @@ def _solve(
     eta, _, status = solve_cubic(-g, H, d, damping)
     facts = {flag: status & flag != 0 for flag in SOLVER_FACTS}
 
-    # without a minimum, that of a parabola above the model; a group without curvature
-    # has none there either
+    # if there is no minimum, use that of a parabola above the model; a group without
+    # curvature has no minimum there either
     unbounded = facts[StepStatus.UNBOUNDED_MODEL]
     eta = jnp.where(unbounded, _bounded(g, H), eta)
     usable = ~facts[StepStatus.NONFINITE] & (~unbounded | jnp.any(H != 0, axis=1))
@@ -225,15 +226,15 @@ def _solve(
 
 
 def _bounded(g: Vector, H: Matrix) -> Vector:
-    """The minimiser of `-g.eta + eta.|H| eta / 2`, a parabola above that of H; zero for
-    a group without curvature."""
-    # |H| has the eigenvalues of H by magnitude, in units of the groups in which all
-    # rows are alike
+    """Return the minimizer of `-g.eta + eta.|H| eta / 2`, a parabola above that of H,
+    with zero for a group without curvature."""
+    # |H| has the absolute values of the eigenvalues of H, in units of the groups in
+    # which all rows have similar size
     largest = jnp.max(jnp.abs(H), axis=1, initial=0.0)
     t = jnp.where(largest > 0, 1 / jnp.sqrt(or_one(largest)), 0)
     theta, Q = jnp.linalg.eigh(H * t * t[:, None])
 
-    # an eigenvalue that rounding hides does not make the step long
+    # an eigenvalue below rounding does not make the step long
     theta = jnp.abs(theta)
     rounding = jnp.finfo(H.dtype).eps ** 0.5 * jnp.max(theta, initial=0.0)
     theta = jnp.maximum(theta, rounding)

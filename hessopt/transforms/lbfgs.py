@@ -1,10 +1,10 @@
-"""L-BFGS: the inverse BFGS matrix of the last m pairs `s = params - params_old`, `y =
-grad - grad_old`, times g.
+"""L-BFGS: the product of g with the inverse BFGS matrix of the last m pairs `s = params
+- params_old`, `y = grad - grad_old`.
 
-In compact form (`numerics/compact.py`) this takes the products `S'y, Y'y` and `S'g,
-Y'g` and one linear combination of g, S and Y: no recursion over the pairs, and few
-operations per leaf. S and Y lie in one stack of pairs (`trees/stacks.py`), which is
-written in place.
+In compact form (`numerics/compact.py`) the product requires `S'y, Y'y` and `S'g, Y'g`
+and one linear combination of g, S and Y, without a recursion over the pairs and with
+few operations per leaf. S and Y are stored in one stack of pairs (`trees/stacks.py`),
+which is written in place.
 
 Source: Liu and Nocedal, "On the limited memory BFGS method for large scale
 optimization", Mathematical Programming 45, 1989; Byrd, Nocedal and Schnabel,
@@ -37,7 +37,7 @@ nearly zero on one batch is larger on the next, and its inverse makes too long a
 
 
 class LbfgsInfo(NamedTuple):
-    """What the last update found."""
+    """Report of the last update."""
 
     status: jax.Array  # int32 scalar, StepStatus
     pairs: jax.Array  # int32 scalar, pairs in use
@@ -73,34 +73,35 @@ def scale_by_lbfgs(
     Hessian.
 
     Args:
-      memory_size: m, pairs that are kept.
+      memory_size: m, the number of stored pairs.
       same_batch_pairs: whether y is the change of the gradient on the batch of the
-        current call, for stochastic training; needs `value_fn` and one more gradient
+        current call, for stochastic training; requires `value_fn` and one more gradient
         per update.
-      memory_dtype: dtype in which pairs are kept, `jnp.bfloat16` for half the memory;
-        by default that of params, at least float32.
+      memory_dtype: dtype of the stored pairs, such as `jnp.bfloat16` for half the
+        memory; by default that of params, at least float32.
 
     Returns:
-      A transformation, gradient in and `+H g` out. `update(grads, state, params, *,
-      grad, value_fn, **data)` takes the pairs from `grad` if given, else from `grads`;
-      only same_batch_pairs needs `value_fn`. Its status is `state.info.status`.
+      A transformation of the gradient into `+H g`. `update(grads, state, params, *,
+      grad, value_fn, **data)` forms the pairs from `grad` if it is given, else from
+      `grads`; only same_batch_pairs requires `value_fn`. Its status is
+      `state.info.status`.
 
-      A pair enters the memory iff `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| +
-      |g_old|)`, and with same_batch_pairs `s.y > 0.1 |s| |y|`; else it is skipped and
-      counted (PAIR_SKIPPED). Without pairs the direction is the gradient, at unit
-      length or times the scale of the last pair, whichever is shorter. The memory is
-      emptied (MEMORY_RESET) where params have not moved since the last update, because
-      the search has failed, and where the direction would not descend. A value, or a
-      squared gradient, that is not finite gives an update of zero (NONFINITE). The
-      state is then as before, but for info.
+      A pair is stored if `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`,
+      and with same_batch_pairs `s.y > 0.1 |s| |y|`; otherwise it is skipped and counted
+      (PAIR_SKIPPED). Without pairs the direction is the gradient, scaled to unit length
+      or by the scale of the last pair, whichever is shorter. The memory is emptied
+      (MEMORY_RESET) if the parameters have not changed since the last update, which
+      indicates a failed search, or if the direction is not a descent direction. A value
+      or a squared gradient that is not finite gives an update of zero (NONFINITE); the
+      state is then unchanged except info.
 
     Raises:
       ValueError: for memory_size < 1, or a memory_dtype without the range of float32,
-        as float16.
+        such as float16.
       TypeError: in `update`, for missing params; with same_batch_pairs also for a
         missing value_fn, or data that it requires.
 
-    Cost per update: two readings of the memory, three where y is small against the
+    Cost per update: two passes over the memory, or three if y is small compared to the
     gradients or `grads` is not `grad`, and about 20 n more. Memory: `2 m n` for the
     pairs, 2 n for the last iterate.
 
@@ -217,7 +218,7 @@ def _init(options: _Options, params: Params) -> LbfgsState:
 
 
 def _memory_dtype(options: _Options, leaf: jax.Array) -> jnp.dtype:
-    """The dtype in which pairs of a leaf are kept."""
+    """Return the dtype of the stored pairs of a leaf."""
     if options.memory_dtype is None or jnp.iscomplexobj(leaf):
         return jnp.promote_types(leaf.dtype, jnp.float32)
     return jnp.dtype(options.memory_dtype)
@@ -231,13 +232,13 @@ def _step(
     pair = _form(options, call, state)
     products = _multiply(call, state, pair)
 
-    # the pair enters the memory iff s'y > 1e-8 |s'g_old| and s'y > 10 eps |s| (|g| +
-    # |g_old|): H stays positive definite, and y is more than rounding
+    # the pair is stored if s'y > 1e-8 |s'g_old| and s'y > 10 eps |s| (|g| + |g_old|): H
+    # stays positive definite, and y is more than rounding
     verdict = _judge(options, call, state, pair, products)
     memory = _remember(call, state, pair, products, verdict)
 
-    # H u = gamma u + S v + Y w for the updates u; or u at unit length, where rounding
-    # has made u'H u <= 0, and then the memory is emptied
+    # H u = gamma u + S v + Y w for the updates u; if u'H u <= 0 by rounding, the
+    # direction is u scaled to unit length, and the memory is emptied
     weights, lost = _weigh(memory, verdict, pair.uu)
     direction = _direct(call, memory, weights, verdict)
     small = select(lost, compact.emptied(memory.compact), memory.compact)
@@ -291,14 +292,15 @@ def _form(options: _Options, call: Call, state: LbfgsState) -> _Pair:
 
 
 def _difference(new: jax.Array, old: jax.Array, rows: jax.Array) -> jax.Array:
-    """`new - old` of a leaf, rounded to the dtype in which the memory keeps it."""
+    """Return `new - old` of a leaf, rounded to the dtype of the memory."""
     wide = jnp.promote_types(jnp.result_type(new), jnp.float32)
     difference = jnp.asarray(new, wide) - jnp.asarray(old, wide)
     return difference.astype(rows.dtype).astype(wide)
 
 
 def _multiply(call: Call, state: LbfgsState, pair: _Pair) -> _Products:
-    """Take the products with the pairs in memory, in one reading of it if possible."""
+    """Compute the products with the pairs in memory, in one pass over it if
+    possible."""
     m = len(state.compact.used)
     products = functools.partial(stacks.products, jnp.zeros((m, 2), pair.gg.dtype))
     small, large = stacks.by_size(state.pairs, call.gradient, pair.y)
@@ -312,8 +314,8 @@ def _multiply(call: Call, state: LbfgsState, pair: _Pair) -> _Products:
         g = small_g + products(*large[:2])[0]
         return g, g - state.products
 
-    # S'y = S'g - S'g_old saves a reading of large leaves, unless y is so small against
-    # the gradients that rounding would show
+    # S'y = S'g - S'g_old saves a pass over large leaves, unless y is so small compared
+    # to the gradients that rounding errors would matter
     if state.products is None or not large[0]:
         g, y = measured()
     else:
@@ -342,8 +344,8 @@ def _judge(
     good = accepts(ss, sy, sg - sy, gg, pair.gg_old, eps(call.gradient))
     if options.same_batch_pairs:
         good &= sy > MIN_COSINE * jnp.sqrt(ss) * jnp.sqrt(yy)
-    # the memory is written next, and XLA copies it if a product with it could come
-    # later: the test therefore depends on all products
+    # the memory is written next, and XLA would copy it if a product with it could be
+    # computed later: the test therefore depends on all products
     good = jnp.all(
         known
         & good
@@ -383,12 +385,12 @@ def _remember(
 def _weigh(
     memory: _Memory, verdict: _Verdict, uu: jax.Array
 ) -> tuple[_Weights, jax.Array]:
-    """The weights of H u, or where rounding has made u'H u <= 0 those of u at unit
-    length; and whether it has."""
+    """Return the weights of H u, or those of u at unit length if u'H u <= 0 by
+    rounding; and whether this is the case."""
     small = memory.compact
     S_u, Y_u = memory.u.T
 
-    # the initial matrix gamma I of the newest pair, gamma = s'y / y'y
+    # the initial matrix is gamma I, with gamma = s'y / y'y of the newest pair
     has_scale = jnp.any(small.used) & (small.gamma > 0)
     gamma = jnp.where(has_scale, small.gamma, first_scale(small.gamma, uu))
     v, w = compact.coefficients(small, S_u, Y_u, gamma)
@@ -404,8 +406,8 @@ def _weigh(
 def _direct(
     call: Call, memory: _Memory, weights: _Weights, verdict: _Verdict
 ) -> optax.Updates:
-    """`gamma u + S v + Y w`, by one reading of the memory; zero where the call is not
-    finite."""
+    """Return `gamma u + S v + Y w`, in one pass over the memory, or zero if the call is
+    not finite."""
     columns = jnp.stack([weights.v, weights.w], axis=1)
     combined = stacks.combination(memory.pairs, columns)
 

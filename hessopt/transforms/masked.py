@@ -1,9 +1,9 @@
-"""A transformation on a part of the parameters, for which the others are constants of
-the objective.
+"""A transformation of some of the parameters; the others are constants in the
+objective.
 
-`optax.masked` hands the inner transformation trees with holes, and the objective of all
-parameters, which cannot be evaluated on them. Here trees and objective are restricted
-together.
+`optax.masked` passes trees with masked leaves to the inner transformation, together
+with the objective of all parameters, which cannot be evaluated on such trees. Here the
+trees and the objective are restricted together.
 """
 
 import functools
@@ -26,28 +26,28 @@ _NAME = "masked"
 class MaskedState(NamedTuple):
     """State of `masked`."""
 
-    # state of the inner transformation, with None in place of the leaves that are held
+    # state of the inner transformation, with None in place of the leaves held fixed
     inner: optax.OptState
 
 
 def masked(
     inner: optax.GradientTransformation, mask: Any | Callable[[Params], Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """Apply `inner` to the leaves for which `mask` is True, and hold the others.
+    """Apply `inner` to the leaves for which `mask` is True, and hold the others fixed.
 
     Args:
-      inner: any transformation or chain, of any kind. It sees None in place of the
-        leaves that are held, and `value_fn` of the rest.
-      mask: tree of bools like params or a prefix of it, or a callable `params -> tree
-        of bools`.
+      inner: any transformation or chain. It receives None in place of the leaves that
+        are held fixed, and `value_fn` as a function of the other leaves.
+      mask: tree of bools like params, or a prefix of such a tree, or a callable `params
+        -> tree of bools`.
 
     Returns:
-      A transformation that takes what `inner` takes, and gives updates of zero for the
-      leaves that are held.
+      A transformation that takes the same arguments as `inner`, and returns updates of
+      zero for the leaves that are held fixed.
 
     Raises:
-      ValueError: when the mask does not match params, naming the path.
-      TypeError: when it has other leaves than bools; in `update`, for missing params.
+      ValueError: if the mask does not match params; the message names the path.
+      TypeError: if a leaf of the mask is not a bool; in `update`, for missing params.
 
     Cost per update: that of `inner` on its leaves.
 
@@ -65,7 +65,7 @@ def masked(
     """
     check_transformation("inner", inner)
     options = _Options(optax.with_extra_args_support(inner), mask)
-    # every keyword of `update` is for `inner`: there is nothing to bind here
+    # every keyword of `update` is for `inner`: nothing is bound here
     return optax.GradientTransformationExtraArgs(
         functools.partial(_init, options), functools.partial(_update, options)
     )
@@ -92,7 +92,7 @@ def _update(
 ) -> tuple[optax.Updates, MaskedState]:
     require_params(params, caller=_NAME)
 
-    # the trees without the leaves that are held, and the objective of the others
+    # restrict the trees and the objective to the leaves that are not held fixed
     chosen = _chosen(options.mask, params)
     part, at = (take(tree, chosen, True) for tree in (updates, params))
     own = of_group(chosen, True, params, keywords, caller=_NAME)
@@ -103,7 +103,7 @@ def _update(
 
 
 def _chosen(mask: Any | Callable[[Params], Any], params: Params) -> Any:
-    """A tree like params of bools, True for the leaves that `inner` sees."""
+    """Return a tree of bools like params, True for the leaves that `inner` updates."""
     given = mask(params) if callable(mask) else mask
     leaves = given_labels("mask", given, params)
     for leaf in leaves:
@@ -113,8 +113,8 @@ def _chosen(mask: Any | Callable[[Params], Any], params: Params) -> Any:
 
 
 def _zeros(update: Any, leaf: Any) -> jax.Array:
-    """Zeros like the update; like the leaf where that is an integer, whose gradient has
-    no entries."""
+    """Return zeros like the update, or like the leaf if it is an integer, since the
+    gradient of an integer has dtype float0."""
     return jnp.zeros_like(
         leaf if jnp.result_type(update) == jax.dtypes.float0 else update
     )

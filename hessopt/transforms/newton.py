@@ -1,14 +1,14 @@
 """Damped Newton: solve `(H + lambda I) p = g`.
 
-H is the Hessian (or Gauss-Newton matrix) of the objective, whole or in diagonal blocks,
-and lambda a constant or a schedule. Away from a minimum H need not be positive
-definite, and p need not point downhill. Three answers:
+H is the Hessian (or Gauss-Newton matrix) of the objective, or its diagonal blocks, and
+lambda is a constant or a schedule. Away from a minimum H need not be positive definite,
+and `-p` need not be a descent direction. There are three treatments:
 
-- `"shift"`: a sufficient addition to lambda (`numerics/cholesky.py`), remembered
-  between steps and halved at each;
-- `"absolute"`: |eigenvalues| in place of eigenvalues, which turns saddles into minima
-  (Dauphin et al., 2014);
-- `"none"`: Newton's own step, to whatever stationary point is near.
+- `"shift"` adds a sufficient number to lambda (`numerics/cholesky.py`), which is
+  remembered between steps and halved at each;
+- `"absolute"` replaces the eigenvalues by their absolute values, so that saddles do not
+  attract the iterates (Dauphin et al., 2014);
+- `"none"` takes Newton's step, which may lead to any stationary point.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.4; Dauphin et
 al., arXiv 1406.2572.
@@ -40,29 +40,29 @@ from hessopt.typing import Labels, Matrix, Params, StepStatus, Vector, step_stat
 _NOT_REUSED = (
     StepStatus.FACTORIZATION_FAILED | StepStatus.NO_CURVATURE | StepStatus.NONFINITE
 )
-"""Facts after which the next update factorises again."""
+"""Facts after which the next update computes a new factorization."""
 
 
 class NewtonInfo(NamedTuple):
-    """What the last update found; of several blocks, the worst."""
+    """Report of the last update; for several blocks, the worst values."""
 
     status: jax.Array  # int32 scalar, StepStatus
     damping: jax.Array  # scalar, lambda with the shift, in units of f / params^2
-    smallest_pivot: jax.Array  # scalar, of the factorised matrix, same units
+    smallest_pivot: jax.Array  # scalar, of the factorized matrix, same units
     # scalar, largest over smallest pivot: an estimate of the condition number
     condition: jax.Array
-    attempts: jax.Array  # int32 scalar, factorisations tried, over all blocks
+    attempts: jax.Array  # int32 scalar, attempted factorizations, all blocks
     evaluations: jax.Array  # int32 scalar, of the objective besides the Hessian: 0
 
 
 class NewtonState(NamedTuple):
-    """State of `scale_by_newton`. Every array belongs to the curvature, none is shaped
-    like params."""
+    """State of `scale_by_newton`. All arrays describe the curvature; none has the shape
+    of params."""
 
     count: jax.Array  # int32 scalar, updates so far
-    # (number of blocks,), shifts of the last factorisations that succeeded
+    # (number of blocks,), shifts of the last factorizations that succeeded
     shift: Vector
-    factors: Params  # with update_every > 1, the blocks' factors in use; None else
+    factors: Params  # with update_every > 1, the blocks' factors; else None
     info: NewtonInfo
 
 
@@ -77,39 +77,42 @@ def scale_by_newton(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply the gradient by the inverse of the damped Hessian.
 
-    Per block b of the parameters, with n_b entries: `p_b = (H_b + lambda I)^-1 g_b`.
+    For each block b of the parameters, with n_b entries, `p_b = (H_b + lambda I)^-1
+    g_b`.
 
     Args:
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
-      on_indefinite: what to do where `H + lambda I` is not positive definite.
-        `"shift"`: add a sufficient multiple of the identity, remembered between updates
-        and halved at each; `"absolute"`: take eigenvalues by magnitude; `"none"`:
-        nothing, which may step towards a saddle or a maximum and says so in the status;
-        or an `IndefiniteTreatment`.
-      blocks: `"all"`, or groups as in `hessopt.group_labels`: H then keeps its diagonal
-        blocks only, each computed on its own.
-      update_every: number of updates for which a factorisation serves. Shapes the
-        state, so under `optax.inject_hyperparams` it stands in `static_args`.
+      on_indefinite: treatment of an `H + lambda I` that is not positive definite.
+        `"shift"` adds a sufficient multiple of the identity, which is remembered
+        between updates and halved at each; `"absolute"` replaces the eigenvalues by
+        their absolute values; `"none"` uses the matrix as it is: the step may then lead
+        towards a saddle or a maximum, and the status reports this. An
+        `IndefiniteTreatment` is also accepted.
+      blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
+        restricted to its diagonal blocks, and each block is computed separately.
+      update_every: number of updates that use one factorization. It determines the
+        shape of the state, so list it in `static_args` of `optax.inject_hyperparams`.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
 
     Returns:
-      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *,
-      value_fn, **data)` needs the objective. Its status is `state.info.status`.
+      A transformation of the gradient into `+p`, whose `update(grads, state, params, *,
+      value_fn, **data)` requires the objective. Its status is `state.info.status`.
 
-      A block whose curvature is not finite keeps its older factor, or does not move
-      (FACTORIZATION_FAILED); one whose gradient is not finite does not move
-      (NONFINITE), and none does where the value is given and not finite; one without
-      any curvature moves along its gradient by a unit length (NO_CURVATURE). The
-      state is then as before, but for count and info.
+      A block whose curvature is not finite uses its previous factor, or gets an update
+      of zero if there is none (FACTORIZATION_FAILED). A block whose gradient is not
+      finite gets an update of zero (NONFINITE), and so do all blocks if the value is
+      given and not finite. A block with zero curvature moves along its gradient by a
+      unit length (NO_CURVATURE). In these cases the state is unchanged except count and
+      info.
 
     Raises:
       ValueError: for damping < 0, update_every < 1 or an unknown word.
-      TypeError: in `update`, when params or value_fn is missing, or data that value_fn
-        requires.
+      TypeError: in `update`, if params, value_fn, or data that value_fn requires is
+        missing.
 
     Cost per update: sum n_b products of about two gradients each and n_b^3/3
-    multiplications per attempted factorisation (`"shift"`: 1.6 attempts on average),
+    multiplications per attempted factorization (`"shift"`: 1.6 attempts on average),
     every `update_every` updates; n_b^2 in between. Memory during an update: two to four
     times the sum of n_b^2; with update_every > 1 once between updates.
 
@@ -146,7 +149,7 @@ class _Options(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """The factorised blocks of the curvature, as an update uses them."""
+    """The factorized blocks of the curvature, as an update uses them."""
 
     factors: Params  # one per block
     shift: Vector  # (number of blocks,)
@@ -171,17 +174,17 @@ def _init(options: _Options, params: Params) -> NewtonState:
 def _step(
     options: _Options, call: Call, state: NewtonState
 ) -> tuple[optax.Updates, NewtonState]:
-    # the gradient block by block; a value that is not finite makes all of it unusable
+    # the gradient of each block; if the value is not finite, no gradient is usable
     labels, names = group_labels(call.params, options.blocks)
     parts = [take(call.updates, labels, group) for group in range(len(names))]
     gradients = [jnp.where(call.finite, ravel(part), jnp.nan) for part in parts]
 
-    # H + lambda I, factorised when it is due or when the last factors were of no use
+    # factorize H + lambda I if it is due or if the last factors cannot be used
     def factorize() -> _Blocks:
         return _factorize(options, call, state, labels, gradients)
 
     def reuse() -> _Blocks:
-        # negative curvature is a fact for as long as the factor is in use
+        # negative curvature is reported for as long as the factor is in use
         status = state.info.status & StepStatus.NEGATIVE_CURVATURE
         info = state.info._replace(status=status, attempts=jnp.zeros((), jnp.int32))
         return _Blocks(state.factors, state.shift, info)
@@ -193,7 +196,7 @@ def _step(
     else:
         blocks = factorize()
 
-    # p_b = (H_b + lambda I)^-1 g_b; a block without a finite solution stays
+    # p_b = (H_b + lambda I)^-1 g_b; zero for a block without a finite solution
     direction, status = call.updates, blocks.info.status
     for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
         p = unravel(options.treatment.solve(blocks.factors[group], g), part)
@@ -222,7 +225,7 @@ def _factorize(
     labels: Labels,
     gradients: list[Vector],
 ) -> _Blocks:
-    """Form and factorise all blocks of the curvature at params."""
+    """Form and factorize all blocks of the curvature at params."""
     count, dtype = len(gradients), solve_dtype(call.params)
     lam = jnp.asarray(scheduled(options.damping, state.count), dtype)
     matrices = block_hessians(
@@ -245,7 +248,7 @@ def _factorize(
 def _empty_factors(
     options: _Options, params: Params, labels: Labels, count: int
 ) -> list[Params]:
-    """Zeros in the shapes of the blocks' factors."""
+    """Return zeros in the shapes of the blocks' factors."""
 
     def empty(group: int) -> Params:
         size = jax.eval_shape(ravel, take(params, labels, group)).size
@@ -258,10 +261,10 @@ def _empty_factors(
 
 
 def _points_uphill(direction: optax.Updates, call: Call) -> jax.Array:
-    """Whether a direction that is not zero has no positive product with the
-    gradient."""
+    """Return whether a nonzero direction has an inner product with the gradient that is
+    not positive."""
     p, g = ravel(direction), ravel(call.gradient)
-    g = jnp.where(jnp.isfinite(g), g, 0.0)  # where it is not, nothing moves
+    g = jnp.where(jnp.isfinite(g), g, 0.0)  # the direction is zero there
     slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
     return jnp.any(p != 0) & ~(slope > 0)
 
@@ -274,8 +277,8 @@ def _factorize_block(
     old_factor: Params,
     old_shift: jax.Array,
 ) -> tuple[Params, jax.Array, NewtonInfo]:
-    """Factorise `H + lam I`, or `|g| I` where that is zero; on failure return what was
-    there before."""
+    """Factorize `H + lam I`, or `|g| I` if that is zero; on failure return the old
+    factor and shift."""
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
     diagonal = jnp.where(flat, or_one(length), lam)
@@ -306,10 +309,10 @@ def _factorize_block(
 
 
 def _worst(infos: list[NewtonInfo], dtype: jax.typing.DTypeLike) -> NewtonInfo:
-    """The flags of all blocks, the extremes of their figures, the sum of their
-    attempts; zeros for no block."""
+    """Return the flags of all blocks, the extremes of their numbers and the sum of
+    their attempts; zeros if there are no blocks."""
     if not infos:
-        # an array for each field: a state that shares buffers cannot be donated
+        # one array per field: a state that shares buffers cannot be donated
         kinds = jnp.int32, dtype, dtype, dtype, jnp.int32, jnp.int32
         return NewtonInfo(*(jnp.zeros((), kind) for kind in kinds))
     every = NewtonInfo(*(jnp.stack(field) for field in zip(*infos, strict=True)))
@@ -324,6 +327,6 @@ def _worst(infos: list[NewtonInfo], dtype: jax.typing.DTypeLike) -> NewtonInfo:
 
 
 def _per_block(items: list[Params]) -> Params:
-    """One item per block. Of no block a leaf, so that `optax.tree.map_params` sees a
-    non-parameter there."""
+    """Return one item per block, or a scalar if there are no blocks, so that
+    `optax.tree.map_params` finds a non-parameter there."""
     return tuple(items) or jnp.zeros(())

@@ -1,11 +1,11 @@
-"""Newton-CG: `H p = g` by conjugate gradients, as far as it is worth it, and no farther
-than to negative curvature.
+"""Newton-CG: solve `H p = g` inexactly by conjugate gradients, which stop at a
+direction of negative curvature.
 
-Products with H come from one linearisation of the gradient; H is never formed and
-vectors stay trees. The residual may be `min(1/2, sqrt(|g|/|g_0|)) |g|`, so that little
-work goes into early steps and the last ones converge superlinearly. A direction of
-negative curvature ends the iteration and is part of p: a step along it is what leaves a
-saddle.
+Products with H are computed from one linearization of the gradient; H is never formed,
+and vectors remain trees. The iteration stops when the residual is at most `min(1/2,
+sqrt(|g|/|g_0|)) |g|`, so that early steps are cheap and the last ones converge
+superlinearly. A direction of negative curvature ends the iteration and is included in
+p, since a step along it leads away from a saddle.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 7.1; Martens,
 "Deep learning via Hessian-free optimization", 2010, for the warm start.
@@ -30,8 +30,8 @@ from hessopt.trees.vectors import inner, inner_products, real_leaves, solve_dtyp
 from hessopt.typing import Params, StepStatus, step_status
 
 Preconditioner = Callable[[Params, Params], Params]
-"""`(residual, params) -> tree like residual`: near `H^-1 residual`, linear, symmetric
-and positive definite."""
+"""`(residual, params) -> tree like residual`: an approximation of `H^-1 residual`,
+linear, symmetric and positive definite."""
 
 
 Leaves = list[jax.Array]
@@ -39,10 +39,10 @@ Leaves = list[jax.Array]
 
 
 class NewtonCgInfo(NamedTuple):
-    """What the last update found."""
+    """Report of the last update."""
 
     status: jax.Array  # int32 scalar, StepStatus
-    products: jax.Array  # int32 scalar, with H
+    products: jax.Array  # int32 scalar, products with H
     residual: jax.Array  # scalar, |g - H p| over |g|
     evaluations: jax.Array  # int32 scalar, of the objective besides products: 0
 
@@ -52,7 +52,7 @@ class NewtonCgState(NamedTuple):
 
     count: jax.Array  # int32 scalar, updates so far
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
-    # with warm_start, p of the last update, a tree like params; None else
+    # with warm_start, p of the last update, a tree like params; else None
     direction: Params
     info: NewtonCgInfo
 
@@ -65,38 +65,38 @@ def scale_by_newton_cg(
     warm_start: bool = False,
     rematerialize: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Multiply the gradient by the inverse of the Hessian, approximately, by conjugate
-    gradients.
+    """Multiply the gradient by the inverse of the Hessian, approximately, with
+    conjugate gradients.
 
     Args:
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
-      max_iterations: products with H at most, per update.
-      preconditioner: `(residual, params) -> tree`, near `H^-1 residual`, linear,
-        symmetric and positive definite.
-      warm_start: whether to begin with the last direction, at the length that suits
-        this gradient; one more product.
-      rematerialize: whether to linearise the gradient anew in every product: less
-        memory, more time.
+      max_iterations: maximum number of products with H per update.
+      preconditioner: `(residual, params) -> tree`, an approximation of `H^-1 residual`,
+        linear in the residual, symmetric and positive definite.
+      warm_start: whether to start with the last direction, scaled to fit the current
+        gradient; costs one more product.
+      rematerialize: whether to linearize the gradient again for every product, which
+        uses less memory and more time.
 
     Returns:
-      A transformation, gradient in and `+p` out, whose `update(grads, state, params, *,
-      value_fn, **data)` needs the objective. Its status is `state.info.status`.
+      A transformation of the gradient into `+p`, whose `update(grads, state, params, *,
+      value_fn, **data)` requires the objective. Its status is `state.info.status`.
 
       NEGATIVE_CURVATURE: p ends with a step along a direction without positive
       curvature. A gradient or product that is not finite (NONFINITE) ends the
-      iteration, with what it had, or zero; state is then as before, but for count and
-      info. Where p would not point downhill (NOT_DESCENT), which takes rounding, it is
-      the gradient.
+      iteration; the direction is then the last finite iterate, or zero, and the state
+      is unchanged except count and info. If `-p` is not a descent direction, which only
+      rounding can cause, the gradient is returned instead (NOT_DESCENT).
 
     Raises:
       ValueError: for max_iterations < 1 or an unknown word.
-      TypeError: in `update`, when params or value_fn is missing, or data that value_fn
-        requires.
+      TypeError: in `update`, if params, value_fn, or data that value_fn requires is
+        missing.
 
-    Cost per update: one gradient, and about two per product. Memory: the intermediates
-    of the gradient and of its tangent, and five vectors like params; with rematerialize
-    the intermediates are held only during a product.
+    Cost per update: one gradient, and about two gradients per product. Memory: the
+    intermediates of the gradient and of its tangent, and five vectors like params; with
+    rematerialize the intermediates are held only during a product.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -147,14 +147,13 @@ def _init(options: _Options, params: Params) -> NewtonCgState:
 def _step(
     options: _Options, call: Call, state: NewtonCgState
 ) -> tuple[optax.Updates, NewtonCgState]:
-    # the system H p = g over real leaves, in at least float32
+    # the system H p = g in real leaves, in at least float32
     multiply, precondition = _products(options, call)
     g = _wide(call.updates, call.params)
     length = jnp.sqrt(inner(g, g))
     first_length = jnp.where(state.first_length > 0, state.first_length, length)
 
-    # a value or a gradient that is not finite leaves nothing to solve: g = 0 ends the
-    # iteration at once
+    # if the value or the gradient is not finite, g = 0 ends the iteration at once
     known = jnp.isfinite(length) & call.finite
     start = (
         _warm(_wide(state.direction, call.params), multiply, g)
@@ -163,8 +162,8 @@ def _step(
     )
     g = zero_unless(known, g)
 
-    # algorithm 7.1: conjugate gradients to the forcing term, or to a direction of
-    # negative curvature
+    # algorithm 7.1: conjugate gradients until the residual is below the forcing term,
+    # or a direction has negative curvature
     found = conjugate_gradients(
         multiply,
         g,
@@ -175,8 +174,8 @@ def _step(
         max_iterations=options.max_iterations,
     )
 
-    # p is the gradient where rounding has turned it uphill, and stays at the last
-    # iterate before trouble
+    # p is the last finite iterate, or the gradient if rounding has made -p an uphill
+    # direction
     sound = known & found.finite
     downhill = inner(g, found.x) > 0
     p = select(downhill, found.x, zero_unless(found.finite, g))
@@ -202,7 +201,8 @@ def _step(
 def _products(
     options: _Options, call: Call
 ) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
-    """`v -> H v` and `r -> M r` at params, over real leaves in at least float32."""
+    """Return `v -> H v` and `r -> M r` at params, over real leaves in at least
+    float32."""
     params = call.params
     parts, restore = real_leaves(params)
     objective = precompose(call.objective, restore)
@@ -216,8 +216,8 @@ def _products(
         v = [x.astype(p.dtype) for x, p in zip(v, parts, strict=True)]
         if once is not None:
             return _wide(once(v), params)
-        # at params that seem to depend on v, or XLA would move the linearisation out of
-        # the loop
+        # the barrier makes params depend on v; otherwise XLA would move the
+        # linearization out of the loop
         point, v = jax.lax.optimization_barrier((parts, v))
         return _wide(product_at(point)(v), params)
 
@@ -230,13 +230,13 @@ def _products(
 
 
 def _wide(tree: Params, params: Params) -> Leaves:
-    """The real leaves of a tree in the dtype of inner products over params."""
+    """Return the real leaves of a tree in the dtype of inner products over params."""
     dtype = solve_dtype(params)
     return [leaf.astype(dtype) for leaf in real_leaves(tree)[0]]
 
 
 def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
-    """The tree of real leaves p, in the dtypes of the updates."""
+    """Return the tree of real leaves p, in the dtypes of the updates."""
     like, restore = real_leaves(updates)
     return restore([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
 
@@ -244,7 +244,8 @@ def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
 def _kept(
     options: _Options, sound: jax.Array, direction: optax.Updates, old: Params
 ) -> Params:
-    """The direction that a warm start begins with, of the last step that was sound."""
+    """Return the direction for the next warm start: that of the last step that was
+    finite."""
     if not options.warm_start:
         return None
     return optax.tree.cast_like(select(sound, direction, old), old)
@@ -253,8 +254,8 @@ def _kept(
 def _warm(
     p: Leaves, multiply: Callable[[Leaves], Leaves], g: Leaves
 ) -> tuple[Leaves, Leaves]:
-    """The multiple of p that minimises the model, and H times it; zero where p has no
-    positive curvature."""
+    """Return the multiple of p that minimizes the model, and H times it; zeros if p
+    does not have positive curvature."""
     q = multiply(p)
     (_, pq, _), (_, _, _), (pg, _, _) = inner_products(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)

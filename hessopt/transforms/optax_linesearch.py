@@ -1,7 +1,7 @@
-"""optax's line searches in any chain.
+"""Line searches of optax, adapted to any chain.
 
-They are written for a loop without data, without NaN and without meshes; support for
-these is added around them.
+They are written for a loop without data, NaN or meshes; support for these is added
+around them.
 """
 
 import functools
@@ -51,7 +51,8 @@ def fitted(
 def _init(
     linesearch: optax.GradientTransformationExtraArgs, params: Params
 ) -> optax.OptState:
-    # optax's searches look at a first leaf: an empty tree, or a placeholder, gets one
+    # optax's searches read the first leaf: an empty tree, or a placeholder, is replaced
+    # by an array
     arrays = jax.tree.map(jnp.asarray, params)
     state = linesearch.init(arrays if jax.tree.leaves(params) else jnp.zeros(()))
     return beside(strongly_typed(state), params)
@@ -70,7 +71,7 @@ def _step(
     def place(tree: Any) -> Any:
         return jax.tree.map(split_like, tree, params)
 
-    # the search of optax on whole trees, while the objective sees them split as ever
+    # run optax's search on gathered trees; the objective receives them split again
     step, new = linesearch.update(
         gather(call.updates),
         _with_grad(state, gather),
@@ -81,8 +82,8 @@ def _step(
     )
     step, new = place(step), _with_grad(new, place)
 
-    # no step from a value that is not finite, nor one uphill; the state is then the old
-    # one but for its report
+    # take no step from a value that is not finite, and no uphill step; the state is
+    # then the old one except its info
     nonzero = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]
     risen = _risen(call.value, getattr(new, "value", call.value))
     moved = jnp.any(jnp.array(nonzero)) & call.finite & ~risen
@@ -92,13 +93,14 @@ def _step(
 
 
 def _with_grad(state: Any, change: Callable[[Params], Params]) -> Any:
-    """The state with the gradient changed that it keeps, if it keeps one."""
+    """Return the state with its stored gradient changed, if it stores one."""
     if getattr(state, "grad", None) is None:
         return state
     return state._replace(grad=change(state.grad))
 
 
 def _risen(value: Any, reached: Any) -> jax.Array:
-    """Whether a value is higher than before, by more than rounding, or not finite."""
+    """Return whether the value has increased by more than rounding, or is not
+    finite."""
     value, reached = jnp.asarray(value), jnp.asarray(reached)
     return ~(reached <= value + 10 * jnp.finfo(reached.dtype).eps * jnp.abs(value))

@@ -1,11 +1,11 @@
 """Second-order steps for a random part of the blocks, first-order steps for the rest.
 
-At every update each block b of the parameters draws whether it gets the direction of
-`inner`, computed on the objective restricted to the block, or the gradient. A block
-that is not drawn costs nothing: its branch of a `lax.cond` does not run. (Under `vmap`
-both branches run.)
+In every update, each block b of the parameters is drawn at random or not. The update of
+a drawn block is the direction of `inner`, computed on the objective restricted to the
+block; the update of any other block is its gradient. A block that is not drawn costs
+nothing: its branch of a `lax.cond` does not run. (Under `vmap` both branches run.)
 
-Source: block sub-sampling as in randomised block Newton methods, Qu, Richtarik, Takac
+Source: block sub-sampling as in randomized block Newton methods, Qu, Richtarik, Takac
 and Fercoq, arXiv 1502.02268.
 """
 
@@ -31,8 +31,8 @@ _NAME = "subsampled"
 
 
 class SubsampledInfo(NamedTuple):
-    """What the last update drew. What each block's own step found is in its state of
-    `inner`."""
+    """Report of the last update. The reports of the blocks' own steps are in their
+    states of `inner`."""
 
     status: jax.Array  # int32 scalar, StepStatus
     drawn: jax.Array  # int32 scalar, blocks that got the inner direction
@@ -47,8 +47,8 @@ class SubsampledState(NamedTuple):
     # scalar, |step| / |gradient| averaged over the blocks of the last update that drew
     # one
     ratio: jax.Array
-    # {name: state of `inner` for that block}, each as of the block's last draw; a
-    # scalar zero where there are no parameters
+    # {name: state of `inner` for that block}, each from the block's last draw; a scalar
+    # zero if there are no parameters
     inner: Any
     info: SubsampledInfo
 
@@ -61,28 +61,31 @@ def subsampled(
     rest: str = "gradient",
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Give `inner`'s direction to randomly drawn blocks of the parameters, and the
-    gradient to the rest.
+    """Apply `inner` to randomly drawn blocks of the parameters, and use the gradient
+    for the rest.
 
     Args:
-      inner: a direction such as `scale_by_newton()`. It sees each block as a problem of
-        its own: the block's leaves (None in place of the others), and `value_fn` with
-        the other parameters held fixed. Its state, counters and schedules included,
-        advances only when the block is drawn.
-      probability: of drawing a block, in [0, 1], independently per block and update.
+      inner: a direction such as `scale_by_newton()`. It receives each block as a
+        separate problem: the block's leaves (None in place of the others), and
+        `value_fn` with the other parameters held fixed. Its state, including counters
+        and schedules, advances only when the block is drawn.
+      probability: probability of drawing a block, in [0, 1]; draws are independent for
+        each block and update.
       blocks: groups as in `hessopt.group_labels`.
-      rest: what the other blocks get: `"gradient"`, or `"norm_matched"`, the gradient
+      rest: update of the other blocks: `"gradient"`, or `"norm_matched"`, the gradient
         times the mean ratio |step| / |gradient| of the drawn blocks (of the last update
-        that drew one; 1 before the first), so that all blocks move alike.
-      seed: of the draws; update number t draws with `fold_in(key(seed), t)`.
+        that drew one; 1 before the first), so that the steps of all blocks have similar
+        lengths.
+      seed: seed of the draws; update number t uses the key `fold_in(key(seed), t)`.
 
     Returns:
-      A transformation, gradient in and direction out, that takes what `inner` takes. A
-      block whose update is not finite does not move (status NONFINITE).
+      A transformation of the gradient into a direction, which takes the same arguments
+      as `inner`. A block whose update is not finite gets an update of zero (status
+      NONFINITE).
 
     Raises:
       ValueError: for a probability outside [0, 1] or an unknown word.
-      TypeError: in `update`, when params is missing.
+      TypeError: in `update`, if params is missing.
 
     Cost per update: that of `inner` on the drawn blocks; nothing else is evaluated.
     Memory: a state of `inner` per block.
@@ -108,7 +111,7 @@ def subsampled(
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
     options = _Options(inner, probability, blocks, rest == "norm_matched", seed)
-    # every keyword of `update` is for `inner`: there is nothing to bind here
+    # every keyword of `update` is for `inner`: nothing is bound here
     return optax.GradientTransformationExtraArgs(
         functools.partial(_init, options), functools.partial(_update, options)
     )
@@ -125,13 +128,13 @@ class _Options(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What `inner.update` takes for one block: trees have None in place of the leaves
-    of the others."""
+    """The arguments of `inner.update` for one block; the trees have None in place of
+    the leaves of other blocks."""
 
     updates: Params
     state: optax.OptState
     params: Params
-    keywords: dict[str, Any]  # among them the objective with the other leaves held
+    keywords: dict[str, Any]  # including the objective with the other leaves fixed
 
 
 class _Step(NamedTuple):
@@ -150,7 +153,7 @@ def _init(options: _Options, params: Params) -> SubsampledState:
     state = SubsampledState(
         count=jnp.zeros((), jnp.int32),
         ratio=jnp.ones((), solve_dtype(params)),
-        # `optax.tree.map_params` takes an empty dict for that of the parameters
+        # `optax.tree.map_params` would take an empty dict for the parameters
         inner=states or jnp.zeros(()),
         info=SubsampledInfo(
             status=jnp.zeros((), jnp.int32),
@@ -180,13 +183,13 @@ def _update(
     key = jax.random.fold_in(jax.random.key(options.seed), state.count)
     drawn = jax.random.bernoulli(key, options.probability, (len(names),))
 
-    # a drawn block takes p_b of `inner`, another keeps g_b
+    # the update of a drawn block is p_b of `inner`, that of any other block g_b
     blocks = [block(group) for group in range(len(names))]
     steps = [
         _advance(options.inner, drawn[group], own) for group, own in enumerate(blocks)
     ]
 
-    # the rest moves by g_b, or by r g_b with r the mean of |p_b| / |g_b|
+    # the other blocks move by g_b, or by r g_b with r the mean of |p_b| / |g_b|
     dtype = state.ratio.dtype
     lengths = _lengths([step.updates for step in steps], dtype)
     before = _lengths([own.updates for own in blocks], dtype)
@@ -217,8 +220,8 @@ def _update(
 def _advance(
     inner: optax.GradientTransformationExtraArgs, drawn: jax.Array, block: _Block
 ) -> _Step:
-    """The update of `inner` and its state if the block is drawn, else what it had. A
-    step that is not finite leaves the state as it was."""
+    """Return the update of `inner` and its state if the block is drawn, else the given
+    ones. The state is unchanged if the step is not finite."""
 
     def by_inner() -> _Step:
         new, state = inner.update(
@@ -232,15 +235,15 @@ def _advance(
 
 
 def _lengths(parts: Sequence[Params], dtype: jax.typing.DTypeLike) -> Vector:
-    """The length of each tree."""
+    """Return the length of each tree."""
     return jnp.array([norm(ravel(part)) for part in parts], dtype)
 
 
 def _mean_ratio(
     old: jax.Array, drawn: jax.Array, lengths: Vector, before: Vector
 ) -> jax.Array:
-    """The mean of `lengths / before` over the drawn blocks for which both are positive
-    and finite; the old one where there are none."""
+    """Return the mean of `lengths / before` over the drawn blocks for which both are
+    positive and finite, or the old mean if there are none."""
     positive = (before > 0) & (lengths > 0)
     usable = drawn & positive & jnp.isfinite(before) & jnp.isfinite(lengths)
     ratios = divide(lengths, before, usable)
@@ -249,7 +252,7 @@ def _mean_ratio(
 
 
 def _scaled(part: Params, factor: jax.Array, finite: jax.Array) -> Params:
-    """The factor times a tree, zero where the condition does not hold."""
+    """Return the factor times a tree, or zeros if the condition does not hold."""
     return jax.tree.map(
         lambda u: jnp.where(finite, (factor * u).astype(u.dtype), 0), part
     )

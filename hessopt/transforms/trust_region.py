@@ -1,21 +1,22 @@
-"""Trust-region Newton: the global minimiser of a quadratic model, kept to where the
-model is good.
+"""Trust-region Newton: the global minimizer of a quadratic model, restricted to the
+region where the model is accurate.
 
 With g and H the gradient and the Hessian (or Gauss-Newton matrix) at params, the step
-minimises one of
+minimizes one of
 
     g.p + p.H p / 2  over  |D p| <= radius,        g.p + p.H p / 2 + (sigma/3) |D p|^3,
 
-and is taken if the objective falls. How much it falls, over how much the quadratic
-promised, sets the radius, or sigma, for the next one. Indefinite H is welcome: both
-minimisers go along negative curvature. D equilibrates H, with the largest of each of
-its entries so far: units of parameters do not matter, and a parameter that has lost its
-influence, as that of a saturated neuron, does not run away for it. One
-eigendecomposition of `D^-1 H D^-1` serves for all trials.
+and is taken if the objective decreases. The ratio of the actual decrease to the
+decrease predicted by the quadratic model determines the next radius or sigma. H may be
+indefinite: both minimizers then have a component along negative curvature. The diagonal
+matrix D equilibrates H; each entry is the largest one so far. The units of parameters
+therefore do not matter, and the step of a parameter that has lost its influence, such
+as that of a saturated neuron, does not become too long. One eigendecomposition of `D^-1
+H D^-1` is used for all trials.
 
-Geodesic acceleration bends the step: along `p t + a t^2 / 2`, `a = -(J'LJ + kappa
-D^2)^-1 J'L r''`, with r'' the second derivative of the model's outputs along p, outputs
-change in a straight line to second order.
+Geodesic acceleration follows the curve `p t + a t^2 / 2` with `a = -(J'LJ + kappa
+D^2)^-1 J'L r''`, where r'' is the second derivative of the model's outputs along p. The
+outputs change along a straight line to second order on this curve.
 
 Source: Conn, Gould and Toint, "Trust-Region Methods", 2000; Cartis, Gould and Toint,
 "Adaptive cubic regularisation methods for unconstrained optimization", 2011; Gould,
@@ -58,21 +59,22 @@ from hessopt.trees.vectors import (
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
 MAX_ACCELERATION = 0.75
-"""Largest length of an acceleration in that of its step: beyond, the series in t means
-nothing, and p is not bent."""
+"""Largest ratio of the length of an acceleration to that of its step. Above it the
+series in t is not accurate, and the acceleration is not used."""
 
 
 class TrustRegionInfo(NamedTuple):
-    """What the last update found."""
+    """Report of the last update."""
 
     status: jax.Array  # int32 scalar, StepStatus
-    # scalar, what the objective fell by over what the model promised, at the last trial
+    # scalar, actual decrease of the objective over predicted decrease, at the last
+    # trial
     ratio: jax.Array
     shift: jax.Array  # scalar, kappa of the last trial, in the scaled parameters
     lowest: jax.Array  # scalar, smallest eigenvalue of the scaled curvature
     trials: jax.Array  # int32 scalar, values evaluated at trial points
-    products: jax.Array  # int32 scalar, with the curvature, by "cg"; 0 by "exact"
-    # int32 scalar, values: one per trial, and one at params where it was not given
+    products: jax.Array  # int32 scalar, products with the curvature; 0 with "exact"
+    # int32 scalar, values: one per trial, and one at params if it was not given
     evaluations: jax.Array
 
 
@@ -83,7 +85,7 @@ class TrustRegionState(NamedTuple):
     # scalar, the radius or sigma for the next update; 0 before the first
     size: jax.Array
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
-    # (n,), the diagonal of D, 0 where no curvature was seen; None where D = 1
+    # (n,), the diagonal of D, 0 where the curvature was always 0; None if D = 1
     scales: Params
     info: TrustRegionInfo
 
@@ -98,44 +100,48 @@ def trust_region_newton(
     max_trials: int = 20,
     geodesic_acceleration: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Newton's method in a region of trust, with any curvature.
+    """Trust-region Newton method; the curvature may be indefinite.
 
     Args:
-      step_bound: what keeps steps to where the model is good: `"cubic"`, a term
-        `sigma/3 |D p|^3`, or `"radius"`, the limit `|D p| <= radius`; or a `StepBound`.
-      subproblem: `"exact"`, by an eigendecomposition, with a D that makes units of
-        parameters irrelevant, or `"cg"`, in the space that conjugate gradients span (at
-        most 50 products with the curvature, D = 1), until the residual is at most
-        `min(1/2, sqrt(|g|/|g_0|)) |g|`, g_0 being the first gradient.
+      step_bound: restriction of the step to the region where the model is accurate:
+        `"cubic"` adds a term `sigma/3 |D p|^3`, `"radius"` requires `|D p| <= radius`.
+        A `StepBound` is also accepted.
+      subproblem: `"exact"` solves by an eigendecomposition, with a D that makes the
+        method independent of the units of parameters. `"cg"` solves in the Krylov space
+        of conjugate gradients (at most 50 products with the curvature, D = 1), until
+        the residual is at most `min(1/2, sqrt(|g|/|g_0|)) |g|`, where g_0 is the first
+        gradient. A `SubproblemSolver` is also accepted.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`; with `"exact"` that is the
-        method of Levenberg and Marquardt. A loss whose Hessian in the outputs is
-        diagonal, such as a sum of squares, is solved by the singular values of its
-        Jacobian, which does not square their ratio; the gradient is then that of
-        value_fn itself, whatever updates are.
-      initial_radius: length of the first trial step, in units of D p; Cauchy's by
-        default.
-      max_trials: at most, per update; each poor one makes the next one shorter.
-      geodesic_acceleration: whether to bend steps by the second derivative of the
+        method of Levenberg and Marquardt. If the Hessian of the loss in the outputs is
+        diagonal, as for a sum of squares, the singular values of the Jacobian are used,
+        which avoids squaring the condition number; the gradient is then computed from
+        value_fn, and `grads` is not used.
+      initial_radius: length of the first trial step, in units of D p; by default that
+        of the Cauchy step.
+      max_trials: maximum number of trials per update; after each rejected trial the
+        next one is shorter.
+      geodesic_acceleration: whether to correct steps by the second derivative of the
         outputs; for `"gauss_newton"` and `"exact"`.
 
     Returns:
-      An optimizer, alone in its chain: gradient in, additive update out. Its
-      `update(grads, state, params, *, value, value_fn, **data)` needs the objective,
-      and evaluates it at params where value is missing. Its status is
+      An optimizer that is used without a chain: it maps the gradient to an additive
+      update. Its `update(grads, state, params, *, value, value_fn, **data)` requires
+      the objective, and evaluates it at params if value is missing. Its status is
       `state.info.status`.
 
-      Where no trial is taken (STEP_REJECTED) the step is zero, and the next update
-      begins with a shorter one; with a longer one, if the last trial promised less than
-      the value's rounding and its value was finite. A value, gradient or curvature that
-      is not finite (NONFINITE) gives a step of zero; the state is then as before, but
-      for count and info. NEGATIVE_CURVATURE says that H has a negative eigenvalue.
+      If no trial is accepted (STEP_REJECTED), the step is zero, and the next update
+      starts with a shorter trial, or with a longer one if the predicted decrease of the
+      last trial was below the rounding of the value and its value was finite. A value,
+      gradient or curvature that is not finite (NONFINITE) gives a step of zero; the
+      state is then unchanged except count and info. NEGATIVE_CURVATURE: H has a
+      negative eigenvalue.
 
     Raises:
       ValueError: for max_trials < 1, initial_radius <= 0, an unknown word, or
-        geodesic_acceleration without what it is for.
-      TypeError: in `update`, when params or value_fn is missing, or data that value_fn
-        requires.
+        geodesic_acceleration with another curvature or subproblem than it is for.
+      TypeError: in `update`, if params, value_fn, or data that value_fn requires is
+        missing.
 
     Cost per update: n products of about two gradients each (with a diagonal loss:
     tangents of the model and `2 m n^2` multiplications, m outputs) and about `9 n^3`
@@ -198,25 +204,25 @@ def _init(options: _Options, params: Params) -> TrustRegionState:
 
 
 class _Problem(NamedTuple):
-    """The model of one update, and the objective that judges its steps."""
+    """The model of one update, and the objective with which its steps are tested."""
 
     objective: Objective  # of real leaves
     parts: Leaves  # params
     value: jax.Array  # scalar, objective at parts
-    noise: jax.Array  # scalar, what of the value may be rounding
+    noise: jax.Array  # scalar, bound on the rounding of the value
     model: EigenModel
     first_length: jax.Array  # scalar, |g| at the first update
     finite: jax.Array  # bool scalar, of value, gradient and curvature
 
 
 class _Trial(NamedTuple):
-    """A step, and what the objective said of it."""
+    """A trial step and its test by the objective."""
 
     p: Leaves
     size: jax.Array  # scalar, radius or sigma for the next trial
-    ratio: jax.Array  # scalar, gain over promise
+    ratio: jax.Array  # scalar, actual over predicted decrease
     shift: jax.Array  # scalar, kappa
-    told: jax.Array  # bool scalar, whether more than rounding was promised
+    told: jax.Array  # bool scalar, whether the predicted decrease exceeds rounding
     count: jax.Array  # int32 scalar
 
 
@@ -232,7 +238,7 @@ def _step(
     w, z = problem.model.w, problem.model.z
     size = _size(options, state, w, z)
 
-    # trials, each shorter than the one before, until one is taken
+    # trials, each shorter than the one before, until one is accepted
     def goes_on(last: _Trial) -> jax.Array:
         unsettled = last.told & (last.count < options.max_trials)
         return problem.finite & unsettled & ~(last.ratio >= TAKEN_RATIO)
@@ -271,7 +277,7 @@ def _step(
 def _measure(
     options: _Options, call: Call, gradient: Leaves, state: TrustRegionState
 ) -> _Problem:
-    """The value, and the model in the eigenvectors of the curvature."""
+    """Return the value, and the model in the eigenvectors of the curvature."""
     parts, restore = real_leaves(call.params)
     objective = precompose(call.objective, restore)
     value = objective(parts) if call.value is None else jnp.asarray(call.value)
@@ -291,7 +297,7 @@ def _measure(
     )
     model = options.solver.solve(local)
 
-    # where anything is not finite, no trial is made: any sound w and z serve
+    # if anything is not finite, no trial is made, and any finite w and z will do
     w, z = model.w, model.z
     finite = jnp.isfinite(value) & jnp.isfinite(length) & all_finite((w, z))
     sound = model._replace(w=jnp.where(finite, w, 1.0), z=jnp.where(finite, z, 0.0))
@@ -301,7 +307,8 @@ def _measure(
 def _size(
     options: _Options, state: TrustRegionState, w: Vector, z: Vector
 ) -> jax.Array:
-    """The radius or sigma of the last update; for the first, by Cauchy's step."""
+    """Return the radius or sigma of the last update; for the first, that of the Cauchy
+    step."""
     given = options.initial_radius
     radius = _cauchy(w, z) if given is None else jnp.asarray(given, w.dtype)
     first = options.step_bound.first(w, secular.within_radius(w, z, radius))
@@ -309,7 +316,7 @@ def _size(
 
 
 def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
-    """Minimise the bounded model, and judge the step by the objective."""
+    """Minimize the bounded model, and test the step with the objective."""
     objective, parts, value, noise, model, *_ = problem
     step = options.step_bound.minimize(model.w, model.z, last.size)
     sound = jnp.isfinite(step.length)
@@ -324,8 +331,8 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
         )
     p = optax.tree.cast_like(zero_unless(sound, p), parts)
 
-    # the gain ratio; where less than rounding was promised it says nothing of the model,
-    # but that it promises too little
+    # the gain ratio; if the predicted decrease is below rounding, the ratio does not
+    # measure the accuracy of the model, and 1 is used, which relaxes the bound
     reached = jnp.asarray(objective(applied(parts, p)), value.dtype)
     fall = jnp.where(sound, value - reached, jnp.nan)
     ratio = gain_ratio(fall, step.decrease, noise).astype(model.w.dtype)
@@ -336,7 +343,7 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
 
 
 def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
-    """`J'L r''`, r'' the second derivative of the outputs along p."""
+    """Return `J'L r''`, where r'' is the second derivative of the outputs along p."""
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
     def slope(x: Leaves) -> Params:
@@ -347,8 +354,8 @@ def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
 
 
 def _cauchy(w: Vector, z: Vector) -> jax.Array:
-    """The length of the step to the minimum along the gradient, of curvature by
-    magnitude; without any, 1."""
+    """Return the length of the step to the minimum along the gradient, with the
+    absolute values of the eigenvalues; 1 if the curvature along it is zero."""
     scale = unit_scale(z)
     z = z / scale
     along, curved = jnp.sum(z**2), jnp.sum(jnp.abs(w) * z**2)

@@ -1,5 +1,4 @@
-"""Stacks of m pairs of vectors: trees like params whose leaves are arrays `(m, 2,
-...)`.
+"""Stacks of m pairs of vectors, stored as trees like params with leaves `(m, 2, ...)`.
 
 A stack is a matrix A with 2 m columns. Its products `A'x` with vectors and the
 combinations `A c` of its columns are formed leaf by leaf, in at least float32; a pair
@@ -21,9 +20,9 @@ from hessopt.typing import Params
 def write(
     stack: Params, slot: jax.Array, pair: tuple[Params, Params], where: jax.Array
 ) -> Params:
-    """Return the stack with a pair in a slot, where the scalar condition holds.
+    """Return the stack with a pair written into a slot, if the scalar condition holds.
 
-    Only the slot is read and written: a donated stack is not copied.
+    Only the slot is read and written, so a donated stack is not copied.
     """
 
     def written(rows: jax.Array, *pair: jax.Array) -> jax.Array:
@@ -39,8 +38,8 @@ def write(
 
 
 def products(zero: jax.Array, stack: Params, *trees: Params) -> list[jax.Array]:
-    """Return `A'x` of each vector x, as `(m, 2)`, summed over the leaves from `zero`
-    on, which gives shape and dtype."""
+    """Return `A'x` for each vector x, as `(m, 2)`, summed over the leaves. The sum
+    starts with `zero`, which determines the shape and the dtype."""
     sums = [zero] * len(trees)
     for rows, *xs in zip(*map(jax.tree.leaves, (stack, *trees)), strict=True):
         terms = _leaf_products(rows, xs)
@@ -49,19 +48,20 @@ def products(zero: jax.Array, stack: Params, *trees: Params) -> list[jax.Array]:
 
 
 def _leaf_products(rows: jax.Array, xs: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """The products of one leaf of a stack with that of each vector."""
+    """Return the products of one leaf of a stack with that of each vector."""
     wide = jnp.promote_types(jnp.float32, xs[0].dtype)
 
     def product(x: jax.Array) -> jax.Array:
         return jnp.real(contract(rows, jnp.conj(x).astype(rows.dtype), xs[0].ndim))
 
-    # a stack in half precision is widened as it is read, not before
+    # a stack in half precision is widened while it is read
     if jnp.finfo(rows.dtype).bits < jnp.finfo(wide).bits:
         axes = tuple(range(2, rows.ndim))
         return [jnp.sum(rows.astype(wide) * x, axis=axes) for x in xs]
     if xs[0].size >= vectors.LARGE:
         return [product(x) for x in xs]
-    # one kernel serves all vectors where kernels count for more than memory
+    # for small leaves one kernel computes all products, since launches cost more than
+    # memory traffic
     return jnp.unstack(product(jnp.stack(xs)), axis=2)
 
 

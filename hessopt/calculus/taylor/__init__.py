@@ -3,10 +3,10 @@ objective, in one sweep.
 
     phi(eta) = f(params + sum_s eta_s u_s)   at   eta = 0.
 
-`jax.hessian(phi)` takes a product with the Hessian of f for every group, each of two or
-three gradients. Here an ordinary forward and backward pass gives the adjoints of all
-intermediate results (`tape.py`), and one sweep of tangents, of the groups that have
-reached a result, contracts them as it goes (`sweep.py`).
+`jax.hessian(phi)` takes one product with the Hessian of f per group, each at the cost
+of two or three gradients. Here an ordinary forward and backward pass gives the adjoints
+of all intermediate results (`tape.py`), and one sweep of tangents contracts the
+adjoints with the tangents of those groups on which a result depends (`sweep.py`).
 
 Source: the sums are the chain rule for second and third derivatives, see Griewank and
 Walther, "Evaluating Derivatives", 2nd ed., 2008, chapter 13; the use of these terms is
@@ -36,8 +36,8 @@ class Taylor(NamedTuple):
 
     value: jax.Array  # scalar, in the dtype of value_fn
     gradient: Vector  # (S,)
-    hessian: Matrix | None  # (S, S), from order 2 on
-    third: Vector | None  # (S,), d^3 phi / d eta_s^3, signed, for order 3
+    hessian: Matrix | None  # (S, S), if order >= 2
+    third: Vector | None  # (S,), d^3 phi / d eta_s^3, if order = 3
 
 
 def taylor(
@@ -53,34 +53,36 @@ def taylor(
     at eta = 0.
 
     Args:
-      value_fn: `value_fn(params)`, a real scalar.
+      value_fn: objective `value_fn(params)`, which returns a real scalar.
       params: pytree of arrays.
-      updates: tree like `params`, same shapes.
-      groups: the S groups of leaves, as in `group_labels`; None for one group of all.
-      order: 1, 2 or 3, the highest derivative.
+      updates: tree like `params`, with the same shapes.
+      groups: the S groups of leaves, as in `group_labels`; None for one group with all
+        leaves.
+      order: 1, 2 or 3, the order of the highest derivative.
       chunk_size: None for the sweep, which holds the tangents of all S groups at once:
-        about 3 S (order 3: 5 S) times the largest intermediate result, besides what a
-        gradient holds. With a number, this many rows of the Hessian are taken at a
-        time, as derivatives of the gradient: as many gradients' intermediates (order 3:
-        three times that), and S products of about two gradients each (order 3: four).
+        its memory is about 3 S (order 3: 5 S) times that of the largest intermediate
+        result, in addition to that of a gradient. With a number, this many rows of the
+        Hessian are computed at a time, as derivatives of the gradient: the memory is
+        that of as many gradients (order 3: three times that), and the cost is S
+        products of about two gradients each (order 3: four).
 
     Returns:
       A `Taylor`.
 
     Raises:
-      ValueError: when `updates` is not a tree like `params`, for groups that do not
-        fit, another order, or a chunk_size < 1.
-      TypeError: when value_fn does not return a real scalar; for order 3 where it
+      ValueError: if `updates` is not a tree like `params`, for groups that do not match
+        params, another order, or chunk_size < 1.
+      TypeError: if value_fn does not return a real scalar; for order 3 also if it
         depends on params through a `jax.custom_vjp`, which the message names.
 
-    Outside of jit every call compiles anew. Where a derivative rule is not that of its
-    function (a straight-through estimator), `jax.hessian(phi)` is not symmetric, and
-    this Hessian, which is, need not equal it. Leaves that are not floating or complex
-    are constants.
+    Outside of jit every call compiles again. If a derivative rule is not the derivative
+    of its function (as in a straight-through estimator), `jax.hessian(phi)` is not
+    symmetric, and this Hessian, which is symmetric, need not equal it. Leaves that are
+    not floating or complex are constants.
 
-    Cost: two gradients, and for every group one tangent of what lies behind it: for a
-    network of L layers with a group for each of its S = 2 L tensors about S / 4
-    gradients, of order 3 twice that.
+    Cost: two gradients, and for every group one tangent of the operations that depend
+    on it: for a network of L layers with one group for each of its S = 2 L tensors
+    about S / 4 gradients, for order 3 twice that.
 
     Example:
       >>> import jax.numpy as jnp
@@ -100,7 +102,7 @@ def taylor(
     labels, names, updates = grouped(params, updates, groups)
     count, labels = len(names), jax.tree.leaves(labels)
 
-    @jax.jit  # one program, also where the caller does not jit
+    @jax.jit  # one program, also if the caller does not use jit
     def compute(params: Params, updates: Params) -> Taylor:
         every, treedef = jax.tree.flatten(as_arrays(params))
         moving = [
@@ -136,7 +138,8 @@ def taylor(
             return Taylor(tape.value, gradient, None, None)
         if chunk_size is None:
             slopes, hessian, third = sweep(tape, steps, own, count, order, dtype)
-            # the same, without the adjoints of the parameters
+            # the slopes equal the gradient, and do not need the adjoints of the
+            # parameters
             gradient = gradient if custom else slopes
         else:
             hessian, third = rows(
@@ -154,7 +157,7 @@ def _gradient(
     count: int,
     dtype: Any,
 ) -> Vector:
-    """The gradient of phi at 0, by the adjoints of the parameters."""
+    """Return the gradient of phi at 0, from the adjoints of the parameters."""
     slopes = [jnp.zeros((), dtype)] * count
     for adjoint, update, label in zip(tape.gradient, updates, labels, strict=True):
         if adjoint is not None:

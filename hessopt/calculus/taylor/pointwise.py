@@ -1,8 +1,8 @@
-"""Functions of one number, applied to every entry: their derivatives need no more room
-than the entries.
+"""Scalar functions applied to every entry, whose derivatives need no more memory than
+the entries.
 
-With f at every entry v, and lambda its adjoint, the tangents x, x_ss become `f' x`, `f'
-x_ss + f'' x^2`, and
+For a function f applied to every entry v, and the adjoint lambda of its result, the
+tangents x, x_ss become `f' x`, `f' x_ss + f'' x^2`, and
 
     H_st += sum lambda f'' x_s x_t,    phi_sss += sum lambda (f''' x_s^3 + 3 f'' x_s x_ss).
 """
@@ -29,12 +29,13 @@ POINTWISE_PRIMITIVES = frozenset(
     "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt clamp cos cosh digamma div erf erf_inv erfc exp exp2 "  # noqa: SIM905
     "expm1 integer_pow lgamma log log1p logistic max min mul neg pow rsqrt sin sinh sqrt square sub tan tanh".split()
 )
-"""Primitives of which every entry of the result depends on the same entry of the
-operand only."""
+"""Primitives for which every entry of the result depends only on the same entry of the
+operand."""
 
 
 def is_pointwise(operation: Operation, adjoint: tuple[jax.Array, ...]) -> bool:
-    """Whether the operation is one of these, real, in one operand."""
+    """Return whether the operation is one of `POINTWISE_PRIMITIVES`, real, with one
+    operand."""
     if (
         operation.name not in POINTWISE_PRIMITIVES
         or len(operation.values) != 1
@@ -57,7 +58,8 @@ def contract_pointwise(
     order: int,
     dtype: Any,
 ) -> Contribution:
-    """What the operation adds, and the tangents of its result."""
+    """Return the contribution of the operation to the sums, and the tangents of its
+    result."""
     (lam,), (groups, s) = adjoint, x
     f1, f2, f3 = (*_slopes(operation, order), None)[:3]
     ss = None if xx is None else spread(xx, groups)
@@ -81,8 +83,8 @@ def contract_pointwise(
 
 
 def _slopes(operation: Operation, order: int) -> list[jax.Array | None]:
-    """The derivatives f', f'', ... at every entry; None where one is zero by
-    construction."""
+    """Return the derivatives f', f'', ... at every entry, or None for those that are
+    zero by construction."""
     (value,) = operation.values
     one = jnp.ones_like(value)
 

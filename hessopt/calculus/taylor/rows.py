@@ -1,4 +1,5 @@
-"""The same terms without the sweep: slower, in as little memory as is wanted."""
+"""The Taylor terms without the sweep, which is slower, with a chosen limit on the
+memory."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,8 +21,8 @@ def rows(
     dtype: DTypeLike,
     chunk_size: int,
 ) -> tuple[Matrix, Vector]:
-    """The Hessian of phi a few rows at a time, by derivatives of the gradient, and the
-    third derivatives."""
+    """Compute the Hessian of phi a few rows at a time, as derivatives of the gradient,
+    and the third derivatives."""
     if not count:
         return jnp.zeros((0, 0), dtype), jnp.zeros(0, dtype)
     gradient = jax.grad(objective, argnums=tuple(range(len(leaves))))

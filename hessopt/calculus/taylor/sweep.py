@@ -1,4 +1,4 @@
-"""One sweep over a program that contracts the Taylor terms of phi as it goes.
+"""One sweep over a program that computes the Taylor terms of phi.
 
 With adjoints lambda of the results of every operation, and tangents x_s of its
 operands,
@@ -6,11 +6,12 @@ operands,
     H_st    = sum over operations  < lambda, op''[x_s, x_t] >
     phi_sss = sum over operations  < lambda, op'''[x_s, x_s, x_s] + 3 op''[x_s, x_ss] >,
 
-x_ss being the second derivative of the operands along s. All of it comes from the
-reverse pass r(x) = op'(x)' lambda: `op''[x_s, .]` in lambda is its derivative along
-x_s, and with r'' its second one along `x + e x_s + e^2/2 x_ss`, the second sum is `<
-r'', x_s > + 2 < r', x_ss >`. Where r' or r'' is zero by construction, as for every
-linear operation, JAX writes it down as a constant, and nothing is evaluated.
+where x_ss is the second derivative of the operands along s. Both sums are computed from
+the reverse pass r(x) = op'(x)' lambda. Its derivative r' along x_s is `op''[x_s, .]`
+contracted with lambda. With its second derivative r'' along `x + e x_s + e^2/2 x_ss`,
+the second sum is `< r'', x_s > + 2 < r', x_ss >`. If r' or r'' is zero by construction,
+as for every linear operation, JAX represents it as a constant, and nothing is
+evaluated.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,12 +42,13 @@ from hessopt.typing import Matrix, Vector
 Arrays = tuple[jax.Array, ...]
 """The operands, or the results, of an operation."""
 Places = tuple[int, ...]
-"""Which of the operands of an operation."""
+"""Indices of operands of an operation."""
 Stacks = dict[int, jax.Array]
-"""Derivatives of some operands, by their places, in the rates of the same groups."""
+"""Derivatives of some operands, by their indices, with respect to the rates of the same
+groups."""
 Sums = dict[tuple[str, ...], jax.Array]
-"""Sums over operations, by the axes of a shard_map over whose devices their terms are
-spread."""
+"""Sums over operations, by the axes of a shard_map over whose devices the terms are
+distributed."""
 
 
 def sweep(
@@ -57,8 +59,8 @@ def sweep(
     order: int,
     dtype: DTypeLike,
 ) -> tuple[Vector, Matrix, Vector]:
-    """Gradient and Hessian of phi at 0 and, for order 3, the diagonal of its third
-    derivative, else zeros."""
+    """Return the gradient and the Hessian of phi at 0, and the diagonal of its third
+    derivative for order 3, else zeros."""
     every = tuple(range(count))
     H, mirrored, third = Sums(), Sums(), Sums()
     first = {
@@ -108,8 +110,8 @@ def _add(sums: Sums, term: jax.Array) -> None:
 
 
 def _collected(sums: Sums, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """The sum over operations, and over the devices each of which has operations of its
-    own."""
+    """Return the sum over operations, and over devices, each of which holds its own
+    terms."""
     parts = (jax.lax.psum(part, axes) if axes else part for axes, part in sums.items())
     return sum(parts, jnp.zeros(shape, dtype))
 
@@ -122,7 +124,8 @@ def _contract(
     order: int,
     dtype: DTypeLike,
 ) -> Contribution:
-    """What any operation adds, and the tangents of its results."""
+    """Return the contribution of any operation to the sums, and the tangents of its
+    results."""
 
     def reverse(*values: jax.Array) -> Arrays:
         own = (
@@ -148,8 +151,8 @@ def _contract(
 
 @jax.custom_jvp
 def _held(adjoint: Arrays, values: Arrays) -> Arrays:
-    """The adjoint, with tangents that are zeros but there: JAX cannot transpose a
-    linear solve without them."""
+    """Return the adjoint, with explicit zeros as tangents: JAX cannot transpose a
+    linear solve with symbolic zeros."""
     return adjoint
 
 
@@ -166,10 +169,10 @@ def _hessian(
     x: dict[int, Tangents],
     dtype: DTypeLike,
 ) -> list[tuple[Groups, Groups, jax.Array]]:
-    """What an operation adds to the Hessian."""
+    """Return the contribution of an operation to the Hessian."""
     parts, found = _parts(x), []
     order = sorted(parts, key=len)
-    # a product of two operands is taken from the side with fewer groups
+    # products of two operands are computed from the side with fewer groups
     for n, groups in enumerate(order):
         turned = stacked(
             _along(reverse, operation, parts[groups]),
@@ -190,7 +193,7 @@ def _third(
     xx: dict[int, Tangents],
     dtype: DTypeLike,
 ) -> list[tuple[Groups, jax.Array]]:
-    """What an operation adds to the third derivative."""
+    """Return the contribution of an operation to the third derivative."""
     found = []
     for groups, tangents, bends in _movements(x, xx):
         twice = stacked(
@@ -210,7 +213,7 @@ def _third(
 
 
 def _first(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
-    """The tangents of the results."""
+    """Return the tangents of the results."""
     return _summed(
         (groups, stacked(_forward(operation, places), *(x[p].stack for p in places)))
         for groups, places in _parts(x).items()
@@ -220,7 +223,7 @@ def _first(operation: Operation, x: dict[int, Tangents]) -> dict[int, Tangents]:
 def _second(
     operation: Operation, x: dict[int, Tangents], xx: dict[int, Tangents]
 ) -> dict[int, Tangents]:
-    """The second derivatives of the results."""
+    """Return the second derivatives of the results."""
     return _summed(
         (
             groups,
@@ -236,7 +239,7 @@ def _second(
 def _summed(
     parts: Iterable[tuple[Groups, list[jax.Array | None]]],
 ) -> dict[int, Tangents]:
-    """The sum over parts, each with a stack for every result."""
+    """Return the sum over parts, each with a stack for every result."""
     found: dict[int, list[Tangents]] = {}
     for groups, stacks in parts:
         for result, stack in enumerate(stacks):
@@ -246,7 +249,8 @@ def _summed(
 
 
 def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
-    """The operands that the same groups have reached, by these groups."""
+    """Return the indices of the operands that depend on the same groups, by these
+    groups."""
     parts: dict[Groups, Places] = {}
     for place, tangents in x.items():
         parts[tangents.groups] = (*parts.get(tangents.groups, ()), place)
@@ -256,8 +260,8 @@ def _parts(x: dict[int, Tangents]) -> dict[Groups, Places]:
 def _movements(
     x: dict[int, Tangents], xx: dict[int, Tangents]
 ) -> Iterator[tuple[Groups, Stacks, Stacks]]:
-    """The groups that move the same operands, with the first and, where there are any,
-    second derivatives of these."""
+    """Yield the groups on which the same operands depend, with the first derivatives of
+    these operands and their second derivatives, if any."""
     movements: dict[Places, Groups] = {}
     for group in dict.fromkeys(
         group for tangents in x.values() for group in tangents.groups
@@ -274,8 +278,8 @@ def _movements(
 
 
 def _within(part: Tangents, groups: Groups) -> jax.Array | None:
-    """The stack of these groups, zero where `part` has none; None where it has none of
-    them."""
+    """Return the stack of these groups, with zeros for groups that `part` lacks, or
+    None if it lacks all of them."""
     common = tuple(group for group in groups if group in part.groups)
     return spread(Tangents(common, taken(part, common)), groups) if common else None
 
@@ -283,7 +287,8 @@ def _within(part: Tangents, groups: Groups) -> jax.Array | None:
 def _at(
     fun: Callable[..., Arrays], operation: Operation, places: Places
 ) -> tuple[Callable[..., Arrays], Arrays]:
-    """`fun` of the operands in these places, the others held, and their values."""
+    """Return `fun` as a function of the operands with these indices, the others held
+    fixed, and the values of these operands."""
 
     def moving(*some: jax.Array) -> Arrays:
         now = dict(zip(places, some, strict=True))
@@ -295,14 +300,15 @@ def _at(
 def _along(
     fun: Callable[..., Arrays], operation: Operation, places: Places
 ) -> Callable[..., Arrays]:
-    """The derivative of `fun` along tangents of the operands in these places."""
+    """Return the derivative of `fun` along tangents of the operands with these
+    indices."""
     moving, values = _at(fun, operation, places)
     return lambda *tangents: jax.jvp(moving, values, tangents)[1]
 
 
 def _forward(operation: Operation, places: Places) -> Callable[..., Arrays]:
-    """The same of the operation itself; of a `jax.custom_vjp`, the derivative of its
-    forward pass, as JAX has it."""
+    """Return this derivative of the operation itself; for a `jax.custom_vjp`, JAX's
+    derivative of its forward pass."""
     if not operation.custom:
         return _along(operation.fun, operation, places)
     return _along(lambda *values: jax.vjp(operation.fun, *values)[0], operation, places)
@@ -318,8 +324,8 @@ def _curve(
     places: Iterable[int],
     bent: Iterable[int],
 ) -> Callable[[Arrays, Arrays], Arrays]:
-    """The second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, of x_s in these
-    places and x_ss in those bent."""
+    """Return the second derivative of `fun` along `x + e x_s + e^2/2 x_ss`, as a
+    function of x_s at the indices `places` and x_ss at the indices `bent`."""
     places, bent = tuple(places), tuple(bent)
     moving, values = _at(fun, operation, places)
 

@@ -1,4 +1,4 @@
-"""Tangents of one variable, one for each group that has reached it, on a stack."""
+"""Tangents of one variable, one for each group on which it depends, as a stack."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,20 +10,21 @@ from hessopt.calculus.jaxprs import depends, selected
 from hessopt.trees.sharding import contract
 
 Groups = tuple[int, ...]
-"""Groups by their numbers, each once, in the order of a stack."""
+"""Numbers of groups, each once, in the order of a stack."""
 
 
 class Tangents(NamedTuple):
-    """The derivatives of a variable in the rates of these groups."""
+    """The derivatives of a variable with respect to the rates of these groups."""
 
     groups: Groups
     stack: jax.Array  # (len(groups), *shape of the variable)
 
 
 class Contribution(NamedTuple):
-    """What one operation adds to the Taylor terms, and the tangents of its results."""
+    """The contribution of one operation to the Taylor terms, and the tangents of its
+    results."""
 
-    # rows, columns, what stands there; if they differ, mirrored too
+    # rows, columns and their block; if rows and columns differ, also its transpose
     hessian: list[tuple[Groups, Groups, jax.Array]]
     third: list[tuple[Groups, jax.Array]]
     first: dict[int, Tangents]
@@ -31,16 +32,16 @@ class Contribution(NamedTuple):
 
 
 def added(*arrays: jax.Array | None) -> jax.Array | None:
-    """The sum of those that are not None, None if all are."""
+    """Return the sum of the arrays that are not None, or None if there are none."""
     some = [array for array in arrays if array is not None]
     return sum(some[1:], some[0]) if some else None
 
 
 def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
-    """The result, not to be computed before all these are done, or what is contracted
-    is put off and tangents kept.
+    """Return the result with a dependence on all arrays in `done`. Otherwise XLA could
+    delay the contractions and keep the tangents in memory.
 
-    XLA heeds dependences, and no barriers on CPUs.
+    XLA respects dependences, but ignores optimization barriers on CPUs.
     """
     for array in done:
         # adds 0
@@ -53,7 +54,7 @@ def after(done: Sequence[jax.Array | None], result: jax.Array) -> jax.Array:
 
 
 def total(parts: Sequence[Tangents]) -> Tangents:
-    """The sum of tangents that need not have the same groups."""
+    """Return the sum of tangents that need not have the same groups."""
     if len(parts) == 1:
         return parts[0]
     groups = tuple(dict.fromkeys(group for part in parts for group in part.groups))
@@ -64,15 +65,15 @@ def total(parts: Sequence[Tangents]) -> Tangents:
 
 
 def spread(part: Tangents, groups: Groups) -> jax.Array:
-    """The stack of all these groups, zero where `part` has none."""
+    """Return the stack of all these groups, with zeros for groups that `part` lacks."""
     return placed(part.stack, (part.groups,), (groups,))
 
 
 def placed(
     array: jax.Array, have: Sequence[Groups], want: Sequence[Groups]
 ) -> jax.Array:
-    """An array whose first axes run over some groups, with these axes over others, zero
-    for those it has not."""
+    """Return an array whose first axes run over the groups `have`, with these axes
+    extended to the groups `want` by zeros."""
     margins = [(0, 0, 0)] * array.ndim
     for axis, (old, new) in enumerate(zip(have, want, strict=True)):
         begin = new.index(old[0])
@@ -94,7 +95,7 @@ def placed(
 
 
 def taken(part: Tangents, groups: Groups) -> jax.Array:
-    """The stack of these groups out of those that `part` has."""
+    """Return the part of the stack that belongs to these groups."""
     if part.groups == groups:
         return part.stack
     begin = part.groups.index(groups[0])
@@ -104,8 +105,8 @@ def taken(part: Tangents, groups: Groups) -> jax.Array:
 
 
 def stacked(fun: Callable[..., Any], *stacks: Any) -> list[jax.Array | None]:
-    """`jax.vmap(fun)(*stacks)` as a list, None for what does not depend on the stacks
-    and is zero."""
+    """Return `jax.vmap(fun)(*stacks)` as a list, with None for outputs that do not
+    depend on the stacks and are zero."""
     one = jax.tree.map(lambda stack: stack[0], stacks)
     program = jax.make_jaxpr(fun)(*one)
     used = depends(program)
@@ -116,18 +117,21 @@ def stacked(fun: Callable[..., Any], *stacks: Any) -> list[jax.Array | None]:
 
 
 def gram(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    """Real inner products of two stacks, `(j, k)`, not conjugated."""
-    if len(a) < len(b):  # XLA transposes the right one
+    """Return the real parts of the inner products of two stacks, `(j, k)`, without
+    conjugation."""
+    if len(a) < len(b):  # XLA transposes the right factor
         return gram(b, a, dtype).T
     return _contracted(a, b, dtype)
 
 
 def rowwise(a: jax.Array, b: jax.Array, dtype: Any) -> jax.Array:
-    """Real inner products of the rows of two stacks, `(k,)`, not conjugated."""
+    """Return the real parts of the inner products of the rows of two stacks, `(k,)`,
+    without conjugation."""
     return _contracted(a, b, dtype, rowwise=True)
 
 
 def _contracted(a: jax.Array, b: jax.Array, dtype: Any, **how: Any) -> jax.Array:
-    """The sum over all axes but the first, at least in this dtype."""
+    """Return the real part of the product summed over all axes except the first,
+    computed in at least this dtype."""
     product = contract(a, b, a.ndim - 1, dtype=jnp.promote_types(dtype, a.dtype), **how)
     return jnp.real(product).astype(dtype)

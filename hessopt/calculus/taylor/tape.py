@@ -1,8 +1,8 @@
-"""A scalar program as a list of operations, with the adjoints of all that depends on
-the parameters.
+"""A scalar program as a list of operations, with the adjoints of all results that
+depend on the parameters.
 
 Calls are entered, so that an operation is one primitive; loops, branches, and functions
-with a derivative rule of their own stay whole.
+with their own derivative rule remain single operations.
 """
 
 import itertools
@@ -26,16 +26,16 @@ CUSTOM = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
 class Operation(NamedTuple):
-    """`results = fun(*operands)`, of the inputs that depend on the parameters, and the
-    outputs that do."""
+    """`results = fun(*operands)`, where operands and results are those that depend on
+    the parameters."""
 
     name: str  # of the primitive
     fun: Callable[..., tuple[jax.Array, ...]]
     operands: tuple[int, ...]  # variables, each once
     values: tuple[jax.Array, ...]  # of the operands
     results: tuple[int, ...]  # variables
-    # a function with a reverse rule of its own (`jax.custom_vjp`) in it, "" if there is
-    # none
+    # name of a function with its own reverse rule (`jax.custom_vjp`) in it, "" if there
+    # is none
     custom: str
 
 
@@ -43,9 +43,9 @@ class Tape(NamedTuple):
     """The program that was evaluated; parameters are the variables 0, 1, ..."""
 
     value: jax.Array  # scalar
-    top: int | None  # its variable, None if it does not depend on the parameters
+    top: int | None  # its variable, None if independent of the parameters
     operations: list[Operation]
-    # of the results of each operation, None where value does not depend
+    # of the results of each operation, None if value does not depend on them
     adjoints: list[tuple[jax.Array, ...] | None]
     gradient: list[jax.Array | None]  # adjoints of the parameters
 
@@ -66,7 +66,8 @@ class _Record(NamedTuple):
 
 
 def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> Tape:
-    """Evaluate `value_fn(*leaves)` and its derivatives in all intermediate results."""
+    """Evaluate `value_fn(*leaves)` and its derivatives with respect to all intermediate
+    results."""
     program = jax.make_jaxpr(value_fn)(*leaves)
     _check_scalar(program)
     records: list[_Record] = []
@@ -75,7 +76,8 @@ def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> T
     def evaluate(equation: Equation, entries: list[_Entry]) -> list[_Entry]:
         return _operate(equation, entries, fresh, records)
 
-    # a rematerialized call is entered too: the sweep reads every operand anyway
+    # rematerialized calls are entered too, since the sweep reads every operand in any
+    # case
     ((value, top),) = interpret(
         program,
         [_Entry(leaf, next(fresh)) for leaf in leaves],
@@ -101,8 +103,8 @@ def _check_scalar(program: Program) -> None:
 def _reverse(
     records: Sequence[_Record], found: dict[int, jax.Array]
 ) -> list[tuple[jax.Array, ...] | None]:
-    """The adjoints of the results of every operation, None where there are none; puts
-    those of all variables into `found`."""
+    """Return the adjoints of the results of every operation, None if there are none,
+    and write the adjoints of all variables into `found`."""
     adjoints: list[tuple[jax.Array, ...] | None] = []
     for operation, outputs, pull in reversed(records):
         own = None
@@ -127,8 +129,8 @@ def _operate(
     active = {i: value for value, i in entries if i is not None}
     smooth = [jnp.issubdtype(aval.dtype, jnp.inexact) for aval in equation.results]
 
-    # the equation as a function of what depends on the parameters; integers and truth
-    # values have no derivatives and come second
+    # the equation as a function of the operands that depend on the parameters; integers
+    # and bools have no derivatives and are returned second
     def fun(*values: jax.Array) -> tuple[tuple[jax.Array, ...], list[jax.Array]]:
         now = dict(zip(active, values, strict=True))
         outputs = equation.fun(
@@ -145,7 +147,7 @@ def _operate(
         outputs = equation.fun(*(value for value, _ in entries))
         return [_Entry(value, None) for value in outputs]
 
-    # the reverse pass waits until the adjoints of the outputs are known
+    # the reverse pass is evaluated when the adjoints of the outputs are known
     outputs, pull, others = jax.vjp(fun, *values, has_aux=True)
     results = tuple(next(fresh) for _ in outputs)
     operation = Operation(
@@ -165,8 +167,8 @@ def _operate(
 def _is_constant(
     name: str, fun: Callable[..., Any], values: tuple[jax.Array, ...]
 ) -> bool:
-    """Whether it stops all derivatives: by its name, or as a loop of which only the
-    condition sees parameters."""
+    """Return whether the equation has no derivatives: it is a `stop_gradient`, or a
+    loop in which only the condition depends on the parameters."""
     if name != "while":
         return name == "stop_gradient"
 
@@ -177,7 +179,8 @@ def _is_constant(
 
 
 def _custom(name: str, params: dict[str, Any]) -> str:
-    """The name of a `jax.custom_vjp` function that an equation calls, at any depth."""
+    """Return the name of a `jax.custom_vjp` function that an equation calls, at any
+    depth."""
     programs = inner_programs(params)
     if name in CUSTOM:
         info = programs[0].debug_info if programs else None
