@@ -209,7 +209,6 @@ HESSOPT += (
         hessopt.trust_region_newton,
         needs=("value_fn",),
         unitless=True,
-        main=True,
     ),
     Case(
         "trust_region_newton, radius, cg",

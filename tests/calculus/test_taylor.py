@@ -189,14 +189,25 @@ def assert_same(terms, exact, rtol=1e-11):
         np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * scale)
 
 
-@pytest.mark.parametrize("name", MODELS)
+LARGE = ("gru", "attention", "pinn")
+"""Programs whose derivatives compile for long, left to the slow suite."""
+
+
+def marked(names):
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("name", marked(MODELS))
 def test_it_equals_the_derivatives_of_the_restriction(name):
     value_fn, params = MODELS[name]
     exact = oracle(value_fn, params, steps(params), "leaf")
     assert_same(taylor(value_fn, params, steps(params), groups="leaf"), exact)
 
 
-@pytest.mark.parametrize("name", ["mlp", "gru", "complex"])
+@pytest.mark.parametrize("name", marked(["mlp", "gru", "complex"]))
 def test_rows_a_few_at_a_time_are_the_same(name):
     value_fn, params = MODELS[name]
     exact = oracle(value_fn, params, steps(params), "leaf")

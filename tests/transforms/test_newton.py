@@ -464,9 +464,8 @@ def digits_run(on_indefinite, seed, steps):
     return taken, float(largest), accuracy, seen, attempts / taken
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
 def test_newton_trains_digits_to_a_gradient_of_1e_8(seed):
     steps, gradient, accuracy, seen, attempts = digits_run("shift", seed, 121)
     assert steps <= 120
@@ -476,6 +475,7 @@ def test_newton_trains_digits_to_a_gradient_of_1e_8(seed):
     assert seen == StepStatus.NEGATIVE_CURVATURE
 
 
+@pytest.mark.slow
 def test_undamped_newton_fails_on_digits_and_reports_it():
     _, gradient, accuracy, seen, _ = digits_run("none", 0, 40)
     assert gradient > 1e-3

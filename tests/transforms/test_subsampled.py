@@ -167,6 +167,7 @@ def test_wrong_arguments_are_named():
         tx.update(PARAMS, tx.init(PARAMS), value_fn=f)
 
 
+@pytest.mark.slow
 def test_on_iris_randomly_drawn_newton_layers_beat_every_constant_rate_of_gradient_descent_after_50_steps():
     x, y = load_iris(return_X_y=True)
     x, y = jnp.asarray((x - x.mean(0)) / x.std(0)), jnp.asarray(y)

@@ -42,7 +42,7 @@ DENSE = {
     "trust region": hessopt.trust_region_newton,
 }
 
-QUICK = ("search", "lbfgs", "newton_cg", "generalized_newton", "newton")
+QUICK = ("search", "lbfgs", "generalized_newton", "newton")
 """Those that run in the fast suite; `test_contract.py` has a row of eight devices for
 all."""
 
