@@ -174,6 +174,45 @@ def advance(
 
 def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run:
     old = run.here
+    # x+ = x + u
+    updates, state = _updated(update, objective, run)
+    params = applied(old.params, updates)
+    move = _size(jax.tree.map(jnp.subtract, params, old.params))
+
+    # f and g at x+, which a line search has computed already
+    kept = accepted(state, (old.value, old.grad))
+    here = _reused(params, kept, old, move) if kept else evaluate(objective, params)
+
+    # the evaluations of this step, and whether a step of zero is a failure
+    found = reports(state, run.state)
+    silent = not found and _evaluates(update, objective, run)
+    spent = jnp.int32(-1) if silent else evaluations(found)
+    counted = (spent >= 0) & (run.evaluations >= 0)
+    has_failed = jnp.bool_(silent) if not found else failed(found)
+
+    # the best point so far, and the steps since f or |g| changed beyond rounding
+    better = _is_better(here, run.best) & jnp.isfinite(move)
+    quiet = _is_quiet(here, run.quiet)
+    of_zero = jnp.where(has_failed, FAILED_STEP, 0)
+    counts = jnp.where(_size(updates) == 0, of_zero, 1)
+    new = run._replace(
+        here=here,
+        best=select(better, here, run.best),
+        state=state,
+        quiet=select(quiet, run.quiet, Point(None, here.value, None, here.size)),
+        waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
+        steps=run.steps + 1,
+        evaluations=jnp.where(counted, run.evaluations + spent + (kept is None), -1),
+    )
+    change = jnp.abs(here.value - old.value)
+    return new._replace(termination=_judge(new, change, move, limits))
+
+
+def _updated(
+    update: UpdateFn, objective: ValueFn, run: Run
+) -> tuple[optax.Updates, optax.OptState]:
+    """Return the updates and the new state, with the dtypes of the old one."""
+    old = run.here
     updates, state = update(
         old.grad,
         run.state,
@@ -182,48 +221,37 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
         grad=old.grad,
         value_fn=objective,
     )
-    state = jax.tree.map(
+    return updates, jax.tree.map(
         lambda new, kept: jnp.asarray(new, kept.dtype), state, run.state
     )
-    params = applied(old.params, updates)
-    move = _size(jax.tree.map(lambda new, kept: new - kept, params, old.params))
 
-    kept = accepted(state, (old.value, old.grad))
-    if kept is None:
-        here = evaluate(objective, params)
-    else:  # after a step of zero, the values of this loop are kept
-        value, grad = kept[0], jax.tree.map(jnp.conj, kept[1])
-        value, grad = select(move == 0, (old.value, old.grad), (value, grad))
-        here = Point(params, value, grad, _size(grad))
-    found = reports(state, run.state)
-    silent = not found and _evaluates(update, objective, run)
-    spent = jnp.int32(-1) if silent else evaluations(found)
-    meant_to_move = jnp.bool_(silent) if not found else failed(found)
 
-    noise = _noise(here.value, run.best.value)
-    better = (here.value < run.best.value - noise) | (
-        (here.value <= run.best.value + noise) & (here.size < run.best.size)
-    )
-    better &= jnp.isfinite(here.value) & jnp.isfinite(here.size) & jnp.isfinite(move)
-    quiet = (
-        jnp.abs(here.value - run.quiet.value) <= _noise(here.value, run.quiet.value)
-    ) & (here.size > 0.9 * run.quiet.size)
-    counts = jnp.where(_size(updates) == 0, jnp.where(meant_to_move, FAILED_STEP, 0), 1)
-    change = jnp.abs(here.value - old.value)
-    new = run._replace(
-        here=here,
-        best=select(better, here, run.best),
-        state=state,
-        quiet=select(quiet, run.quiet, Point(None, here.value, None, here.size)),
-        waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
-        steps=run.steps + 1,
-        evaluations=jnp.where(
-            (spent < 0) | (run.evaluations < 0),
-            -1,
-            run.evaluations + spent + (kept is None),
-        ),
-    )
-    return new._replace(termination=_judge(new, change, move, limits))
+def _reused(
+    params: Params, kept: tuple[jax.Array, Params], old: Point, move: jax.Array
+) -> Point:
+    """Return the point with the value and gradient that a line search has kept. After a
+    step of zero they are those of the old point: a search may have kept others."""
+    found = kept[0], jax.tree.map(jnp.conj, kept[1])
+    value, grad = select(move == 0, (old.value, old.grad), found)
+    return Point(params, value, grad, _size(grad))
+
+
+def _is_better(here: Point, best: Point) -> jax.Array:
+    """Return whether a point is finite, and lower than the best one by more than
+    rounding, or as low with a smaller gradient."""
+    noise = _noise(here.value, best.value)
+    is_lower = here.value < best.value - noise
+    is_as_low = here.value <= best.value + noise
+    is_finite = jnp.isfinite(here.value) & jnp.isfinite(here.size)
+    return (is_lower | (is_as_low & (here.size < best.size))) & is_finite
+
+
+def _is_quiet(here: Point, last: Point) -> jax.Array:
+    """Return whether the value has changed by no more than rounding, and the gradient
+    has not become smaller by a tenth."""
+    noise = _noise(here.value, last.value)
+    is_level = jnp.abs(here.value - last.value) <= noise
+    return is_level & (here.size > 0.9 * last.size)
 
 
 class _Evaluated(Exception):
