@@ -169,7 +169,7 @@ def inner(a: Any, b: Any) -> float:
 
 def types(tree: Any) -> Any:
     return jax.tree.map(
-        lambda x: (jnp.shape(x), jnp.result_type(x), getattr(x, "weak_type", True)),
+        lambda x: (np.shape(x), x.dtype, getattr(x, "weak_type", True)),
         tree,
     )
 
