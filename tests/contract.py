@@ -26,6 +26,7 @@ import pytest
 import hessopt
 from hessopt import StepStatus
 from hessopt.kinds import rates
+from hessopt.kinds.reports import reports
 from tests.table import Case
 
 RNG = np.random.default_rng(0)
@@ -505,6 +506,7 @@ def _memory(state: Any) -> Any:
 def reports_a_status(case: Case) -> None:
     params, state = walk(case, 1)
     assert all(np.ndim(x) == 0 for x in hessopt.diagnostics(state).values())
+    assert reports(state, state), "info has no evaluations"
     statuses = [
         int(x)
         for name, x in hessopt.diagnostics(state).items()
