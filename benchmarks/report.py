@@ -101,7 +101,7 @@ def write(results: pathlib.Path) -> None:
 
 def summary(home: Records) -> list[str]:
     """The main figures, one line each."""
-    lines = ["| on 2 CPU cores | hessopt | beside it |", "|---|---|---|"]
+    lines = ["| on 2 CPU cores | hessopt | other libraries |", "|---|---|---|"]
     return lines + [
         "| " + " | ".join(line(home)) + " |"
         for line in (_cutest, _pinn, _training, _hessian, _taylor, _lanes)
@@ -122,7 +122,8 @@ def _cutest(home: Records) -> tuple[str, str, str]:
     return (
         f"CUTEst problems solved, of {count}",
         named,
-        ", ".join(f"{solver} {solved[solver]}" for solver in theirs[:4]),
+        ", ".join(f"{solver} {solved[solver]}" for solver in theirs[:4])
+        + " (the best four)",
     )
 
 
@@ -139,9 +140,11 @@ def _pinn(home: Records) -> tuple[str, str, str]:
     long = next(
         row for row in rows if re.fullmatch(r"ssbroyden, \d+ steps", row["run"])
     )
-    named += f"; ssbroyden {long['error']:.1e} in {1e-3 * long['steps'] * long['ms per step']:.0f} s"
+    named += f"; after {long['steps']} ssbroyden {long['error']:.1e}"
+    named += f" ({1e-3 * long['steps'] * long['ms per step']:.0f} s)"
     whole = home["gauss-newton"]["whole"]
-    named += f", Gauss-Newton {whole['errors'][-1]:.1e} in {whole['seconds'][-1]:.0f} s"
+    named += f", after {whole['steps'][-1]} Gauss-Newton {whole['errors'][-1]:.1e}"
+    named += f" ({whole['seconds'][-1]:.0f} s)"
     return (
         f"relative error of a PINN after {steps} steps",
         named,
@@ -162,13 +165,14 @@ def _training(home: Records) -> tuple[str, str, str]:
         )
     )
     best = ", ".join(
-        f"{name} {loss[f'optax {name}']:.4f}" for name in ("adam", "sgd, momentum")
+        f"{name.replace(',', ' with')} {loss[f'optax {name}']:.4f}"
+        for name in ("adam", "sgd, momentum")
     )
     own = min(home["training"]["scikit-learn"], key=lambda row: row["loss"])
     epochs = home["training"]["epochs"]
     return (
         f"loss on digits after {epochs} epochs",
-        f"{named}, no rate given",
+        f"{named}, without a learning rate",
         f"{best}, each at the best rate of a grid; scikit-learn {own['loss']:.4f}",
     )
 
@@ -208,9 +212,9 @@ def _taylor(home: Records) -> tuple[str, str, str]:
         for name in ("hessopt.taylor, order 3", "jax.hessian of phi")
     )
     return (
-        "derivatives along the updates of 60 tensors, in gradients",
-        f"`taylor` to the third: {ours:.0f}",
-        f"`jax.hessian` to the second: {theirs:.0f}",
+        "derivatives along the updates of 60 tensors, cost in gradients",
+        f"`taylor`, order 3: {ours:.0f}",
+        f"`jax.hessian`, order 2: {theirs:.0f}",
     )
 
 
@@ -219,10 +223,10 @@ def _lanes(home: Records) -> tuple[str, str, str]:
         home,
         "64 lanes of 10 steps",
         "hessopt.lbfgs in minimize",
-        "optax.lbfgs, training step",
+        "optax.lbfgs in minimize",
     )
     return (
-        "64 lanes of 10 steps of L-BFGS",
+        "64 vmapped runs of 10 steps of L-BFGS, in `minimize`",
         f"`lbfgs`: {ratio:.2f} of the time",
         "`optax.lbfgs`: 1",
     )

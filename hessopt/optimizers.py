@@ -124,7 +124,7 @@ def newton_cg(
         None means 1.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
-      max_iterations: maximum number of products with H per update.
+      max_iterations: maximum number of iterations per update, one product with H each.
       preconditioner: `(residual, params) -> tree`, an approximation of `H^-1 residual`,
         linear in the residual, symmetric and positive definite.
       warm_start: whether to start with the last direction, scaled to fit the current

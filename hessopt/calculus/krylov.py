@@ -1,5 +1,5 @@
-"""A quadratic model in the Krylov space of g, H g, H^2 g, ..., in which H is a small
-tridiagonal matrix.
+"""A quadratic model in the Krylov space of g, H g, H^2 g, ..., in a basis V for which
+`T = V'H V` is tridiagonal.
 
 Source: Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the
 Lanczos method", 1999.
@@ -23,16 +23,17 @@ Tree: TypeAlias = Any
 
 
 class Krylov(NamedTuple):
-    """An orthonormal basis V in which H is tridiagonal, `V'H V = S diag(w) S'` and `V'g
-    = |g| e_1`."""
+    """An orthonormal basis with `V'H V = T = S diag(w) S'` and `V'g = |g| e_1`, T
+    tridiagonal. V is stored transposed."""
 
-    V: Tree  # leaves (m, ...); unused rows are zero
+    V: Tree  # leaves (m, ...), a vector per row: k used ones, the next one, then zeros
     diagonal: Vector  # (m,)
     # (m,), entries below the diagonal; the last used one couples to the next vector
     beside: Vector
     used: jax.Array  # int32 scalar, k <= m: products with H
-    residual: jax.Array  # scalar, |(H + kappa I) p + g| of the model's minimizer p
-    w: Vector  # (m,), eigenvalues, ascending; the k-th is repeated
+    # scalar, |(H + kappa I) p + g| of the model's minimizer p, with its shift kappa
+    residual: jax.Array
+    w: Vector  # (m,), k eigenvalues, ascending, padded with the k-th
     z: Vector  # (m,), coefficients of g in the eigenvectors; 0 after the k-th
     S: Matrix  # (m, m), eigenvectors
 
@@ -45,7 +46,7 @@ def krylov(
     tolerance: jax.Array,
 ) -> Krylov:
     """Extend the space until the model's minimizer in it has a residual of at most
-    `tolerance`.
+    `tolerance`, or the dimension is `size`.
 
     Args:
       multiply: v -> H v on trees like g.
@@ -54,13 +55,13 @@ def krylov(
       minimize: `(w, z) -> step`, the minimizer of the model.
       tolerance: scalar.
 
-    Cost per dimension: a product with H, `4 k n` multiplications (to keep the basis
+    Cost per dimension: a product with H, `4 m n` multiplications (to keep the basis
     orthogonal) and an eigendecomposition of size m. Memory: `m n`.
     """
     length = jnp.sqrt(inner(g, g))
 
     def extend(now: Krylov) -> Krylov:
-        # H v_k = beta_(k-1) v_(k-1) + alpha_k v_k + beta_k v_(k+1)
+        # H v_k = beta_(k-1) v_(k-1) + alpha_k v_k + beta_k v_(k+1), v_k in row k from 0
         V, diagonal, beside = _append(multiply, now)
 
         # V'H V = T = S diag(w) S'  and  z = S'V'g = |g| S'e_1
@@ -68,8 +69,8 @@ def krylov(
         w, S = _eigenvectors(diagonal, beside, inside)
         w, z = jnp.minimum(w, w[k]), jnp.where(inside, length * S[0], 0.0)
 
-        # H V = V T + beta_k v_(k+1) e_k': the residual of the shifted system at p = V S
-        # y is beta_k |e_k'S y|
+        # H V = V T + beta_k v_(k+1) e_k': the residual of (H + kappa I) p = -g at
+        # p = V S y is beta_k |e_k'S y|
         y = minimize(w, z).y
         residual = beside[k] * jnp.abs(matmul(S[k], y))
         return Krylov(V, diagonal, beside, k + 1, residual, w, z, S)
@@ -82,7 +83,7 @@ def krylov(
 
 
 def _begin(g: Tree, length: jax.Array, size: int) -> Krylov:
-    """Return the space spanned by `v_1 = g / |g|`, before the first product."""
+    """Return the space spanned by `v_0 = g / |g|`, before the first product."""
     unit = jax.tree.map(lambda leaf: leaf / or_one(length), g)
     rows = zeros(jax.tree.map(lambda leaf: stack_of(leaf, size), unit), unit)
     none = jnp.zeros(size, length.dtype)
@@ -101,8 +102,8 @@ def _begin(g: Tree, length: jax.Array, size: int) -> Krylov:
 def _append(
     multiply: Callable[[Tree], Tree], now: Krylov
 ) -> tuple[Tree, Vector, Vector]:
-    """Return V with the next vector from `H v_k`, and both diagonals with their entries
-    k."""
+    """Return V with the next vector from `H v_k`, and the diagonal and subdiagonal of T
+    with entry k set."""
     k = now.used
     newest = jax.tree.map(
         lambda rows: jax.lax.dynamic_index_in_dim(rows, k, keepdims=False), now.V
@@ -146,7 +147,7 @@ def orthogonalized(
     """
     # the first pass leaves the rounding errors of the component that it removes, which
     # are large if the rest is small; the second pass removes them: "twice is enough"
-    # (Parlett, section 6.9)
+    # (Parlett, "The Symmetric Eigenvalue Problem", section 6.9)
     parts = []
     for _ in range(2):
         parts.append(project(vector))

@@ -2,8 +2,8 @@
 approximates the inverse Hessian, p = H g.
 
 The pairs `s = params - params_old`, `y = grad - grad_old` update H
-(`numerics/broyden.py`). An update requires `H y = H grad - H grad_old`. The second term
-is the last direction, so a step costs one product with H.
+(`numerics/broyden.py`). The update of H requires `H y = H grad - H grad_old`. The
+second term is stored at the last step, so a step costs one product with H.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., 2006, chapter 6;
 Al-Baali, 1998; Urban, Stefanou and Pons, arXiv 2405.04230; Powell, "Algorithms for
@@ -40,7 +40,7 @@ MAX_EXACT_BEND = 100
 direction up to rounding."""
 FIRST_LENGTH = 10.0
 """Scale of the first H, in units of the inverse curvature along the first step. BFGS
-corrects an H that is too large quickly, and one that is too small slowly. (A PINN, 2000
+quickly corrects an H that is too large, and slowly one that is too small. (A PINN, 2000
 steps: an error of 1e-3 with this scale, and 5e-3 with `s.y / y.y`.)"""
 DAMPED_SHARE = 0.2
 """Smallest ratio of s'y to s'B s after damping."""
@@ -51,7 +51,7 @@ class BfgsInfo(NamedTuple):
 
     status: jax.Array  # int32 scalar, StepStatus
     pairs: jax.Array  # int32 scalar, updates of H since its last reset
-    # int32 scalar, pairs since the start that failed the curvature test
+    # int32 scalar, pairs with s != 0 since the start that were not used
     pairs_skipped: jax.Array
     resets: jax.Array  # int32 scalar, resets since the start
     evaluations: jax.Array  # int32 scalar, of the objective; always 0
@@ -64,7 +64,8 @@ class BfgsState(NamedTuple):
     count: jax.Array  # int32 scalar, updates at finite iterates
     # (3, n), last iterate: params x, gradient g, and H g (0 if H was not used)
     last: jax.Array
-    # scalar, s.y / y.y of the newest pair, in units of params^2 / f; 0 before the first
+    # scalar, s.y / y.y of the newest accepted pair, in units of params^2 / f with f the
+    # objective; 0 before the first
     gamma: jax.Array
     inverse: broyden.InverseHessian  # H; if info.pairs is 0, the next pair restarts it
     info: BfgsInfo
@@ -78,11 +79,12 @@ def scale_by_bfgs(
 
     Args:
       formula: the member of the Broyden class: `"bfgs"`, `"dfp"`, or `"ssbfgs"` and
-        `"ssbroyden"`, which scale H at every update; or a callable `(b, h, n) -> (tau,
+        `"ssbroyden"`, which can also scale H at an update; or a callable `(b, h, n) -> (tau,
         phi)`, see `numerics/broyden.py`.
       on_bad_curvature: treatment of a pair (s, y) that fails the curvature test:
-        `"skip"` does not use the pair, `"powell"` replaces y by a combination of y and
-        B s for which `s.y = 0.2 s.Bs`.
+        `"skip"` does not use the pair; `"powell"` replaces y by a combination of y and
+        B s for which `s.y = 0.2 s.Bs`, with B the inverse of H, if s.Bs is known and
+        s.y is smaller.
 
     Returns:
       A transformation of the gradient into `+H g`. `update(grads, state, params, *,
@@ -91,18 +93,18 @@ def scale_by_bfgs(
 
       A pair is used if `s.y > 1e-8 |s.g_old|` and `s.y > 10 eps |s| (|g| + |g_old|)`;
       otherwise it is skipped and counted (PAIR_SKIPPED), unless it is damped. The first
-      pair is applied to `H = 10 (s.s / s.y) I`. Without pairs the direction is the
-      gradient, scaled to unit length, or after a reset by the scale of the last pair if
-      that is shorter. H is reset (MEMORY_RESET) if the parameters have not changed
-      since the last update, which indicates a failed search, if the direction is not a
-      descent direction, or if H is no longer positive definite or finite. A value or a
+      pair is applied to `H = 10 (s.s / s.y) I`. Without pairs the direction is t times
+      the gradient, with t = 1/|g|, or t = s.y / y.y of an earlier pair if that is
+      smaller. The next pair restarts H (MEMORY_RESET) if the parameters have not
+      changed since the last update, which indicates a failed search, if u.Hu <= 0 for
+      the updates u, or if H is no longer positive definite or finite. A value or a
       squared gradient that is not finite gives an update of zero (NONFINITE); the state
       is then unchanged except info.
 
-      Self-scaling and damping require s'Bs, which is known if s is a multiple of the
+      Self-scaling and damping require s.Bs, which is known if s is a multiple of the
       last direction `H g_old`. If clipping, masking or momentum changed the direction
-      of the step, the update is that of BFGS without scaling, and a pair is skipped
-      instead of damped.
+      of the step, the formula receives b = 1, with which the self-scaled formulas
+      update as BFGS does, and a pair is skipped instead of damped.
 
     Raises:
       ValueError: for an unknown formula or on_bad_curvature.
@@ -184,8 +186,8 @@ class _Measured(NamedTuple):
     vectors: _PerVector[Vector]
     dot: _PerVector[_PerVector[jax.Array]]  # dot.s.y is the scalar s'y
     vv: jax.Array  # scalar, v'v
-    finite: jax.Array  # bool scalar, of value and inner products without H: all finite
-    image_finite: jax.Array  # bool scalar, of inner products with H: all finite
+    finite: jax.Array  # bool scalar, value and inner products without H are finite
+    image_finite: jax.Array  # bool scalar, inner products with H are finite
 
 
 class _Facts(NamedTuple):
@@ -196,7 +198,8 @@ class _Facts(NamedTuple):
     moved: jax.Array  # bool, whether there is a pair with s != 0
     accepted: jax.Array  # bool, whether the pair passes the curvature test
     spoilt: jax.Array  # bool, whether H is unusable because of rounding
-    fresh: jax.Array  # bool, whether H starts as a multiple of the identity
+    # bool, whether H has no pairs: the next is applied to a multiple of the identity
+    fresh: jax.Array
     pairs: jax.Array  # int32, pairs in H; 0 if it is spoilt
     gamma: jax.Array  # s'y / y'y of the newest accepted pair
 
@@ -231,7 +234,7 @@ class _Direction(NamedTuple):
 
     p: Vector
     plain: jax.Array  # bool scalar, whether it is a multiple of v
-    lost: jax.Array  # bool scalar, whether H v is not a descent direction
+    lost: jax.Array  # bool scalar, whether v'H v is not positive
 
 
 def _step(
@@ -251,7 +254,7 @@ def _step(
     direction = _direct(call, found, facts, memory)
     inverse = _settle(facts, memory, direction)
 
-    # the next pair can use H g only if the step is along it
+    # H g is not needed if the next pair restarts H
     p = jnp.where(direction.plain, 0.0, memory.p)
     last = jnp.stack([found.x, found.vectors.g, p])
     updates = unravel(zero_unless(facts.finite, direction.p), call.updates)
@@ -265,8 +268,8 @@ def _step(
 
 
 def _measure(call: Call, state: BfgsState) -> _Measured:
-    """Form the pair and its products with H. `H y = H g - H g_old` costs no product,
-    since the second term is the last direction."""
+    """Form the pair and its products with H. `H y = H g - H g_old` costs no product
+    besides H g: the second term is stored."""
     dtype = state.gamma.dtype
     trees = call.params, call.gradient, call.updates
     x, g, v = (ravel(tree).astype(dtype) for tree in trees)
@@ -314,15 +317,17 @@ def _judge(call: Call, state: BfgsState, found: _Measured) -> _Facts:
 
 
 def _begin(found: _Measured, facts: _Facts) -> tuple[jax.Array, _Pair]:
-    """Return the scale of the first `H = scale I`, and the pair with its products: with
-    this H if there are no pairs yet, else with the H of the state."""
+    """Return the scale of the first `H = scale I`, and the pair and its products, taken
+    with this H if there are no pairs yet, else with the H of the state."""
     (s, y, g, _, _, u), dot = found.vectors, found.dot
     ss, pp_old, sp_old = dot.s.s, dot.p_old.p_old, dot.s.p_old
-    # the first H is 10 (s's / s'y) I, larger than (s'y / y'y) I of equation (6.20)
+    # the first H is 10 (s's / s'y) I, larger than (s'y / y'y) I of equation (6.20); for
+    # a damped first pair it has the scale of the step that was taken
     otherwise = first_scale(facts.gamma, dot.g_old.g_old)
     scale = divide(FIRST_LENGTH * ss, dot.s.y, facts.accepted, otherwise)
-    # s = -alpha H g_old gives B s = -alpha g_old, hence s'B s; the squared cosine is a
-    # product of two quotients, since |s|^2 |p_old|^2 may underflow
+    # s = -alpha H g_old gives B s = -alpha g_old, hence s'B s, with alpha = -s'p_old /
+    # p_old'p_old; the squared cosine is a product of two quotients, since |s|^2
+    # |p_old|^2 may underflow
     to_s, to_p = (sp_old / jnp.where(xx > 0, xx, jnp.inf) for xx in (ss, pp_old))
     remembered = _Pair(
         s=s,
@@ -348,11 +353,12 @@ def _begin(found: _Measured, facts: _Facts) -> tuple[jax.Array, _Pair]:
 
 
 def _damp(facts: _Facts, pair: _Pair) -> _Pair:
-    """Powell's damping (procedure 18.2): if `s'y < 0.2 s'B s`, y is replaced by
+    """Powell's damping (procedure 18.2), here only of pairs that fail the curvature
+    test: if `s'y < 0.2 s'B s`, y is replaced by
 
-        r = theta y + (1 - theta) B s,    theta = 0.8 s'B s / (s'B s - s'y),
+        y_d = theta y + (1 - theta) B s,    theta = 0.8 s'B s / (s'B s - s'y),
 
-    so that `s'r = 0.2 s'B s > 0`. Since `H B s = s`, the products of r with H are
+    so that `s'y_d = 0.2 s'B s > 0`. Since `H B s = s`, the products of y_d with H are
     combinations of known ones.
     """
     # an inexact s'B s could make H indefinite
@@ -403,7 +409,7 @@ def _absorb(
 
 def _direct(call: Call, found: _Measured, facts: _Facts, memory: _Memory) -> _Direction:
     """Return `H v`, or a multiple of v if H has no pairs, the last search failed, or
-    `H v` is not a descent direction."""
+    `v'H v` is not positive."""
     # usually v is g, and H g is known
     v, vv, pairs = found.v, found.vv, memory.pairs
     p = memory.p if call.is_gradient else broyden.product(memory.inverse, v)
@@ -418,8 +424,8 @@ def _direct(call: Call, found: _Measured, facts: _Facts, memory: _Memory) -> _Di
 def _settle(
     facts: _Facts, memory: _Memory, direction: _Direction
 ) -> broyden.InverseHessian:
-    """Return the H of the next state: reset if `H v` is not a descent direction, and
-    folded if the storage of terms is full."""
+    """Return the H of the next state: reset if `v'H v` is not positive, and folded if
+    the storage of terms is full."""
     # after a failed search H is kept until the next pair, for `inverse_hessian`
     H = broyden.restarted(memory.inverse, direction.lost, facts.gamma)
     room = broyden.room(H)
@@ -458,16 +464,17 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
     Returns:
       `(n, n)`, symmetric, in the order of the real entries of
       `jax.tree.leaves(params)`, with the real parts of a complex leaf before the
-      imaginary parts, in units of params^2 / f. H is positive definite up to rounding,
+      imaginary parts, in units of params^2 / f with f the objective. H is positive definite up to rounding,
       and zero before the first pair. After a failed search H is kept until the next
       pair replaces it.
 
       At a minimum of a negative log posterior, H estimates the covariance (Laplace's
-      approximation) in the directions of the steps of the run. It is exact for a
-      quadratic after n steps and inaccurate after few steps, and a self-scaled formula
-      scales it at every update. Use `gtol` to end the run: when searches fail because
-      of rounding, the next pair restarts H (`info.pairs` counts the pairs in it).
-      `hessopt.hessian` computes the exact curvature.
+      approximation) in the directions of the steps of the run. On a quadratic it
+      converges within a few times n steps and is inaccurate before; a self-scaled
+      formula can scale it at an update. Use `gtol` to end the run: otherwise it ends in
+      searches that fail because of rounding, after which a pair restarts H
+      (`info.pairs` counts the pairs in it). `hessopt.hessian` computes the exact
+      curvature.
 
     Raises:
       ValueError: if the state does not contain exactly one state of `scale_by_bfgs`.

@@ -1,11 +1,12 @@
 """Newton-CG: solve `H p = g` inexactly by conjugate gradients, which stop at a
 direction of negative curvature.
 
-Products with H are computed from one linearization of the gradient; H is never formed,
-and vectors remain trees. The iteration stops when the residual is at most `min(1/2,
-sqrt(|g|/|g_0|)) |g|`, so that early steps are cheap and the last ones converge
-superlinearly. A direction of negative curvature ends the iteration and is included in
-p, since a step along it leads away from a saddle.
+The products with H share one linearization of the gradient by default; H is never
+formed, and vectors are not flattened into one array. The iteration stops when the
+residual is at most `min(1/2, sqrt(|g|/|g_0|)) |g|`, with g_0 the gradient of the first
+update, so that early steps are cheap and the last ones converge superlinearly. A
+direction of negative curvature ends the iteration and is included in p, since a step
+along it leads away from a saddle.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., algorithm 7.1; Martens,
 "Deep learning via Hessian-free optimization", 2010, for the warm start.
@@ -44,7 +45,8 @@ class NewtonCgInfo(NamedTuple):
     status: jax.Array  # int32 scalar, StepStatus
     products: jax.Array  # int32 scalar, products with H
     residual: jax.Array  # scalar, |g - H p| over |g|
-    evaluations: jax.Array  # int32 scalar, of the objective besides products: 0
+    # int32 scalar, evaluations of the objective outside of products; always 0
+    evaluations: jax.Array
 
 
 class NewtonCgState(NamedTuple):
@@ -71,7 +73,7 @@ def scale_by_newton_cg(
     Args:
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
-      max_iterations: maximum number of products with H per update.
+      max_iterations: maximum number of iterations per update, one product with H each.
       preconditioner: `(residual, params) -> tree`, an approximation of `H^-1 residual`,
         linear in the residual, symmetric and positive definite.
       warm_start: whether to start with the last direction, scaled to fit the current
@@ -86,17 +88,19 @@ def scale_by_newton_cg(
       NEGATIVE_CURVATURE: p ends with a step along a direction without positive
       curvature. A gradient or product that is not finite (NONFINITE) ends the
       iteration; the direction is then the last finite iterate, or zero, and the state
-      is unchanged except count and info. If `-p` is not a descent direction, which only
-      rounding can cause, the gradient is returned instead (NOT_DESCENT).
+      is unchanged except count and info. A value that is not finite gives zero. If `-p`
+      is not a descent direction, the gradient is returned instead (NOT_DESCENT); only
+      rounding, or a warm start with an indefinite H, can cause this.
 
     Raises:
-      ValueError: for max_iterations < 1 or an unknown word.
+      ValueError: for max_iterations < 1 or an unknown curvature.
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
         missing.
 
-    Cost per update: one gradient, and about two gradients per product. Memory: the
-    intermediates of the gradient and of its tangent, and five vectors like params; with
-    rematerialize the intermediates are held only during a product.
+    Cost per update: one gradient, and about two gradients per product, with
+    rematerialize three. Memory: the intermediates of the gradient and of its tangent,
+    and five vectors like params; with rematerialize the intermediates are held only
+    during a product.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -153,7 +157,7 @@ def _step(
     length = jnp.sqrt(inner(g, g))
     first_length = jnp.where(state.first_length > 0, state.first_length, length)
 
-    # if the value or the gradient is not finite, g = 0 ends the iteration at once
+    # if the value or the gradient is not finite, g = 0 makes the update zero
     known = jnp.isfinite(length) & call.finite
     start = (
         _warm(_wide(state.direction, call.params), multiply, g)
@@ -162,8 +166,8 @@ def _step(
     )
     g = zero_unless(known, g)
 
-    # algorithm 7.1: conjugate gradients until the residual is below the forcing term,
-    # or a direction has negative curvature
+    # conjugate gradients until |g - H p| <= min(1/2, sqrt(|g|/|g_0|)) |g|, as in
+    # algorithm 7.1, or until a direction has negative curvature; p includes that one
     found = conjugate_gradients(
         multiply,
         g,
@@ -174,8 +178,7 @@ def _step(
         max_iterations=options.max_iterations,
     )
 
-    # p is the last finite iterate, or the gradient if rounding has made -p an uphill
-    # direction
+    # p is the last finite iterate, or the gradient if -p is not a descent direction
     sound = known & found.finite
     downhill = inner(g, found.x) > 0
     p = select(downhill, found.x, zero_unless(found.finite, g))
@@ -201,8 +204,8 @@ def _step(
 def _products(
     options: _Options, call: Call
 ) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
-    """Return `v -> H v` and `r -> M r` at params, over real leaves in at least
-    float32."""
+    """Return `v -> H v` and `r -> M r` at params, with M the preconditioner, over real
+    leaves in at least float32."""
     params = call.params
     parts, restore = real_leaves(params)
     objective = precompose(call.objective, restore)
@@ -236,7 +239,7 @@ def _wide(tree: Params, params: Params) -> Leaves:
 
 
 def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:
-    """Return the tree of real leaves p, in the dtypes of the updates."""
+    """Return the tree whose real leaves are p, in the dtypes of the updates."""
     like, restore = real_leaves(updates)
     return restore([x.astype(leaf.dtype) for x, leaf in zip(p, like, strict=True)])
 
@@ -254,8 +257,8 @@ def _kept(
 def _warm(
     p: Leaves, multiply: Callable[[Leaves], Leaves], g: Leaves
 ) -> tuple[Leaves, Leaves]:
-    """Return the multiple of p that minimizes the model, and H times it; zeros if p
-    does not have positive curvature."""
+    """Return the multiple x of p that minimizes `x'H x / 2 - g'x`, and H x; zeros
+    unless `p'H p > 0` and `p'g > 0`."""
     q = multiply(p)
     (_, pq, _), (_, _, _), (pg, _, _) = inner_products(p, q, g)
     usable = (pq > 0) & (pg > 0) & jnp.isfinite(pq) & jnp.isfinite(pg)
