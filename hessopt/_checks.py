@@ -1,4 +1,4 @@
-"""Checks of arguments, and the old names of what was renamed."""
+"""Checks of arguments, and old names of renamed arguments and types."""
 
 import functools
 import importlib
@@ -151,8 +151,8 @@ def _by_new_names(
 
 
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module that gives what was renamed by its old names
-    too, with a `DeprecationWarning`.
+    """Return a `__getattr__` for a module with renamed types: it finds them by their
+    old names, with a `DeprecationWarning`.
 
     Args:
       module: its `__name__`.

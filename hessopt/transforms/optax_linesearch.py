@@ -15,7 +15,7 @@ import optax
 from hessopt._checks import check_transformation
 from hessopt.kinds.line_searches import LinesearchState
 from hessopt.kinds.protocol import Call, transformation
-from hessopt.numerics.guards import select
+from hessopt.numerics.guards import select, zero_unless
 from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import beside, gathered, split_like
 from hessopt.trees.vectors import strongly_typed
@@ -87,7 +87,7 @@ def _step(
     nonzero = [jnp.any(leaf != 0) for leaf in jax.tree.leaves(step)]
     risen = _risen(call.value, getattr(new, "value", call.value))
     moved = jnp.any(jnp.array(nonzero)) & call.finite & ~risen
-    step = jax.tree.map(lambda leaf: jnp.where(moved, leaf, 0), step)
+    step = zero_unless(moved, step)
     kept = select(moved, new, state)
     return step, kept._replace(info=new.info) if hasattr(kept, "info") else kept
 
