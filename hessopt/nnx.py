@@ -1,7 +1,7 @@
 """Flax NNX: an optimizer that passes the objective to its transformation (`pip install
 hessopt[flax]`)."""
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class Optimizer(_Base):
     def update(
         self,
         model: nnx.Module,
-        grads: nnx.State | nnx.Module,
+        grads: "nnx.State[Any, Any] | nnx.Module",
         /,
         *,
         value: jax.Array | None = None,

@@ -115,7 +115,7 @@ def _unboxed(path: KeyPath) -> KeyPath:
     return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
 
 
-WORDS: dict[str, Callable[[KeyPath, jax.Array], str]] = {
+WORDS: dict[str, Callable[..., str]] = {
     "all": lambda path, leaf: "all",
     "leaf": lambda path, leaf: _name(path),
     "layer": lambda path, leaf: _name(_unboxed(path)[:-1]),
