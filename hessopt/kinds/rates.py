@@ -20,6 +20,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from hessopt._checks import check_count, check_range, renamed_attributes
+from hessopt.calculus.taylor import Taylor, taylor
 from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.trees.groups import Groups, check_groups, group_labels, take
@@ -50,6 +51,17 @@ class RateProblem(NamedTuple):
     value: jax.Array | None  # objective(params), if given
     # gradient at params in optax's convention (conjugated), if given
     grad: Params | None
+
+
+def taylor_terms(problem: RateProblem, order: int) -> Taylor:
+    """Return phi and its derivatives at 0 up to the order, 1 to 3, by `taylor`."""
+    return taylor(
+        problem.objective,
+        problem.params,
+        problem.updates,
+        groups=problem.groups,
+        order=order,
+    )
 
 
 class Measurement(NamedTuple):

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, choose
-from hessopt.calculus.taylor import taylor
 from hessopt.kinds.rates import (
     Measurement,
     Memory,
@@ -31,6 +30,7 @@ from hessopt.kinds.rates import (
     inner_by_group,
     scale_by_rates,
     scaled,
+    taylor_terms,
 )
 from hessopt.numerics.guards import zero_unless
 from hessopt.trees.groups import Groups
@@ -207,13 +207,7 @@ def _solve(
 
 def exact(problem: RateProblem, rate: Vector) -> Measurement:
     """Measure the parabola with derivatives, in one sweep of tangents."""
-    terms = taylor(
-        problem.objective,
-        problem.params,
-        problem.updates,
-        groups=problem.groups,
-        order=2,
-    )
+    terms = taylor_terms(problem, order=2)
     assert terms.hessian is not None
     curvature = jnp.diagonal(terms.hessian)
     return Measurement(terms.value, Parabola(-terms.gradient, curvature))
@@ -247,13 +241,7 @@ def _slope(problem: RateProblem, rate: Vector) -> tuple[jax.Array, Vector]:
     if problem.value is not None and problem.grad is not None:
         slope = inner_by_group(problem.grad, problem.updates, problem.labels, rate)
         return problem.value, slope
-    terms = taylor(
-        problem.objective,
-        problem.params,
-        problem.updates,
-        groups=problem.groups,
-        order=1,
-    )
+    terms = taylor_terms(problem, order=1)
     return terms.value, terms.gradient
 
 

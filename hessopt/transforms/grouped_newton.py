@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range
-from hessopt.calculus.taylor import taylor
 from hessopt.kinds.protocol import scheduled
 from hessopt.kinds.rates import (
     Measurement,
@@ -30,6 +29,7 @@ from hessopt.kinds.rates import (
     RateSolution,
     Rule,
     scale_by_rates,
+    taylor_terms,
 )
 from hessopt.numerics.cubic import solve_cubic
 from hessopt.numerics.guards import matmul, or_one
@@ -194,9 +194,7 @@ def _blank(size: int, dtype: Any) -> Cubic:
 
 def _measure(problem: RateProblem, rate: Vector) -> Measurement:
     """Measure the model with derivatives, in one sweep of tangents."""
-    value, gradient, hessian, third = taylor(
-        problem.objective, problem.params, problem.updates, groups=problem.groups
-    )
+    value, gradient, hessian, third = taylor_terms(problem, order=3)
     assert hessian is not None
     assert third is not None
     # d_s has the unit of phi^(1/3) / eta_s, so that |D eta|^3 has that of phi

@@ -19,7 +19,7 @@ import optax
 
 from hessopt._checks import check_range, check_transformation, check_word
 from hessopt.kinds.reports import evaluations, reports
-from hessopt.numerics.guards import divide, select
+from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import of_group, require_params
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
@@ -253,6 +253,5 @@ def _mean_ratio(
 
 def _scaled(part: Params, factor: jax.Array, finite: jax.Array) -> Params:
     """Return the factor times a tree, or zeros if the condition does not hold."""
-    return jax.tree.map(
-        lambda u: jnp.where(finite, (factor * u).astype(u.dtype), 0), part
-    )
+    scaled = jax.tree.map(lambda u: (factor * u).astype(u.dtype), part)
+    return zero_unless(finite, scaled)

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hessopt import restriction, taylor
+from tests.marks import slow_if
 
 
 def data(*shape, seed=0):
@@ -193,21 +194,14 @@ LARGE = ("gru", "attention", "pinn")
 """Programs whose derivatives compile for long, left to the slow suite."""
 
 
-def marked(names):
-    return [
-        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
-        for name in names
-    ]
-
-
-@pytest.mark.parametrize("name", marked(MODELS))
+@pytest.mark.parametrize("name", slow_if(LARGE.__contains__, MODELS))
 def test_it_equals_the_derivatives_of_the_restriction(name):
     value_fn, params = MODELS[name]
     exact = oracle(value_fn, params, steps(params), "leaf")
     assert_same(taylor(value_fn, params, steps(params), groups="leaf"), exact)
 
 
-@pytest.mark.parametrize("name", marked(["mlp", "gru", "complex"]))
+@pytest.mark.parametrize("name", slow_if(LARGE.__contains__, ["mlp", "gru", "complex"]))
 def test_rows_a_few_at_a_time_are_the_same(name):
     value_fn, params = MODELS[name]
     exact = oracle(value_fn, params, steps(params), "leaf")

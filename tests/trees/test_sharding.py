@@ -16,6 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hessopt
+from tests.marks import slow_if
 
 LEAFWISE = {
     "search": lambda: optax.chain(
@@ -52,11 +53,8 @@ needs_explicit = pytest.mark.skipif(
 
 
 def marked(names: Any) -> list[Any]:
-    """All names, of which those that are not quick are left to the slow suite."""
-    return [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in names
-    ]
+    """All names; those that are not quick run in the slow suite."""
+    return slow_if(lambda name: name not in QUICK, names)
 
 
 class Problem(NamedTuple):

@@ -1,0 +1,14 @@
+"""Marks shared by parametrized tests."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_if(is_slow: Callable[[str], bool], names: Iterable[str]) -> list[Any]:
+    """All names as parameters; those that are slow run in the slow suite."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if is_slow(name) else [])
+        for name in names
+    ]
