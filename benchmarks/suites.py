@@ -11,6 +11,7 @@ from benchmarks import (
     harness,
     kernels,
     multistart,
+    nist,
     pinn,
     training,
 )
@@ -30,6 +31,7 @@ SUITES = {
         lambda quick: harness.record(kernels.tables(quick)), harness.markdown
     ),
     "cutest": Suite(cutest.measure, cutest.markdown),
+    "nist": Suite(nist.measure, nist.markdown),
     "training": Suite(training.measure, training.markdown),
     "multistart": Suite(multistart.measure, multistart.markdown),
     "pinn": Suite(pinn.measure, pinn.markdown),
