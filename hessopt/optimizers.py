@@ -273,7 +273,7 @@ def generalized_newton(
     initial_rate: float = 1e-2,
     min_rate: float = 0.0,
     max_rate: float = math.inf,
-    max_change: float = 2.0,
+    max_change: float | None = None,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Any optimizer, with a learning rate determined by the curvature along its update.
@@ -294,10 +294,7 @@ def generalized_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one measurement to the next. The steps in
-        between reuse the rates and cost nothing, except under vmap; in them the step of
-        a group is at most as long as at its measurement. Every step of the first two
-        periods is measured, and so is a step that would lead uphill, if `update`
-        receives grad.
+        between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
         noisy batches; 0 disables averaging.
       rate_decay: in [0, 1], weight of the past in an average of the rates.
@@ -306,10 +303,21 @@ def generalized_newton(
       min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
         finite can reduce rates below min_rate.
       max_change: largest factor, at least 1, by which a rate changes from one
-        measurement to the next, after the first one.
-      safeguard: whether to evaluate the objective at the step of newly measured rates.
-        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that does not suffice, no step is taken.
+        measurement to the next, after the first one; by default 2 with the safeguard,
+        unlimited without.
+      safeguard: whether to add the following to the published method.
+        (1) The objective is evaluated at the step of newly measured rates. If it rises
+        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        if that does not suffice, no step is taken.
+        (2) Between two measurements the step of a group is at most as long as at its
+        measurement.
+        (3) Every step of the first two periods of `update_every` steps is measured, and
+        so is a step that would lead uphill, if `update` receives grad.
+        (4) max_change is 2 by default.
+        (5) With `"forward"` and `"central"`, a curvature below the rounding of the
+        values is replaced by that rounding.
+        False, with `curvature_decay=0`, is the published method. Numbers that are not
+        finite are treated alike in both.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
@@ -383,9 +391,7 @@ def grouped_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one model to the next. The steps in between
-        reuse the rates and cost nothing, except under vmap; in them the step of a group
-        is at most as long as at its measurement. Every step of the first two periods is
-        measured, and so is a step that would lead uphill, if `update` receives grad.
+        reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
         disables averaging.
       rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
@@ -397,9 +403,16 @@ def grouped_newton(
       ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
         added to the diagonal.
       initial_rate: rate of every group until the first solution.
-      safeguard: whether to evaluate the objective at the step of newly measured rates.
-        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that does not suffice, no step is taken.
+      safeguard: whether to add the following to the published method.
+        (1) The objective is evaluated at the step of newly measured rates. If it rises
+        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        if that does not suffice, no step is taken.
+        (2) Between two measurements the step of a group is at most as long as at its
+        measurement.
+        (3) Every step of the first two periods of `update_every` steps is measured, and
+        so is a step that would lead uphill, if `update` receives grad.
+        False, with `curvature_decay=0`, is the published method. Models that are not
+        finite, or have no minimizer, are treated alike in both.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, value_fn, **data)`
