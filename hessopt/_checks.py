@@ -8,7 +8,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import numpy as np
@@ -44,7 +44,7 @@ def check_count(name: str, value: object) -> None:
     """Raise `ValueError` unless `value` is a static int of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         hint = (
-            "; under optax.inject_hyperparams, list it in static_args"
+            f'; it shapes the program: pass static_args=("{name}",) to optax.inject_hyperparams'
             if isinstance(value, jax.Array)
             else ""
         )
@@ -80,6 +80,49 @@ def choose(name: str, value: str | _Kind, table: Mapping[str, _Kind]) -> _Kind:
             f"{name} must be one of {sorted(table)}, or {kind} that does the same, got {value!r}"
         )
     return cast("_Kind", value)  # other words were refused above
+
+
+class StaticDefault(NamedTuple):
+    """The default of an argument that shapes the program, in a signature. It is shown
+    as the int that it stands for."""
+
+    value: int
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def injectable(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function so that `optax.inject_hyperparams` takes its arguments for
+    what they are.
+
+    That takes every number for a hyperparameter, defaults as well, and passes an array
+    in its place. Defaults that are floats can be arrays. Those that are ints (numbers
+    of steps, sizes of memories, seeds) cannot: they are no numbers in the signature,
+    but a `StaticDefault`, for which the function receives the int. Complex parameters
+    make hyperparameters complex; the function receives their real parts.
+    """
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, StaticDefault):
+            return x.value
+        return x.real if isinstance(x, jax.Array) and x.dtype.kind == "c" else x
+
+    @functools.wraps(function)
+    def injected(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        named = {name: plain(x) for name, x in kwargs.items()}
+        return cast(Callable[..., _R], function)(*map(plain, args), **named)
+
+    def declared(parameter: inspect.Parameter) -> inspect.Parameter:
+        default = parameter.default
+        if not isinstance(default, int) or isinstance(default, bool):
+            return parameter
+        return parameter.replace(default=StaticDefault(default))
+
+    signature = inspect.signature(function)
+    parameters = list(map(declared, signature.parameters.values()))
+    vars(injected)["__signature__"] = signature.replace(parameters=parameters)
+    return injected
 
 
 def renamed_arguments(

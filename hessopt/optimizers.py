@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from hessopt._checks import check_transformation, renamed_arguments
+from hessopt._checks import check_transformation, injectable, renamed_arguments
 from hessopt.calculus.curvature import Curvature, CurvatureFn
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.guards import select
@@ -40,6 +40,7 @@ gradients per step, compared to 1.57 with a first trial of 1.)"""
 
 
 @renamed_arguments({"positivity": "on_indefinite"})
+@injectable
 def newton(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -64,8 +65,7 @@ def newton(
         `IndefiniteTreatment` is also accepted.
       blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
         restricted to its diagonal blocks, and each block is computed separately.
-      update_every: number of updates that use one factorization. It determines the
-        shape of the state, so list it in `static_args` of `optax.inject_hyperparams`.
+      update_every: number of updates that use one factorization.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
       linesearch: a line search that takes the additive update, or None.
@@ -107,6 +107,7 @@ def newton(
     return _descend(direction, learning_rate, linesearch)
 
 
+@injectable
 def newton_cg(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -165,6 +166,7 @@ def newton_cg(
     return _descend(direction, learning_rate, linesearch)
 
 
+@injectable
 def bfgs(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -213,6 +215,7 @@ def bfgs(
     )
 
 
+@injectable
 def lbfgs(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -261,6 +264,7 @@ def lbfgs(
     return _descend(direction, learning_rate, linesearch)
 
 
+@injectable
 def generalized_newton(
     base: optax.GradientTransformation,
     *,
@@ -359,6 +363,7 @@ def generalized_newton(
     return _rated(base, rate)
 
 
+@injectable
 def grouped_newton(
     base: optax.GradientTransformation,
     *,

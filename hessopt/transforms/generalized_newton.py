@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range, choose
+from hessopt._checks import check_range, choose, injectable
 from hessopt.kinds.rates import (
     Measurement,
     Memory,
@@ -63,6 +63,7 @@ Mode = Callable[[RateProblem, Vector], Measurement]
 one."""
 
 
+@injectable
 def scale_by_generalized_newton(
     *,
     mode: str | Mode = "exact",

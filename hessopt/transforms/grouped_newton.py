@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range
+from hessopt._checks import check_range, injectable
 from hessopt.kinds.protocol import scheduled
 from hessopt.kinds.rates import (
     Measurement,
@@ -60,6 +60,7 @@ class GroupedNewtonState(NamedTuple):
     info: RateInfo
 
 
+@injectable
 def scale_by_grouped_newton(
     *,
     groups: Groups = "leaf",
