@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -63,6 +64,53 @@ def check_transformation(name: str, value: object) -> None:
         raise TypeError(
             f"{name} must be an optax transformation, with init and update, got {value!r}"
         )
+
+
+def check_params(
+    caller: str,
+    params: Any,
+    *,
+    dtypes: Any = jnp.inexact,
+    otherwise: str = "hold it fixed with hessopt.masked, or separate it",
+) -> None:
+    """Raise `TypeError` unless all leaves of params are numbers or arrays of the allowed
+    dtypes; the message names the first leaf that is not, and what to do.
+
+    Args:
+      caller: name of the public function, for the message.
+      params: pytree of anything.
+      dtypes: `jnp.inexact`, floating and complex, or `np.generic`, any dtype.
+      otherwise: what to do with an array of another dtype.
+    """
+    allowed = "floating or complex" if dtypes is jnp.inexact else "numeric"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = _dtype(leaf)
+        if dtype is not None and jnp.issubdtype(dtype, dtypes):
+            continue
+        if dtype is None:
+            kind, way = f"is {_shortened(leaf)}", "separate the arrays from the rest"
+        else:
+            kind, way = f"is {dtype}", otherwise
+        raise TypeError(
+            f"{caller} needs {allowed} params, but params{jax.tree_util.keystr(path)} {kind}: {way}, "
+            "as in `params, static = eqx.partition(model, eqx.is_inexact_array)`"
+        )
+
+
+def _shortened(leaf: object) -> str:
+    """Return the text of a leaf, at most 80 characters."""
+    text = " ".join(repr(leaf).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _dtype(leaf: object) -> Any:
+    """Return the dtype of an array or a Python number, and None for anything else."""
+    if isinstance(leaf, bool | int | float | complex):
+        return np.dtype(type(leaf))
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        return None if dtype.kind in "OSU" else dtype  # objects and strings
+    return dtype if isinstance(leaf, jax.Array) else None  # of random keys
 
 
 def choose(name: str, value: str | _Kind, table: Mapping[str, _Kind]) -> _Kind:

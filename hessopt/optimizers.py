@@ -7,11 +7,17 @@ from typing import Any
 import jax
 import optax
 
-from hessopt._checks import check_transformation, injectable, renamed_arguments
+from hessopt._checks import (
+    check_params,
+    check_transformation,
+    injectable,
+    renamed_arguments,
+)
 from hessopt.calculus.curvature import Curvature, CurvatureFn
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.guards import select
 from hessopt.numerics.indefiniteness import IndefiniteTreatment
+from hessopt.objective.binding import require_params
 from hessopt.transforms.bfgs import scale_by_bfgs
 from hessopt.transforms.generalized_newton import Mode, scale_by_generalized_newton
 from hessopt.transforms.grouped_newton import scale_by_grouped_newton
@@ -360,7 +366,7 @@ def generalized_newton(
         max_change=max_change,
         safeguard=safeguard,
     )
-    return _rated(base, rate)
+    return _rated("generalized_newton", base, rate)
 
 
 @injectable
@@ -459,11 +465,13 @@ def grouped_newton(
         initial_rate=initial_rate,
         safeguard=safeguard,
     )
-    return _rated(base, rate)
+    return _rated("grouped_newton", base, rate)
 
 
 def _rated(
-    base: optax.GradientTransformation, rate: optax.GradientTransformationExtraArgs
+    name: str,
+    base: optax.GradientTransformation,
+    rate: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain an optimizer with a rate, and keep its old state if its update or the value
     is not finite."""
@@ -471,6 +479,7 @@ def _rated(
     base = optax.with_extra_args_support(base)
 
     def init(params: Params) -> optax.OptState:
+        check_params(name, params)
         return base.init(params), rate.init(params)
 
     def update(
@@ -479,6 +488,8 @@ def _rated(
         params: Params | None = None,
         **keywords: object,
     ) -> tuple[optax.Updates, optax.OptState]:
+        require_params(params, caller=name)
+        check_params(name, params)
         updates, new = base.update(updates, state[0], params, **keywords)
         sound = all_finite((updates, keywords.get("value")))
         kept = select(sound, new, state[0])

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range, check_transformation, check_word, injectable
+from hessopt._checks import (
+    check_params,
+    check_range,
+    check_transformation,
+    check_word,
+    injectable,
+)
 from hessopt.kinds.reports import evaluations, reports
 from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.numerics.norms import norm
@@ -146,6 +152,7 @@ class _Step(NamedTuple):
 
 
 def _init(options: _Options, params: Params) -> SubsampledState:
+    check_params(_NAME, params)
     labels, names = group_labels(params, options.blocks)
     states = {
         name: options.inner.init(take(params, labels, group))
@@ -173,6 +180,7 @@ def _update(
     **keywords: Any,
 ) -> tuple[optax.Updates, SubsampledState]:
     require_params(params, caller=_NAME)
+    check_params(_NAME, params)
     labels, names = group_labels(params, options.blocks)
 
     def block(group: int) -> _Block:
