@@ -57,7 +57,7 @@ def updated(case: Case, tx: Any, params: Any, value_fn: Any = None) -> Any:
 
 
 def shapes(tree: Any) -> Any:
-    return jax.tree.map(lambda x: (jnp.shape(x), x.dtype), tree)
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
 @CASES
