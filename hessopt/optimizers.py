@@ -307,7 +307,8 @@ def generalized_newton(
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
         noisy batches; 0 disables averaging.
-      rate_decay: in [0, 1], weight of the past in an average of the rates.
+      rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
+        with the first solution.
       initial_rate: the rate until the first parabola is usable; also the first probe,
         which must change the objective by more than rounding.
       min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
