@@ -8,9 +8,10 @@ import numbers
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -44,7 +45,7 @@ def check_count(name: str, value: object) -> None:
     """Raise `ValueError` unless `value` is a static int of at least 1."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         hint = (
-            "; under optax.inject_hyperparams, list it in static_args"
+            f'; it shapes the program: pass static_args=("{name}",) to optax.inject_hyperparams'
             if isinstance(value, jax.Array)
             else ""
         )
@@ -65,6 +66,53 @@ def check_transformation(name: str, value: object) -> None:
         )
 
 
+def check_params(
+    caller: str,
+    params: Any,
+    *,
+    dtypes: Any = jnp.inexact,
+    otherwise: str = "hold it fixed with hessopt.masked, or separate it",
+) -> None:
+    """Raise `TypeError` unless all leaves of params are numbers or arrays of the allowed
+    dtypes; the message names the first leaf that is not, and what to do.
+
+    Args:
+      caller: name of the public function, for the message.
+      params: pytree of anything.
+      dtypes: `jnp.inexact`, floating and complex, or `np.generic`, any dtype.
+      otherwise: what to do with an array of another dtype.
+    """
+    allowed = "floating or complex" if dtypes is jnp.inexact else "numeric"
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = _dtype(leaf)
+        if dtype is not None and jnp.issubdtype(dtype, dtypes):
+            continue
+        if dtype is None:
+            kind, way = f"is {_shortened(leaf)}", "separate the arrays from the rest"
+        else:
+            kind, way = f"is {dtype}", otherwise
+        raise TypeError(
+            f"{caller} needs {allowed} params, but params{jax.tree_util.keystr(path)} {kind}: {way}, "
+            "as in `params, static = eqx.partition(model, eqx.is_inexact_array)`"
+        )
+
+
+def _shortened(leaf: object) -> str:
+    """Return the text of a leaf, at most 80 characters."""
+    text = " ".join(repr(leaf).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _dtype(leaf: object) -> Any:
+    """Return the dtype of an array or a Python number, and None for anything else."""
+    if isinstance(leaf, bool | int | float | complex):
+        return np.dtype(type(leaf))
+    dtype = getattr(leaf, "dtype", None)
+    if isinstance(dtype, np.dtype):
+        return None if dtype.kind in "OSU" else dtype  # objects and strings
+    return dtype if isinstance(leaf, jax.Array) else None  # of random keys
+
+
 def choose(name: str, value: str | _Kind, table: Mapping[str, _Kind]) -> _Kind:
     """Return the entry of `table` for a word, or `value` itself if it has the type of
     the entries; else raise `ValueError`."""
@@ -80,6 +128,49 @@ def choose(name: str, value: str | _Kind, table: Mapping[str, _Kind]) -> _Kind:
             f"{name} must be one of {sorted(table)}, or {kind} that does the same, got {value!r}"
         )
     return cast("_Kind", value)  # other words were refused above
+
+
+class StaticDefault(NamedTuple):
+    """The default of an argument that shapes the program, in a signature. It is shown
+    as the int that it stands for."""
+
+    value: int
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def injectable(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate a function so that `optax.inject_hyperparams` takes its arguments for
+    what they are.
+
+    That takes every number for a hyperparameter, defaults as well, and passes an array
+    in its place. Defaults that are floats can be arrays. Those that are ints (numbers
+    of steps, sizes of memories, seeds) cannot: they are no numbers in the signature,
+    but a `StaticDefault`, for which the function receives the int. Complex parameters
+    make hyperparameters complex; the function receives their real parts.
+    """
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, StaticDefault):
+            return x.value
+        return x.real if isinstance(x, jax.Array) and x.dtype.kind == "c" else x
+
+    @functools.wraps(function)
+    def injected(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        named = {name: plain(x) for name, x in kwargs.items()}
+        return cast(Callable[..., _R], function)(*map(plain, args), **named)
+
+    def declared(parameter: inspect.Parameter) -> inspect.Parameter:
+        default = parameter.default
+        if not isinstance(default, int) or isinstance(default, bool):
+            return parameter
+        return parameter.replace(default=StaticDefault(default))
+
+    signature = inspect.signature(function)
+    parameters = list(map(declared, signature.parameters.values()))
+    vars(injected)["__signature__"] = signature.replace(parameters=parameters)
+    return injected
 
 
 def renamed_arguments(

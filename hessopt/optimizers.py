@@ -7,11 +7,17 @@ from typing import Any
 import jax
 import optax
 
-from hessopt._checks import check_transformation, renamed_arguments
+from hessopt._checks import (
+    check_params,
+    check_transformation,
+    injectable,
+    renamed_arguments,
+)
 from hessopt.calculus.curvature import Curvature, CurvatureFn
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.guards import select
 from hessopt.numerics.indefiniteness import IndefiniteTreatment
+from hessopt.objective.binding import require_params
 from hessopt.transforms.bfgs import scale_by_bfgs
 from hessopt.transforms.generalized_newton import Mode, scale_by_generalized_newton
 from hessopt.transforms.grouped_newton import scale_by_grouped_newton
@@ -40,6 +46,7 @@ gradients per step, compared to 1.57 with a first trial of 1.)"""
 
 
 @renamed_arguments({"positivity": "on_indefinite"})
+@injectable
 def newton(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -64,8 +71,7 @@ def newton(
         `IndefiniteTreatment` is also accepted.
       blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
         restricted to its diagonal blocks, and each block is computed separately.
-      update_every: number of updates that use one factorization. It determines the
-        shape of the state, so list it in `static_args` of `optax.inject_hyperparams`.
+      update_every: number of updates that use one factorization.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
       linesearch: a line search that takes the additive update, or None.
@@ -107,6 +113,7 @@ def newton(
     return _descend(direction, learning_rate, linesearch)
 
 
+@injectable
 def newton_cg(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -165,6 +172,7 @@ def newton_cg(
     return _descend(direction, learning_rate, linesearch)
 
 
+@injectable
 def bfgs(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -213,6 +221,7 @@ def bfgs(
     )
 
 
+@injectable
 def lbfgs(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
@@ -261,6 +270,7 @@ def lbfgs(
     return _descend(direction, learning_rate, linesearch)
 
 
+@injectable
 def generalized_newton(
     base: optax.GradientTransformation,
     *,
@@ -273,7 +283,7 @@ def generalized_newton(
     initial_rate: float = 1e-2,
     min_rate: float = 0.0,
     max_rate: float = math.inf,
-    max_change: float = 2.0,
+    max_change: float | None = None,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Any optimizer, with a learning rate determined by the curvature along its update.
@@ -294,22 +304,31 @@ def generalized_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one measurement to the next. The steps in
-        between reuse the rates and cost nothing, except under vmap; in them the step of
-        a group is at most as long as at its measurement. Every step of the first two
-        periods is measured, and so is a step that would lead uphill, if `update`
-        receives grad.
+        between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
         noisy batches; 0 disables averaging.
-      rate_decay: in [0, 1], weight of the past in an average of the rates.
+      rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
+        with the first solution.
       initial_rate: the rate until the first parabola is usable; also the first probe,
         which must change the objective by more than rounding.
       min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
         finite can reduce rates below min_rate.
       max_change: largest factor, at least 1, by which a rate changes from one
-        measurement to the next, after the first one.
-      safeguard: whether to evaluate the objective at the step of newly measured rates.
-        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that does not suffice, no step is taken.
+        measurement to the next, after the first one; by default 2 with the safeguard,
+        unlimited without.
+      safeguard: whether to add the following to the published method.
+        (1) The objective is evaluated at the step of newly measured rates. If it rises
+        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        if that does not suffice, no step is taken.
+        (2) Between two measurements the step of a group is at most as long as at its
+        measurement.
+        (3) Every step of the first two periods of `update_every` steps is measured, and
+        so is a step that would lead uphill, if `update` receives grad.
+        (4) max_change is 2 by default.
+        (5) With `"forward"` and `"central"`, a curvature below the rounding of the
+        values is replaced by that rounding.
+        False, with `curvature_decay=0`, is the published method. Numbers that are not
+        finite are treated alike in both.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
@@ -348,9 +367,10 @@ def generalized_newton(
         max_change=max_change,
         safeguard=safeguard,
     )
-    return _rated(base, rate)
+    return _rated("generalized_newton", base, rate)
 
 
+@injectable
 def grouped_newton(
     base: optax.GradientTransformation,
     *,
@@ -383,9 +403,7 @@ def grouped_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one model to the next. The steps in between
-        reuse the rates and cost nothing, except under vmap; in them the step of a group
-        is at most as long as at its measurement. Every step of the first two periods is
-        measured, and so is a step that would lead uphill, if `update` receives grad.
+        reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
         disables averaging.
       rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
@@ -397,9 +415,16 @@ def grouped_newton(
       ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
         added to the diagonal.
       initial_rate: rate of every group until the first solution.
-      safeguard: whether to evaluate the objective at the step of newly measured rates.
-        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that does not suffice, no step is taken.
+      safeguard: whether to add the following to the published method.
+        (1) The objective is evaluated at the step of newly measured rates. If it rises
+        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        if that does not suffice, no step is taken.
+        (2) Between two measurements the step of a group is at most as long as at its
+        measurement.
+        (3) Every step of the first two periods of `update_every` steps is measured, and
+        so is a step that would lead uphill, if `update` receives grad.
+        False, with `curvature_decay=0`, is the published method. Models that are not
+        finite, or have no minimizer, are treated alike in both.
 
     Returns:
       An optimizer whose `update(grads, state, params, *, value, value_fn, **data)`
@@ -441,11 +466,13 @@ def grouped_newton(
         initial_rate=initial_rate,
         safeguard=safeguard,
     )
-    return _rated(base, rate)
+    return _rated("grouped_newton", base, rate)
 
 
 def _rated(
-    base: optax.GradientTransformation, rate: optax.GradientTransformationExtraArgs
+    name: str,
+    base: optax.GradientTransformation,
+    rate: optax.GradientTransformationExtraArgs,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain an optimizer with a rate, and keep its old state if its update or the value
     is not finite."""
@@ -453,6 +480,7 @@ def _rated(
     base = optax.with_extra_args_support(base)
 
     def init(params: Params) -> optax.OptState:
+        check_params(name, params)
         return base.init(params), rate.init(params)
 
     def update(
@@ -461,6 +489,8 @@ def _rated(
         params: Params | None = None,
         **keywords: object,
     ) -> tuple[optax.Updates, optax.OptState]:
+        require_params(params, caller=name)
+        check_params(name, params)
         updates, new = base.update(updates, state[0], params, **keywords)
         sound = all_finite((updates, keywords.get("value")))
         kept = select(sound, new, state[0])

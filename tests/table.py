@@ -23,7 +23,7 @@ class Case(NamedTuple):
     kind: str = "optimizer"
     rate: float = 1.0  # of a direction, where it trains optax's test problems
     needs: tuple[str, ...] = ()  # keywords of `update` that it cannot do without
-    # numbers for `optax.inject_hyperparams`; all other arguments are static
+    # numbers for `optax.inject_hyperparams`; other arguments, where given, are static
     injectable: tuple[str, ...] = ()
     composite: bool = False  # wants `hessopt.composite` for an objective
     # its first step is the same in whatever unit the objective is measured
@@ -266,6 +266,7 @@ FOREIGN = (
             "continues_from_a_checkpoint_bit_for_bit": "therefore a restored one does too",
             "shares_no_buffer": "fresh leaves share one array of zeros",
             "starts_abstractly": "the search looks for a leaf in optax's placeholder",
+            "takes_injected_hyperparameters": "its memory_size is taken for one",
             "names_what_is_missing": "the missing keyword is named, the call to write is not",
             "survives_what_is_not_finite": "the memory takes in the step",
         }

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from hessopt._checks import check_count, check_range, check_transformation
+from hessopt._checks import check_count, check_params, check_range, check_transformation
 from hessopt.calculus.curvature import block_hessians
 from hessopt.driver.loop import (
     Limits,
@@ -196,12 +196,9 @@ def minimize(
         raise TypeError(
             f"data must be a mapping from argument names of value_fn to arrays, got {type(data)}"
         )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-            name = jax.tree_util.keystr(path)
-            raise TypeError(
-                f"params{name} must be floating or complex, got {jnp.result_type(leaf)}"
-            )
+    check_params(
+        "minimize", params, otherwise="pass it to value_fn as data, or separate it"
+    )
     data = dict(data or {})
     for path, leaf in jax.tree_util.tree_leaves_with_path(data):
         if isinstance(leaf, str | bytes) or not (

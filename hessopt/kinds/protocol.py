@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hessopt._checks import check_params
 from hessopt.objective.binding import Objective, bind, require_given, require_params
 from hessopt.typing import Params, ValueFn
 
@@ -67,9 +68,14 @@ def transformation(
         `"grad"` and `"value_fn"`.
 
     Raises:
-      TypeError: in `update`, for missing params, for a missing keyword of needs, and
-        for missing data of value_fn; the message names the call to write.
+      TypeError: in `init` and `update`, for params that are not floating or complex
+        arrays; in `update`, for missing params, for a missing keyword of needs, and for
+        missing data of value_fn. The message names the leaf, or the call to write.
     """
+
+    def checked_init(params: Params) -> optax.OptState:
+        check_params(name, params)
+        return init(params)
 
     def update(
         updates: optax.Updates,
@@ -82,13 +88,14 @@ def transformation(
         **data: object,
     ) -> tuple[optax.Updates, optax.OptState]:
         require_params(params, caller=name)
+        check_params(name, params)
         objective = bind(value_fn, data, caller=name) if "value_fn" in needs else None
         given = {"value": value, "grad": grad, "value_fn": value_fn}
         require_given(caller=name, **{keyword: given[keyword] for keyword in needs})
         finite = True if value is None else jnp.isfinite(value)
         return step(Call(updates, params, grad, value, objective, finite), state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(checked_init, update)
 
 
 def scheduled(number: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:

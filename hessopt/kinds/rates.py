@@ -2,12 +2,14 @@
 parts that all such rules share.
 
 Once per `update_every` steps the model is measured, averaged with earlier ones, and
-solved for the rates. If the objective rises at the resulting step, the rates are
-halved. In the steps between two measurements the step of a group is at most as long as
-when its rate was measured: an update that grows, as with momentum, would overshoot the
-minimum along it. For the same reason every step of the first periods is measured, and
-so is a step that would lead uphill, if the gradient is given. A rule defines the
-measurement and the solution.
+solved for the rates; the steps in between reuse them. A rule defines the measurement
+and the solution.
+
+The safeguard adds the following. If the objective rises at the step of newly measured
+rates, they are halved. In the steps between two measurements the step of a group is at
+most as long as when its rate was measured: an update that grows, as with momentum,
+would overshoot the minimum along it. For the same reason every step of the first
+periods is measured, and so is a step that would lead uphill, if the gradient is given.
 """
 
 import functools
@@ -35,7 +37,7 @@ MAX_HALVINGS = 5
 step is dropped afterwards."""
 MEASURED_PERIODS = 2
 """Number of periods of `update_every` steps at the start in which every step is
-measured."""
+measured, with the safeguard."""
 NOT_COUNTED = -1
 """Number of evaluations that is reported if it is not known."""
 
@@ -51,6 +53,7 @@ class RateProblem(NamedTuple):
     value: jax.Array | None  # objective(params), if given
     # gradient at params in optax's convention (conjugated), if given
     grad: Params | None
+    safeguard: bool = True  # whether a measurement may depart from the published method
 
 
 def taylor_terms(problem: RateProblem, order: int) -> Taylor:
@@ -224,7 +227,7 @@ def _step(
         return _renew(options, now)
 
     def reuse() -> _Outcome:
-        return _reuse(now)
+        return _reuse(options, now)
 
     if options.update_every > 1:
         due = _is_due(options, now)
@@ -240,8 +243,10 @@ def _step(
     untouched = _Outcome(now.memory, nonfinite, jnp.zeros_like(now.length), zero)
     memory, status, rate, halvings = select(sound, outcome, untouched)
 
-    # eta_s u_s
-    rate = jnp.where(jnp.isfinite(rate), rate, 0)
+    # eta_s u_s; a group whose step cannot be represented takes none
+    represented = jnp.isfinite(rate * now.length)
+    status |= jnp.where(jnp.all(represented), 0, nonfinite)
+    rate = jnp.where(represented, rate, 0)
     step = scaled(call.updates, now.problem.labels, rate)
     return zero_unless(sound, step), options.rule.State(
         jnp.asarray(optax.safe_increment(state.count)),
@@ -268,6 +273,7 @@ def _begin(options: _Options, call: Call, state: _State) -> _Situation:
             labels,
             value,
             call.grad,
+            options.safeguard,
         ),
         memory,
         state.count,
@@ -280,9 +286,11 @@ def _begin(options: _Options, call: Call, state: _State) -> _Situation:
 def _is_due(options: _Options, now: _Situation) -> jax.Array:
     """Return whether the model has to be measured in this step."""
     problem, memory, every = now.problem, now.memory, options.update_every
-    due = (memory.age >= every) | (now.count < MEASURED_PERIODS * every)
+    due = memory.age >= every
+    if options.safeguard:
+        due |= now.count < MEASURED_PERIODS * every
     # phi'(0) > 0 along the last rates: the step would lead uphill
-    if problem.grad is not None:
+    if options.safeguard and problem.grad is not None:
         slopes = inner_by_group(
             problem.grad, problem.updates, problem.labels, memory.rate
         )
@@ -291,14 +299,15 @@ def _is_due(options: _Options, now: _Situation) -> jax.Array:
     return due & jnp.any(now.moves)
 
 
-def _reuse(now: _Situation) -> _Outcome:
-    """Take the last rates, for steps at most as long as the measured ones."""
-    old = now.memory
-    # limit |u_s| to its length at the measurement
-    shorter = divide(old.length, now.length, now.length > old.length, 1)
+def _reuse(options: _Options, now: _Situation) -> _Outcome:
+    """Take the last rates; with the safeguard, for steps at most as long as the
+    measured ones."""
+    old, rate = now.memory, now.factor * now.memory.rate
+    if options.safeguard:
+        # limit |u_s| to its length at the measurement
+        rate = rate * divide(old.length, now.length, now.length > old.length, 1)
     zero = jnp.zeros((), jnp.int32)
-    memory = old._replace(age=old.age + 1)
-    return _Outcome(memory, zero, now.factor * old.rate * shorter, zero)
+    return _Outcome(old._replace(age=old.age + 1), zero, rate, zero)
 
 
 def _renew(options: _Options, now: _Situation) -> _Outcome:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_word, choose
+from hessopt._checks import check_word, choose, injectable
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
@@ -71,6 +71,7 @@ class BfgsState(NamedTuple):
     info: BfgsInfo
 
 
+@injectable
 def scale_by_bfgs(
     formula: str | Formula = "bfgs", *, on_bad_curvature: str = "skip"
 ) -> optax.GradientTransformationExtraArgs:

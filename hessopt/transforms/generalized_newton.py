@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range, choose
+from hessopt._checks import check_range, choose, injectable
 from hessopt.kinds.rates import (
     Measurement,
     Memory,
@@ -39,6 +39,8 @@ from hessopt.typing import StepStatus, Vector
 
 SMALLEST_RATE, LARGEST_RATE = 1e-18, 1e18
 """Bounds of all rates; their squares can be represented in float32."""
+MAX_CHANGE = 2.0
+"""Default of `max_change`, with the safeguard."""
 
 
 class Parabola(NamedTuple):
@@ -61,6 +63,7 @@ Mode = Callable[[RateProblem, Vector], Measurement]
 one."""
 
 
+@injectable
 def scale_by_generalized_newton(
     *,
     mode: str | Mode = "exact",
@@ -72,7 +75,7 @@ def scale_by_generalized_newton(
     initial_rate: float = 1e-2,
     min_rate: float = 0.0,
     max_rate: float = math.inf,
-    max_change: float = 2.0,
+    max_change: float | None = None,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale additive updates by the rate of generalized Newton, measured at every step.
@@ -86,23 +89,31 @@ def scale_by_generalized_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one measurement to the next. The steps in
-        between reuse the rates and cost nothing, except under vmap; in them the step of
-        a group is at most as long as at its measurement. Every step of the first two
-        periods is measured, and so is a step that would lead uphill, if `update`
-        receives grad.
+        between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
         noisy batches; 0 disables averaging.
-      rate_decay: in [0, 1], weight of the past in an average of the rates; 0 disables
-        averaging.
+      rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
+        with the first solution; 0 disables averaging.
       initial_rate: the rate until the first parabola is usable; also the first probe,
         which must change the objective by more than rounding.
       min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
         finite can reduce rates below min_rate.
       max_change: largest factor, at least 1, by which a rate changes from one
-        measurement to the next, after the first one.
-      safeguard: whether to evaluate the objective at the step of newly measured rates.
-        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that does not suffice, no step is taken.
+        measurement to the next, after the first one; by default 2 with the safeguard,
+        unlimited without.
+      safeguard: whether to add the following to the published method.
+        (1) The objective is evaluated at the step of newly measured rates. If it rises
+        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        if that does not suffice, no step is taken.
+        (2) Between two measurements the step of a group is at most as long as at its
+        measurement.
+        (3) Every step of the first two periods of `update_every` steps is measured, and
+        so is a step that would lead uphill, if `update` receives grad.
+        (4) max_change is 2 by default.
+        (5) With `"forward"` and `"central"`, a curvature below the rounding of the
+        values is replaced by that rounding.
+        False, with `curvature_decay=0`, is the published method. Numbers that are not
+        finite are treated alike in both.
 
     Returns:
       A transformation of the additive update u into `rate u`, whose `update(updates,
@@ -139,12 +150,14 @@ def scale_by_generalized_newton(
     Source: Bu and Xu, "Gradient descent with generalized Newton's method", arXiv
     2407.02772.
     """
+    if max_change is None and safeguard:
+        max_change = MAX_CHANGE
     bounds = _Bounds(min_rate, max_rate, max_change)
     measure = choose("mode", mode, MODES)
     check_range("min_rate", min_rate, 0)
     check_range("max_rate", max_rate, min_rate)
     check_range("initial_rate", initial_rate, *_interval(bounds))
-    check_range("max_change", max_change, 1)
+    check_range("max_change", 1 if max_change is None else max_change, 1)
     rule = Rule(
         "scale_by_generalized_newton",
         State=GeneralizedNewtonState,
@@ -169,7 +182,7 @@ class _Bounds(NamedTuple):
 
     min_rate: jax.typing.ArrayLike
     max_rate: jax.typing.ArrayLike
-    max_change: jax.typing.ArrayLike  # factor
+    max_change: jax.typing.ArrayLike | None  # factor; None: unlimited
 
 
 def _interval(bounds: _Bounds) -> tuple[jax.Array, jax.Array]:
@@ -196,8 +209,10 @@ def _solve(
 
     # one noisy batch must not change a rate by orders of magnitude; the first solution
     # is not limited, since the initial rate is a guess
-    changed = jnp.clip(eta, rate / bounds.max_change, rate * bounds.max_change)
-    eta = jnp.clip(jnp.where(solved, changed, eta), *_interval(bounds))
+    if bounds.max_change is not None:
+        changed = jnp.clip(eta, rate / bounds.max_change, rate * bounds.max_change)
+        eta = jnp.where(solved, changed, eta)
+    eta = jnp.clip(eta, *_interval(bounds))
     facts = {
         StepStatus.NOT_DESCENT: jnp.any(b < 0),
         StepStatus.NEGATIVE_CURVATURE: jnp.any(A < 0),
@@ -260,13 +275,17 @@ def _parabola(
 ) -> Measurement:
     """Return the parabola through phi(0) with `fall = b r` and `bend = A r^2 / 2` at
     the rate r."""
+    beyond = ~jnp.isfinite(bend)
+    if not problem.safeguard:
+        model = zero_unless(~beyond, Parabola(fall / rate, 2 * bend / rate**2))
+        return Measurement(start, model, ~beyond, beyond)
+
     # bound on the rounding of a difference of two values
     coarsest = max(float(jnp.finfo(start.dtype).eps), eps(problem.params))
     noise = 8 * coarsest * jnp.abs(start).astype(rate.dtype)
 
     # a bend below the noise is replaced by the noise, which bounds it; if the fall is
     # below it too, nothing is known
-    beyond = ~jnp.isfinite(bend)
     seen = jnp.abs(bend) > noise
     known = (seen | (fall > 2 * noise)) & ~beyond
     bend = jnp.where(seen, bend, noise)

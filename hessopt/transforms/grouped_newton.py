@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range
+from hessopt._checks import check_range, injectable
 from hessopt.kinds.protocol import scheduled
 from hessopt.kinds.rates import (
     Measurement,
@@ -60,6 +60,7 @@ class GroupedNewtonState(NamedTuple):
     info: RateInfo
 
 
+@injectable
 def scale_by_grouped_newton(
     *,
     groups: Groups = "leaf",
@@ -85,9 +86,7 @@ def scale_by_grouped_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one model to the next. The steps in between
-        reuse the rates and cost nothing, except under vmap; in them the step of a group
-        is at most as long as at its measurement. Every step of the first two periods is
-        measured, and so is a step that would lead uphill, if `update` receives grad.
+        reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
         disables averaging.
       rate_decay: in [0, 1], weight of the past in an average of the rates, which starts
@@ -99,9 +98,16 @@ def scale_by_grouped_newton(
       ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
         added to the diagonal.
       initial_rate: rate of every group until the first solution.
-      safeguard: whether to evaluate the objective at the step of newly measured rates.
-        If it rises by more than 0.1%, or is not finite, the rates are halved, at most
-        five times; if that does not suffice, no step is taken.
+      safeguard: whether to add the following to the published method.
+        (1) The objective is evaluated at the step of newly measured rates. If it rises
+        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        if that does not suffice, no step is taken.
+        (2) Between two measurements the step of a group is at most as long as at its
+        measurement.
+        (3) Every step of the first two periods of `update_every` steps is measured, and
+        so is a step that would lead uphill, if `update` receives grad.
+        False, with `curvature_decay=0`, is the published method. Models that are not
+        finite, or have no minimizer, are treated alike in both.
 
     Returns:
       A transformation of the additive update u into `rate u`, whose `update(updates,

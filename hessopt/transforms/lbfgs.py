@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count
+from hessopt._checks import check_count, injectable
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import compact
 from hessopt.numerics.guards import select
@@ -63,6 +63,7 @@ class LbfgsState(NamedTuple):
     info: LbfgsInfo
 
 
+@injectable
 def scale_by_lbfgs(
     memory_size: int = 10,
     *,

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, choose
+from hessopt._checks import check_count, check_range, choose, injectable
 from hessopt.kinds.line_searches import LinesearchInfo, LinesearchState
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import wolfe
@@ -55,6 +55,7 @@ def unit_guess(fall: jax.Array, slope: jax.Array) -> jax.Array:
 GUESSES: dict[str, InitialGuess] = {"quadratic": quadratic_guess, "one": unit_guess}
 
 
+@injectable
 def scale_by_wolfe_linesearch(
     max_steps: int = 20,
     *,
@@ -190,7 +191,9 @@ def _step(
     dtype = start.value.dtype
     fall = state.fall.astype(dtype)
     first = jnp.asarray(options.guess(fall, start.slope), dtype)
-    limit = jnp.asarray(options.conditions.max_rate, dtype)
+    # numbers given as arrays must not widen the scalars of the search
+    c1, c2, limit = (jnp.asarray(x, dtype) for x in options.conditions[:3])
+    conditions = wolfe.Conditions(c1, c2, limit, options.conditions.max_steps)
     bracket = wolfe.begin(first, start.noise, limit)
     none = _Accepted(jax.tree.map(jnp.zeros_like, u), state.value, state.grad)
 
@@ -198,7 +201,7 @@ def _step(
     def searching(carry: tuple[Vector, _Accepted]) -> jax.Array:
         return start.descends & (wolfe.unpack(carry[0]).outcome == wolfe.SEARCHING)
 
-    attempt = functools.partial(_attempt, options.conditions, call, start)
+    attempt = functools.partial(_attempt, conditions, call, start)
     begin = wolfe.pack(bracket), none
     packed, found = jax.lax.while_loop(searching, attempt, begin)
     bracket = wolfe.unpack(packed)

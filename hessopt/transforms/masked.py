@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hessopt._checks import check_transformation
+from hessopt._checks import check_params, check_transformation
 from hessopt.objective.binding import of_group, require_params
 from hessopt.trees.groups import combine, given_labels, take
 from hessopt.typing import Params
@@ -47,7 +47,9 @@ def masked(
 
     Raises:
       ValueError: if the mask does not match params; the message names the path.
-      TypeError: if a leaf of the mask is not a bool; in `update`, for missing params.
+      TypeError: if a leaf of the mask is not a bool, or a leaf of params is not an
+        array, or not floating or complex where the mask is True; in `update`, for
+        missing params.
 
     Cost per update: that of `inner` on its leaves.
 
@@ -103,13 +105,18 @@ def _update(
 
 
 def _chosen(mask: Any | Callable[[Params], Any], params: Params) -> Any:
-    """Return a tree of bools like params, True for the leaves that `inner` updates."""
+    """Return a tree of bools like params, True for the leaves that `inner` updates.
+    Those that are held fixed may be of any dtype, but have to be arrays."""
+    check_params(_NAME, params, dtypes=np.generic)
     given = mask(params) if callable(mask) else mask
     leaves = given_labels("mask", given, params)
     for leaf in leaves:
         if not isinstance(leaf, bool | np.bool_):
             raise TypeError(f"mask must be a tree of bools, got {leaf!r}")
-    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+    chosen = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    way = "let mask hold it fixed, or separate it"
+    check_params(_NAME, take(params, chosen, True), otherwise=way)
+    return chosen
 
 
 def _zeros(update: Any, leaf: Any) -> jax.Array:

@@ -21,7 +21,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, choose, renamed_arguments
+from hessopt._checks import (
+    check_count,
+    check_range,
+    choose,
+    injectable,
+    renamed_arguments,
+)
 from hessopt.calculus.curvature import (
     Curvature,
     CurvatureFn,
@@ -67,6 +73,7 @@ class NewtonState(NamedTuple):
 
 
 @renamed_arguments({"positivity": "on_indefinite"})
+@injectable
 def scale_by_newton(
     damping: optax.ScalarOrSchedule = 0.0,
     *,
@@ -90,8 +97,7 @@ def scale_by_newton(
         `IndefiniteTreatment` is also accepted.
       blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
         restricted to its diagonal blocks, and each block is computed separately.
-      update_every: number of updates that use one factorization. It determines the
-        shape of the state, so list it in `static_args` of `optax.inject_hyperparams`.
+      update_every: number of updates that use one factorization.
       curvature: `"hessian"`, or `"gauss_newton"` with
         `value_fn=hessopt.composite(model_fn, loss_fn)`.
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count
+from hessopt._checks import check_count, injectable
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.cg import conjugate_gradients, forcing
@@ -59,6 +59,7 @@ class NewtonCgState(NamedTuple):
     info: NewtonCgInfo
 
 
+@injectable
 def scale_by_newton_cg(
     *,
     curvature: str | CurvatureFn | Curvature = "hessian",

@@ -17,7 +17,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_range, check_transformation, check_word
+from hessopt._checks import (
+    check_params,
+    check_range,
+    check_transformation,
+    check_word,
+    injectable,
+)
 from hessopt.kinds.reports import evaluations, reports
 from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.numerics.norms import norm
@@ -53,6 +59,7 @@ class SubsampledState(NamedTuple):
     info: SubsampledInfo
 
 
+@injectable
 def subsampled(
     inner: optax.GradientTransformation,
     *,
@@ -145,6 +152,7 @@ class _Step(NamedTuple):
 
 
 def _init(options: _Options, params: Params) -> SubsampledState:
+    check_params(_NAME, params)
     labels, names = group_labels(params, options.blocks)
     states = {
         name: options.inner.init(take(params, labels, group))
@@ -172,6 +180,7 @@ def _update(
     **keywords: Any,
 ) -> tuple[optax.Updates, SubsampledState]:
     require_params(params, caller=_NAME)
+    check_params(_NAME, params)
     labels, names = group_labels(params, options.blocks)
 
     def block(group: int) -> _Block:
@@ -181,7 +190,9 @@ def _update(
 
     # block b is drawn with the given probability, independently of the others
     key = jax.random.fold_in(jax.random.key(options.seed), state.count)
-    drawn = jax.random.bernoulli(key, options.probability, (len(names),))
+    # (in one dtype, or the draws would depend on that of an injected probability)
+    probability = jnp.asarray(options.probability, float)
+    drawn = jax.random.bernoulli(key, probability, (len(names),))
 
     # the update of a drawn block is p_b of `inner`, that of any other block g_b
     blocks = [block(group) for group in range(len(names))]

@@ -31,7 +31,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, check_range, choose, renamed_arguments
+from hessopt._checks import (
+    check_count,
+    check_range,
+    choose,
+    injectable,
+    renamed_arguments,
+)
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
@@ -91,6 +97,7 @@ class TrustRegionState(NamedTuple):
 
 
 @renamed_arguments({"model": "step_bound"})
+@injectable
 def trust_region_newton(
     *,
     step_bound: str | StepBound = "cubic",

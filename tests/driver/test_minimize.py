@@ -195,7 +195,7 @@ def test_wrong_arguments_are_named():
 
 def test_what_cannot_be_minimized_over_is_named():
     with pytest.raises(
-        TypeError, match=r"params\['a'\] must be floating or complex, got int"
+        TypeError, match=r"floating or complex params, but params\['a'\] is int64"
     ):
         minimize(rosenbrock, {"a": jnp.zeros(2, int)}, NEWTON)
     with pytest.raises(

@@ -169,7 +169,7 @@ def test_a_rate_changes_by_a_factor_at_most_and_keeps_its_bounds():
 def test_averages_are_of_slope_and_curvature_or_of_rates():
     for name, expected in (
         ("curvature_decay", (0.5 * 2 + 0.5 * 1) / (0.5 * 2 + 0.5 * 4)),
-        ("rate_decay", 0.75),
+        ("rate_decay", 0.5 * 1 + 0.5 * 1 / 4),
     ):
         tx = scale_by_generalized_newton(
             **{"curvature_decay": 0.0, "safeguard": False, name: 0.5}

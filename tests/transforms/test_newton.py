@@ -418,7 +418,7 @@ def test_wrong_arguments_are_named():
 
 
 def test_hyperparameters_can_be_injected():
-    tx = optax.inject_hyperparams(hessopt.newton, static_args=("update_every",))(
+    tx = optax.inject_hyperparams(hessopt.newton)(
         learning_rate=0.5, damping=1.0, linesearch=None
     )
     f = lambda x: jnp.sum(x**2)
