@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from hessopt.kinds.line_searches import accepted
-from hessopt.kinds.reports import evaluations, failed, reports
-from hessopt.numerics.guards import or_one, select
+from hessopt.kinds.reports import Report, evaluations, failed, reports
+from hessopt.numerics.guards import divide, or_one, select
 from hessopt.objective.binding import (
     Objective,
     UpdateFn,
@@ -22,7 +22,7 @@ from hessopt.objective.binding import (
     informed_update,
     precompose,
 )
-from hessopt.trees.vectors import applied, strongly_typed
+from hessopt.trees.vectors import applied, inner, strongly_typed
 from hessopt.typing import Aux, Data, Params, Termination, ValueFn
 
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
@@ -35,6 +35,14 @@ FAILED_STEP = 20
 """Number of steps without change that a failed step of zero counts for. Other steps of
 zero do not count: they occur when gradients are accumulated or a schedule starts at
 zero."""
+
+FLOOR_STEP = 20
+"""Number of steps without change that a step counts for if the predicted decrease, or
+the step itself, is within rounding; a failed step then ends the run."""
+
+LARGE_SHARE = 0.01
+"""Smallest predicted decrease, relative to the value, at which the value counts as
+tending to zero."""
 
 UNBOUNDED_FALL = 1e20
 """Decrease of the objective, in units of its scale at the start, above which it counts
@@ -72,13 +80,27 @@ class Run(NamedTuple):
     state: optax.OptState
     start_value: jax.Array
     start_size: jax.Array
-    extent: jax.Array  # largest magnitude in params at the start; 1 at the origin
+    extent: jax.Array  # largest magnitude in params at the start
     scale: jax.Array  # scale of the objective at the start: max(|f|, |g| |x|)
-    quiet: Point  # value and size at the last change beyond rounding; no trees
-    waited: jax.Array  # int32, steps since that change
+    # lowest value and smallest size so far, up to changes within rounding; no trees
+    record: Point
+    waited: jax.Array  # int32, steps since the record, weighted
     steps: jax.Array
     evaluations: jax.Array
     termination: jax.Array
+
+
+class Step(NamedTuple):
+    """The sizes of a step, scalars."""
+
+    change: jax.Array  # absolute change of the value
+    move: jax.Array  # largest magnitude in the change of params
+    # decrease that the model predicted for the whole direction; inf if not known
+    predicted: jax.Array
+    length: jax.Array  # largest magnitude in the whole direction; inf if not known
+    has_model: (
+        bool  # whether the method has a model; otherwise the direction is the step
+    )
 
 
 class Problem(NamedTuple):
@@ -130,7 +152,7 @@ def begin(
     """Evaluate the starting point and test for termination: a run may end before its
     first step."""
     here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
-    extent = or_one(extent)
+    scale = jnp.maximum(jnp.abs(here.value), here.size * or_one(extent))
     run = Run(
         here=here,
         best=here,
@@ -138,17 +160,16 @@ def begin(
         start_value=here.value,
         start_size=here.size,
         extent=extent,
-        scale=jnp.maximum(jnp.abs(here.value), here.size * extent).astype(
-            here.value.dtype
-        ),
-        quiet=here._replace(params=None, grad=None),
+        scale=scale.astype(here.value.dtype),
+        record=here._replace(params=None, grad=None),
         waited=jnp.zeros((), jnp.int32),
         steps=jnp.zeros((), jnp.int32),
         evaluations=jnp.ones((), jnp.int32),
         termination=jnp.zeros((), jnp.int32),
     )
-    nothing = jnp.zeros((), here.value.dtype)
-    return run._replace(termination=_judge(run, nothing, nothing, limits))
+    zero, unknown = (jnp.full((), x, here.value.dtype) for x in (0.0, jnp.inf))
+    step = Step(zero, zero, predicted=unknown, length=unknown, has_model=True)
+    return run._replace(termination=_judge(run, step, limits))
 
 
 def advance(
@@ -190,22 +211,30 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
     counted = (spent >= 0) & (run.evaluations >= 0)
     has_failed = jnp.bool_(silent) if not found else failed(found)
 
-    # the best point so far, and the steps since f or |g| changed beyond rounding
+    # the sizes of the step, and the best point so far
+    step = Step(
+        jnp.abs(here.value - old.value), move, *_direction(found, old.grad, updates)
+    )
     better = _is_better(here, run.best) & jnp.isfinite(move)
-    quiet = _is_quiet(here, run.quiet)
+
+    # the steps since f or |g| was smaller than before by more than rounding
+    record, progress = _recorded(here, run.record)
+    level = jnp.abs(here.value - record.value) <= _noise(here.value, record.value)
+    at_floor = _is_at_floor(run._replace(here=here), step)
+    of_step = jnp.where(at_floor, FLOOR_STEP, level)
     of_zero = jnp.where(has_failed, FAILED_STEP, 0)
-    counts = jnp.where(_size(updates) == 0, of_zero, 1)
+    counts = jnp.where(_size(updates) == 0, of_zero, of_step)
+    counts = jnp.where(at_floor & has_failed, PATIENCE, counts)
     new = run._replace(
         here=here,
         best=select(better, here, run.best),
         state=state,
-        quiet=select(quiet, run.quiet, Point(None, here.value, None, here.size)),
-        waited=jnp.where(quiet, run.waited + counts, 0).astype(jnp.int32),
+        record=record,
+        waited=jnp.where(progress, 0, run.waited + counts).astype(jnp.int32),
         steps=run.steps + 1,
         evaluations=jnp.where(counted, run.evaluations + spent + (kept is None), -1),
     )
-    change = jnp.abs(here.value - old.value)
-    return new._replace(termination=_judge(new, change, move, limits))
+    return new._replace(termination=_judge(new, step, limits))
 
 
 def _updated(
@@ -246,12 +275,39 @@ def _is_better(here: Point, best: Point) -> jax.Array:
     return (is_lower | (is_as_low & (here.size < best.size))) & is_finite
 
 
-def _is_quiet(here: Point, last: Point) -> jax.Array:
-    """Return whether the value has changed by no more than rounding, and the gradient
-    has not become smaller by a tenth."""
-    noise = _noise(here.value, last.value)
-    is_level = jnp.abs(here.value - last.value) <= noise
-    return is_level & (here.size > 0.9 * last.size)
+def _recorded(here: Point, record: Point) -> tuple[Point, jax.Array]:
+    """Return the new record, and whether the value is lower than it by more than
+    rounding, or the gradient smaller by a tenth."""
+    is_lower = here.value < record.value - _noise(here.value, record.value)
+    progress = is_lower | (here.size < 0.9 * record.size)
+    value = jnp.minimum(here.value, record.value)
+    size = jnp.minimum(here.size, record.size)
+    return select(progress, Point(None, value, None, size), record), progress
+
+
+def _direction(
+    found: list[Report], grad: Params, updates: optax.Updates
+) -> tuple[jax.Array, jax.Array, bool]:
+    """Return the decrease that the model predicts for the whole direction p, the size
+    of p, and whether there is a model.
+
+    A line search took `u = t p` with a known t. A step u of a bounded model is scaled by
+    the ratio of the decrease without the bound to `|g.u| / 2`, which is at least 1. For
+    a method without a model p is u, and the decrease `|g.u| / 2`.
+    """
+    size = _size(updates)
+    rates = [report.rate for report in found if report.rate is not None]
+    models = [report.predicted for report in found if report.predicted is not None]
+    if rates and models:
+        predicted = functools.reduce(jnp.maximum, models)
+        taken = jnp.where(size > 0, functools.reduce(jnp.multiply, rates), 0.0)
+        return predicted, divide(size, taken, taken > 0, jnp.inf), True
+    along = jnp.abs(inner(grad, updates)) / 2
+    if not models:
+        unknown = size == 0
+        return *(jnp.where(unknown, jnp.inf, x) for x in (along, size)), False
+    predicted = functools.reduce(jnp.maximum, models)
+    return predicted, divide(size * predicted, along, along > 0, jnp.inf), True
 
 
 class _Evaluated(Exception):
@@ -282,14 +338,58 @@ def _noise(value: jax.Array, other: jax.Array) -> jax.Array:
     return 4 * jnp.finfo(value.dtype).eps * jnp.maximum(jnp.abs(value), jnp.abs(other))
 
 
-def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.Array:
+def _share(run: Run, step: Step) -> jax.Array:
+    """Return the predicted decrease relative to the value."""
+    value = jnp.abs(run.here.value)
+    nothing = jnp.where(step.predicted == 0, 0.0, jnp.inf)
+    return divide(step.predicted, value, value > 0, nothing)
+
+
+def _is_short(run: Run, step: Step, tolerance: jax.Array) -> jax.Array:
+    """Return whether the direction is at most `tolerance` times the parameters, here or
+    at the start."""
+    extent = jnp.maximum(_size(run.here.params), run.extent)
+    return step.length <= tolerance * extent
+
+
+def _is_near(run: Run, step: Step, gtol: jax.Array) -> jax.Array:
+    """Return whether the minimum is near: the predicted decrease is small compared to
+    the value; or, for a minimum of value zero, the direction is short.
+
+    With a value that tends to zero the predicted decrease remains a large share of it.
+    With another one, a short direction may be one along which the objective is steep.
+    """
+    tolerance = jnp.maximum(gtol, _rounding(run.here.value) ** 0.5)
+    share = _share(run, step)
+    is_short = _is_short(run, step, tolerance)
+    if step.has_model:
+        is_short &= share >= LARGE_SHARE
+    return (share <= tolerance**2) | is_short
+
+
+def _is_at_floor(run: Run, step: Step) -> jax.Array:
+    """Return whether rounding hides the predicted decrease, or the direction."""
+    noise = _rounding(run.here.value)
+    return (_share(run, step) <= noise) | _is_short(run, step, jnp.asarray(noise))
+
+
+def _rounding(value: jax.Array) -> float:
+    """Return the relative change of value or params that rounding hides."""
+    return 10 * float(jnp.finfo(value.dtype).eps)
+
+
+def _judge(run: Run, step: Step, limits: Limits) -> jax.Array:
     """Return the first reason to stop that holds, else RUNNING. Tolerances are
     relative, so the result does not depend on units."""
-    value, size = run.here.value, run.here.size
+    value, size, move = run.here.value, run.here.size, step.move
+    # a gradient that is small compared to the first one is not sufficient: far from a
+    # minimum the first one may be larger by any factor
+    is_small = size <= limits.gtol * run.start_size
+    is_stationary = is_small & (_is_near(run, step, limits.gtol) | (size == 0))
     fall = run.start_value - value
     # the value does not exceed the best one
     settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))
-    far = _size(run.here.params) > UNBOUNDED_DISTANCE * run.extent
+    far = _size(run.here.params) > UNBOUNDED_DISTANCE * or_one(run.extent)
     reasons = (
         (
             Termination.UNBOUNDED,
@@ -299,10 +399,13 @@ def _judge(run: Run, change: jax.Array, move: jax.Array, limits: Limits) -> jax.
             Termination.NONFINITE,
             ~(jnp.isfinite(value) & jnp.isfinite(size) & jnp.isfinite(move)),
         ),
-        (Termination.GRADIENT, size <= limits.gtol * run.start_size),
+        (Termination.GRADIENT, is_stationary),
         (
             Termination.VALUE,
-            settled & (limits.ftol > 0) & (fall > 0) & (change <= limits.ftol * fall),
+            settled
+            & (limits.ftol > 0)
+            & (fall > 0)
+            & (step.change <= limits.ftol * fall),
         ),
         (
             Termination.STEP,

@@ -126,7 +126,13 @@ def minimize(
       state: a state of `tx` for a warm start, as in `Solution.state`; by default a
         fresh one.
       max_steps: maximum number of updates, below 2^31.
-      gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start.
+      gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start, and
+        the decrease `g.p / 2` that the method predicts for its direction p at most
+        `tol^2 |f|`, where `tol = max(gtol, sqrt(10 eps))`. If the value tends to zero, and
+        the predicted decrease remains more than a hundredth of it, max|p| must instead
+        be at most tol times max|params|, now or at the start. For a transformation
+        without a model of the objective p is its update, and one of the last two bounds
+        is sufficient.
       ftol: stop (VALUE) when a step changes the objective by at most ftol times its
         total change since the start.
       xtol: stop (STEP) when no entry moves by more than xtol times the largest entry.

@@ -1,7 +1,9 @@
-"""Reports of an update: whether it failed, and how often it evaluated the objective.
+"""Reports of an update: whether it failed, how often it evaluated the objective, and
+which decrease its model predicts.
 
-Every state of hessopt has an `info` with a `status` and a count of `evaluations`; the
-line searches of optax count their steps.
+Every state of hessopt has an `info` with a `status` and a count of `evaluations`, and
+with `predicted` if the method has a model of the objective; the line searches of optax
+count their steps.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.kinds.line_searches import OPTAX_SEARCH_STATES
+from hessopt.kinds.line_searches import OPTAX_SEARCH_STATES, LinesearchState
 from hessopt.typing import StepStatus
 
 
@@ -20,6 +22,11 @@ class Report(NamedTuple):
     failed: jax.Array  # bool scalar, whether a step of zero may be due to a failure
     # int32 scalar, evaluations of the objective; -1 if they are not counted
     evaluations: jax.Array
+    # scalar, decrease of the objective that the model predicts; inf if the state was not
+    # updated; None for a method without a model
+    predicted: jax.Array | None = None
+    # scalar, share of the direction that a line search accepted; None for other methods
+    rate: jax.Array | None = None
 
 
 def reports(state: optax.OptState, old: optax.OptState) -> list[Report]:
@@ -58,10 +65,14 @@ def _reports(node: object) -> bool:
 def _report(new: Any, old: Any) -> Report:
     if isinstance(new, OPTAX_SEARCH_STATES):
         steps = jnp.asarray(new.info.num_linesearch_steps, jnp.int32)
-        return Report(steps > 0, steps)
+        return Report(steps > 0, steps, rate=jnp.asarray(new.learning_rate))
     updated = new.count != old.count
     nonfinite = (new.info.status & int(StepStatus.NONFINITE)) != 0
     failure = (new.info.status & int(StepStatus.FAILURES)) != 0
+    predicted = getattr(new.info, "predicted", None)
     return Report(
-        nonfinite | (updated & failure), jnp.where(updated, new.info.evaluations, 0)
+        nonfinite | (updated & failure),
+        jnp.where(updated, new.info.evaluations, 0),
+        None if predicted is None else jnp.where(updated, predicted, jnp.inf),
+        new.info.rate if isinstance(new, LinesearchState) else None,
     )

@@ -18,9 +18,13 @@ from hessopt.calculus.curvature import Curvature, block_hessians, curvature_prod
 from hessopt.calculus.krylov import combination, krylov, orthogonalized, within
 from hessopt.calculus.least_squares import Root
 from hessopt.numerics import secular
-from hessopt.numerics.equilibration import equilibration, unit_power
+from hessopt.numerics.equilibration import (
+    equilibration,
+    largest_scales,
+    unit_power,
+)
 from hessopt.numerics.guards import divide, matmul
-from hessopt.numerics.norms import norm, unit_scale
+from hessopt.numerics.norms import norm
 from hessopt.objective.binding import Objective
 from hessopt.trees.vectors import all_finite, inner, ravel, solve_dtype, unravel
 from hessopt.typing import Vector
@@ -99,7 +103,7 @@ def _of_matrix(local: LocalModel) -> _Factored:
         1,
         curvature=local.curvature,
     )
-    scales, t = _largest(local.scales, equilibration(H), jnp.any(H != 0, axis=1))
+    scales, t = largest_scales(local.scales, equilibration(H), jnp.any(H != 0, axis=1))
     w, Q = jnp.linalg.eigh(H * t * t[:, None], symmetrize_input=False)
     return _Factored(w, matmul(t * ravel(local.gradient), Q), Q, t, scales)
 
@@ -108,7 +112,7 @@ def _of_root(local: LocalModel, root: Root) -> _Factored:
     """Compute the right singular vectors of `K D^-1`, for `H = K'K` and
     `g = K'r + rest`."""
     lengths = jnp.sqrt(jnp.sum(root.K**2, axis=0))
-    scales, t = _largest(local.scales, unit_power(lengths), lengths > 0)
+    scales, t = largest_scales(local.scales, unit_power(lengths), lengths > 0)
     K = root.K * t
     finite = all_finite(K)
     rest = jnp.where(finite, t * root.rest, jnp.nan)
@@ -164,14 +168,6 @@ def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
     length = norm(q)
     length = jnp.where(length > 10 * jnp.finfo(c.dtype).eps * norm(c), length, 0.0)
     return length, divide(q, length, length > 0)
-
-
-def _largest(scales: Any, t: Vector, known: jax.Array) -> tuple[Vector, Vector]:
-    """Return the larger of the previous D and `1/t`, and its inverse; entries that are
-    not known yet are replaced by the largest one."""
-    scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
-    largest = unit_scale(scales)
-    return scales, 1 / jnp.where(scales > 0, scales, largest)
 
 
 __getattr__: Callable[[str], Any] = renamed_attributes(

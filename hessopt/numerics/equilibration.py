@@ -9,25 +9,49 @@ import jax
 import jax.numpy as jnp
 
 from hessopt.numerics.guards import or_one
+from hessopt.numerics.norms import unit_scale
 from hessopt.typing import Matrix, Vector
 
 EQUILIBRATION_ROUNDS = 10
-"""Number of rounds; each reduces the ratios of the row sizes to their square roots."""
+"""Largest number of rounds; each reduces the ratios of the row sizes to their square
+roots. The rows of a positive definite matrix need one, since no entry exceeds the
+geometric mean of two diagonal entries."""
 
 
 def equilibration(H: Matrix) -> Vector:
     """Return powers of two t such that the largest entry of every row of `t H t` is
     near 1; 1 for a row of zeros."""
 
-    def improve(_: int, t: Vector) -> Vector:
-        return t * unit_power(
-            jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0) ** 0.5
-        )
+    def improve(carry: tuple[jax.Array, Vector, jax.Array]) -> tuple[jax.Array, ...]:
+        rounds, t, _ = carry
+        largest = jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0)
+        factor = unit_power(largest**0.5)
+        return rounds + 1, t * factor, jnp.any(factor != 1)
+
+    def goes_on(carry: tuple[jax.Array, Vector, jax.Array]) -> jax.Array:
+        return (carry[0] < EQUILIBRATION_ROUNDS) & carry[2]
 
     # starting from the diagonal, the scales follow a change of units exactly
-    return jax.lax.fori_loop(
-        0, EQUILIBRATION_ROUNDS, improve, unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H))))
-    )
+    t = unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H))))
+    start = jnp.zeros((), jnp.int32), t, jnp.ones((), bool)
+    return jax.lax.while_loop(goes_on, improve, start)[1]
+
+
+def largest_scales(
+    scales: Vector, t: Vector, known: jax.Array
+) -> tuple[Vector, Vector]:
+    """Return the diagonal of D, the larger of its previous value and `1/t`, and 1/D.
+
+    Args:
+      scales: `(n,)`, the previous diagonal of D; 0 for an entry that is not known.
+      t: `(n,)`, the scales that equilibrate the matrix, as `equilibration` returns.
+      known: `(n,)` bools, whether t is known: a row of zeros does not determine it.
+
+    In 1/D, an entry that is not known yet is replaced by that of the largest one.
+    """
+    scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
+    largest = unit_scale(scales)
+    return scales, 1 / jnp.where(scales > 0, scales, largest)
 
 
 def unit_power(sizes: Vector) -> Vector:

@@ -54,6 +54,9 @@ class BfgsInfo(NamedTuple):
     # int32 scalar, pairs with s != 0 since the start that were not used
     pairs_skipped: jax.Array
     resets: jax.Array  # int32 scalar, resets since the start
+    # scalar, decrease of the objective that the quadratic model predicts, v'H v / 2 with
+    # v the updates, in units of f
+    predicted: jax.Array
     evaluations: jax.Array  # int32 scalar, of the objective; always 0
 
 
@@ -162,7 +165,7 @@ def _init(params: Params) -> BfgsState:
         last=shape((3, vector.size), vector.dtype),
         gamma=scalar,
         inverse=broyden.shapes(vector.size, room, vector.dtype),
-        info=BfgsInfo(count, count, count, count, count),
+        info=BfgsInfo(count, count, count, count, scalar, count),
     )
     return zeros(state, params)
 
@@ -236,6 +239,7 @@ class _Direction(NamedTuple):
     p: Vector
     plain: jax.Array  # bool scalar, whether it is a multiple of v
     lost: jax.Array  # bool scalar, whether v'H v is not positive
+    slope: jax.Array  # scalar, v.p; 0 if the iterate is not finite
 
 
 def _step(
@@ -418,8 +422,9 @@ def _direct(call: Call, found: _Measured, facts: _Facts, memory: _Memory) -> _Di
     descends = (slope > 0) & jnp.isfinite(slope)
     lost = facts.finite & (pairs > 0) & (vv > 0) & ~descends
     plain = facts.stuck | lost | (pairs == 0)
-    p = select(plain, first_scale(facts.gamma, vv) * v, p)
-    return _Direction(p, plain, lost)
+    scale = first_scale(facts.gamma, vv)
+    p, slope = select(plain, (scale * v, scale * vv), (p, slope))
+    return _Direction(p, plain, lost, jnp.where(facts.finite, slope, 0.0))
 
 
 def _settle(
@@ -452,6 +457,7 @@ def _report(
         pairs=jnp.where(direction.plain & facts.finite, 0, memory.pairs),
         pairs_skipped=old.pairs_skipped + skipped.astype(jnp.int32),
         resets=old.resets + reset.astype(jnp.int32),
+        predicted=direction.slope / 2,
         evaluations=jnp.zeros((), jnp.int32),
     )
 

@@ -45,6 +45,9 @@ class LbfgsInfo(NamedTuple):
     pairs_skipped: jax.Array
     # scalar, gamma of the initial matrix used, in units of params^2 / f
     scale: jax.Array
+    # scalar, decrease of the objective that the quadratic model predicts, u'H u / 2 with
+    # u the updates, in units of f
+    predicted: jax.Array
     # int32 scalar, of the objective's gradient: 1 with same_batch_pairs, else 0
     evaluations: jax.Array
 
@@ -213,7 +216,7 @@ def _init(options: _Options, params: Params) -> LbfgsState:
         gg=scalar,
         products=None if options.same_batch_pairs else shape((m, 2), dtype),
         compact=compact.shapes(m, dtype),
-        info=LbfgsInfo(count, count, count, scalar, count),
+        info=LbfgsInfo(count, count, count, scalar, scalar, count),
     )
     return zeros(state, params)
 
@@ -240,7 +243,7 @@ def _step(
 
     # H u = gamma u + S v + Y w for the updates u; if u'H u <= 0 by rounding, the
     # direction is u scaled to unit length, and the memory is emptied
-    weights, lost = _weigh(memory, verdict, pair.uu)
+    weights, slope, lost = _weigh(memory, verdict, pair.uu)
     direction = _direct(call, memory, weights, verdict)
     small = select(lost, compact.emptied(memory.compact), memory.compact)
 
@@ -265,6 +268,7 @@ def _step(
             pairs=jnp.sum(small.used, dtype=jnp.int32),
             pairs_skipped=state.info.pairs_skipped + verdict.skipped.astype(jnp.int32),
             scale=weights.gamma,
+            predicted=jnp.where(verdict.finite, slope / 2, 0.0),
             evaluations=jnp.int32(options.same_batch_pairs),
         ),
     )
@@ -385,9 +389,9 @@ def _remember(
 
 def _weigh(
     memory: _Memory, verdict: _Verdict, uu: jax.Array
-) -> tuple[_Weights, jax.Array]:
+) -> tuple[_Weights, jax.Array, jax.Array]:
     """Return the weights of H u, or those of u at unit length if u'H u <= 0 by
-    rounding; and whether this is the case."""
+    rounding; the slope u'H u; and whether it was not positive."""
     small = memory.compact
     S_u, Y_u = memory.u.T
 
@@ -401,7 +405,8 @@ def _weigh(
     slope = gamma * uu + jnp.sum(v * S_u + w * Y_u, where=small.used)
     lost = verdict.finite & (uu > 0) & ~(slope > 0)
     unit = _Weights(to_unit_length(uu), jnp.zeros_like(v), jnp.zeros_like(w))
-    return select(lost, unit, weights), lost
+    slope = jnp.where(lost, unit.gamma * uu, slope)
+    return select(lost, unit, weights), slope, lost
 
 
 def _direct(

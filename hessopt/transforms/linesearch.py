@@ -35,6 +35,11 @@ from hessopt.trees.vectors import (
 )
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
+MAX_HIDDEN_TRIALS = 5
+"""Number of trials if the decrease that the slope promises for t = 1 is within rounding
+of the value. Steps of the right length then need one or two trials; more only compare
+rounding errors."""
+
 InitialGuess = Callable[[jax.Array, jax.Array], jax.Array]
 """`(fall, slope) -> rate`: the first trial, from the decrease of the objective in the
 last step and its current slope, which is negative."""
@@ -152,6 +157,7 @@ class _Start(NamedTuple):
     finite: jax.Array  # bool scalar, whether value and slope are finite
     descends: jax.Array  # bool scalar, whether the slope is negative, beyond underflow
     noise: jax.Array  # normalized change of phi that rounding can cause
+    hidden: jax.Array  # bool scalar, whether rounding of phi hides |phi'(0)|
 
 
 class _Accepted(NamedTuple):
@@ -193,7 +199,9 @@ def _step(
     first = jnp.asarray(options.guess(fall, start.slope), dtype)
     # numbers given as arrays must not widen the scalars of the search
     c1, c2, limit = (jnp.asarray(x, dtype) for x in options.conditions[:3])
-    conditions = wolfe.Conditions(c1, c2, limit, options.conditions.max_steps)
+    most = options.conditions.max_steps
+    most = jnp.where(start.hidden, min(most, MAX_HIDDEN_TRIALS), most)
+    conditions = wolfe.Conditions(c1, c2, limit, most)
     bracket = wolfe.begin(first, start.noise, limit)
     none = _Accepted(jax.tree.map(jnp.zeros_like, u), state.value, state.grad)
 
@@ -237,8 +245,10 @@ def _measure(call: Call) -> tuple[_Start, jax.Array]:
     descends = finite & (slope < -jnp.finfo(dtype).tiny)
     per_unit = 1.0 / jnp.where(descends, -slope, 1.0)
     noise = jnp.finfo(value_dtype).eps ** wolfe.NOISE_POWER * jnp.abs(value) * per_unit
+    hidden = 10 * jnp.finfo(value_dtype).eps * jnp.abs(value) * per_unit > 1
     slope = jnp.where(descends, slope, -1.0)
-    return _Start(value, slope, per_unit, finite, descends, noise), inners[1, 1]
+    start = _Start(value, slope, per_unit, finite, descends, noise, hidden)
+    return start, inners[1, 1]
 
 
 def _attempt(

@@ -1,11 +1,14 @@
 """Damped Newton: solve `(H + lambda I) p = g`.
 
 H is the Hessian (or Gauss-Newton matrix) of the objective, or its diagonal blocks, and
-lambda is a constant or a schedule. Away from a minimum H need not be positive definite,
-and `-p` need not be a descent direction. There are three treatments:
+lambda is a constant or a schedule. The system is solved in scaled parameters D p, with
+a diagonal matrix D that equilibrates H; each entry is the largest one so far, as in
+`trust_region.py`. Away from a minimum H need not be positive definite, and `-p` need
+not be a descent direction. There are three treatments of `D^-1 (H + lambda I) D^-1`:
 
-- `"shift"` adds a sufficient number to lambda (`numerics/cholesky.py`), which is
-  remembered between steps and halved at each;
+- `"shift"` adds a sufficient multiple of the identity (`numerics/cholesky.py`), which is
+  remembered between steps and halved at each: H gets a multiple of D^2, so that the
+  units of parameters do not matter;
 - `"absolute"` replaces the eigenvalues by their absolute values, so that saddles do not
   attract the iterates (Dauphin et al., 2014);
 - `"none"` takes Newton's step, which may lead to any stationary point.
@@ -35,6 +38,7 @@ from hessopt.calculus.curvature import (
     resolve,
 )
 from hessopt.kinds.protocol import Call, scheduled, transformation
+from hessopt.numerics.equilibration import equilibration, largest_scales
 from hessopt.numerics.guards import or_one, select, zero_unless
 from hessopt.numerics.indefiniteness import INDEFINITE_TREATMENTS, IndefiniteTreatment
 from hessopt.numerics.norms import norm, unit_scale
@@ -53,11 +57,15 @@ class NewtonInfo(NamedTuple):
     """Report of the last update; for several blocks, the worst values."""
 
     status: jax.Array  # int32 scalar, StepStatus
-    damping: jax.Array  # scalar, lambda with the shift, in units of f / params^2
-    smallest_pivot: jax.Array  # scalar, of the factorized matrix, same units
+    damping: jax.Array  # scalar, lambda, in units of f / params^2
+    shift: jax.Array  # scalar, multiple of D^2 that was added
+    smallest_pivot: jax.Array  # scalar, of the factorized matrix, in scaled parameters
     # scalar, largest over smallest pivot: an estimate of the condition number
     condition: jax.Array
     attempts: jax.Array  # int32 scalar, attempted factorizations, all blocks
+    # scalar, decrease of the objective that the quadratic model predicts, g.p / 2, in
+    # units of f
+    predicted: jax.Array
     evaluations: jax.Array  # int32 scalar, of the objective besides the Hessian: 0
 
 
@@ -68,6 +76,8 @@ class NewtonState(NamedTuple):
     count: jax.Array  # int32 scalar, updates so far
     # (number of blocks,), shifts of the last factorizations that succeeded
     shift: Vector
+    # per block (n_b,), the diagonal of D, 0 where the curvature was always 0
+    scales: Params
     factors: Params  # with update_every > 1, the blocks' factors; else None
     info: NewtonInfo
 
@@ -90,9 +100,10 @@ def scale_by_newton(
     Args:
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
       on_indefinite: treatment of an `H + lambda I` that is not positive definite.
-        `"shift"` adds a sufficient multiple of the identity, which is remembered
-        between updates and halved at each; `"absolute"` replaces the eigenvalues by
-        their absolute values; `"none"` uses the matrix as it is: the step may then lead
+        `"shift"` adds a sufficient multiple of D^2, which is remembered between updates
+        and halved at each; `"absolute"` replaces the eigenvalues of `D^-1 (H + lambda
+        I) D^-1` by their absolute values; `"none"` uses the matrix as it is: the step
+        may then lead
         towards a saddle or a maximum, and the status reports this. An
         `IndefiniteTreatment` is also accepted.
       blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
@@ -159,7 +170,16 @@ class _Blocks(NamedTuple):
 
     factors: Params  # one per block
     shift: Vector  # (number of blocks,)
+    scales: Params  # one per block
     info: NewtonInfo
+
+
+class _Block(NamedTuple):
+    """One factorized block."""
+
+    factor: Params  # of the scaled matrix, and 1/D
+    shift: jax.Array  # scalar
+    scales: Vector  # (n_b,), the diagonal of D
 
 
 def _init(options: _Options, params: Params) -> NewtonState:
@@ -171,6 +191,9 @@ def _init(options: _Options, params: Params) -> NewtonState:
     state = NewtonState(
         count=jnp.zeros((), jnp.int32),
         shift=jnp.zeros(len(names), dtype),
+        scales=_per_block(
+            [jnp.zeros(_size(params, labels, b), dtype) for b in range(len(names))]
+        ),
         factors=factors,
         info=_worst([], dtype),
     )
@@ -193,7 +216,7 @@ def _step(
         # negative curvature is reported for as long as the factor is in use
         status = state.info.status & StepStatus.NEGATIVE_CURVATURE
         info = state.info._replace(status=status, attempts=jnp.zeros((), jnp.int32))
-        return _Blocks(state.factors, state.shift, info)
+        return _Blocks(state.factors, state.shift, state.scales, info)
 
     if options.update_every > 1:
         again = (state.info.status & _NOT_REUSED) != 0
@@ -205,7 +228,8 @@ def _step(
     # p_b = (H_b + lambda I)^-1 g_b; zero for a block without a finite solution
     direction, status = call.updates, blocks.info.status
     for group, (part, g) in enumerate(zip(parts, gradients, strict=True)):
-        p = unravel(options.treatment.solve(blocks.factors[group], g), part)
+        factor, t = blocks.factors[group]
+        p = unravel(t * options.treatment.solve(factor, t * g), part)
         solved, finite = all_finite(p), jnp.all(jnp.isfinite(g))
         facts = {
             StepStatus.NONFINITE: ~finite,
@@ -214,13 +238,15 @@ def _step(
         status |= step_status(facts)
         p = zero_unless(solved, p)
         direction = combine(p, direction)
-    status |= step_status({StepStatus.NOT_DESCENT: _points_uphill(direction, call)})
+    slope, uphill = _slope(direction, call)
+    status |= step_status({StepStatus.NOT_DESCENT: uphill})
 
     return direction, NewtonState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         shift=blocks.shift,
+        scales=blocks.scales,
         factors=blocks.factors if options.update_every > 1 else None,
-        info=blocks.info._replace(status=status),
+        info=blocks.info._replace(status=status, predicted=jnp.maximum(slope / 2, 0.0)),
     )
 
 
@@ -240,55 +266,65 @@ def _factorize(
     old = state.factors
     if old is None:
         old = _empty_factors(options, call.params, labels, count)
-    factors, shifts, infos = [], [], []
+    factors, shifts, scales, infos = [], [], [], []
     for group, (H, g) in enumerate(zip(matrices, gradients, strict=True)):
-        factor, shift, info = _factorize_block(
-            options.treatment, H, g, lam, old[group], state.shift[group]
-        )
-        factors.append(factor)
-        shifts.append(shift)
+        before = _Block(old[group], state.shift[group], state.scales[group])
+        block, info = _factorize_block(options.treatment, H, g, lam, before)
+        factors.append(block.factor)
+        shifts.append(block.shift)
+        scales.append(block.scales)
         infos.append(info)
-    return _Blocks(_per_block(factors), jnp.array(shifts, dtype), _worst(infos, dtype))
+    return _Blocks(
+        _per_block(factors),
+        jnp.array(shifts, dtype),
+        _per_block(scales),
+        _worst(infos, dtype),
+    )
 
 
 def _empty_factors(
     options: _Options, params: Params, labels: Labels, count: int
 ) -> list[Params]:
-    """Return zeros in the shapes of the blocks' factors."""
+    """Return zeros in the shapes of the blocks' factors and of 1/D."""
 
     def empty(group: int) -> Params:
-        size = jax.eval_shape(ravel, take(params, labels, group)).size
+        size = _size(params, labels, group)
         matrix = jax.ShapeDtypeStruct((size, size), solve_dtype(params))
         shift = jax.ShapeDtypeStruct((), matrix.dtype)
         shapes = jax.eval_shape(options.treatment.factorize, matrix, shift).factor
-        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        inverse = jax.ShapeDtypeStruct((size,), matrix.dtype)
+        return jax.tree.map(
+            lambda shape: jnp.zeros(shape.shape, shape.dtype), (shapes, inverse)
+        )
 
     return [empty(group) for group in range(count)]
 
 
-def _points_uphill(direction: optax.Updates, call: Call) -> jax.Array:
-    """Return whether a nonzero direction has an inner product with the gradient that is
-    not positive."""
+def _size(params: Params, labels: Labels, group: int) -> int:
+    """Return the number of real entries of a block."""
+    return jax.eval_shape(ravel, take(params, labels, group)).size
+
+
+def _slope(direction: optax.Updates, call: Call) -> tuple[jax.Array, jax.Array]:
+    """Return g.p, and whether it is not positive although p is not zero."""
     p, g = ravel(direction), ravel(call.gradient)
     g = jnp.where(jnp.isfinite(g), g, 0.0)  # the direction is zero there
     slope = jnp.vdot(g / unit_scale(g), p / unit_scale(p), precision="highest")
-    return jnp.any(p != 0) & ~(slope > 0)
+    uphill = jnp.any(p != 0) & ~(slope > 0)
+    return slope * unit_scale(g) * unit_scale(p), uphill
 
 
 def _factorize_block(
-    treatment: IndefiniteTreatment,
-    H: Matrix,
-    g: Vector,
-    lam: jax.Array,
-    old_factor: Params,
-    old_shift: jax.Array,
-) -> tuple[Params, jax.Array, NewtonInfo]:
-    """Factorize `H + lam I`, or `|g| I` if that is zero; on failure return the old
-    factor and shift."""
+    treatment: IndefiniteTreatment, H: Matrix, g: Vector, lam: jax.Array, old: _Block
+) -> tuple[_Block, NewtonInfo]:
+    """Factorize `D^-1 (H + lam I) D^-1`, with `|g| I` for H + lam I if that is zero; on
+    failure return the old block."""
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
     diagonal = jnp.where(flat, or_one(length), lam)
-    new = treatment.factorize(H + diagonal * jnp.eye(len(H), dtype=H.dtype), old_shift)
+    A = H + diagonal * jnp.eye(len(H), dtype=H.dtype)
+    scales, t = largest_scales(old.scales, equilibration(A), jnp.any(A != 0, axis=1))
+    new = treatment.factorize(A * t * t[:, None], old.shift)
 
     smallest = jnp.min(new.pivots, initial=jnp.inf)
     status = step_status(
@@ -301,17 +337,19 @@ def _factorize_block(
     )
     info = NewtonInfo(
         status=status,
-        damping=diagonal + jnp.where(new.ok, new.shift, 0.0),
+        damping=diagonal,
+        shift=jnp.where(new.ok, new.shift, 0.0),
         smallest_pivot=jnp.where(new.ok, smallest, 0.0),
         condition=jnp.where(
             new.ok, jnp.max(new.pivots, initial=0.0) / smallest, jnp.inf
         ),
         attempts=new.attempts,
+        predicted=jnp.zeros_like(length),
         evaluations=jnp.zeros((), jnp.int32),
     )
     sound = new.ok & jnp.isfinite(length)
-    factor = select(sound, new.factor, old_factor)
-    return factor, jnp.where(sound, new.shift, old_shift), info
+    block = _Block((new.factor, t), new.shift, scales)
+    return select(sound, block, old), info
 
 
 def _worst(infos: list[NewtonInfo], dtype: jax.typing.DTypeLike) -> NewtonInfo:
@@ -319,15 +357,17 @@ def _worst(infos: list[NewtonInfo], dtype: jax.typing.DTypeLike) -> NewtonInfo:
     their attempts; zeros if there are no blocks."""
     if not infos:
         # one array per field: a state that shares buffers cannot be donated
-        kinds = jnp.int32, dtype, dtype, dtype, jnp.int32, jnp.int32
+        kinds = jnp.int32, *[dtype] * 4, jnp.int32, dtype, jnp.int32
         return NewtonInfo(*(jnp.zeros((), kind) for kind in kinds))
     every = NewtonInfo(*(jnp.stack(field) for field in zip(*infos, strict=True)))
     return NewtonInfo(
         status=functools.reduce(jnp.bitwise_or, every.status),
         damping=jnp.max(every.damping),
+        shift=jnp.max(every.shift),
         smallest_pivot=jnp.min(every.smallest_pivot),
         condition=jnp.max(every.condition),
         attempts=jnp.sum(every.attempts, dtype=jnp.int32),
+        predicted=jnp.zeros((), dtype),
         evaluations=jnp.zeros((), jnp.int32),
     )
 

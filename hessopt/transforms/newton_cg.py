@@ -45,6 +45,9 @@ class NewtonCgInfo(NamedTuple):
     status: jax.Array  # int32 scalar, StepStatus
     products: jax.Array  # int32 scalar, products with H
     residual: jax.Array  # scalar, |g - H p| over |g|
+    # scalar, decrease of the objective that the quadratic model predicts, g.p / 2, in
+    # units of f
+    predicted: jax.Array
     # int32 scalar, evaluations of the objective outside of products; always 0
     evaluations: jax.Array
 
@@ -142,7 +145,9 @@ def _init(options: _Options, params: Params) -> NewtonCgState:
     shape: Any = jax.ShapeDtypeStruct
     scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
     state = zeros(
-        NewtonCgState(count, scalar, None, NewtonCgInfo(count, count, scalar, count)),
+        NewtonCgState(
+            count, scalar, None, NewtonCgInfo(count, count, scalar, scalar, count)
+        ),
         params,
     )
     direction = jax.tree.map(jnp.zeros_like, params) if options.warm_start else None
@@ -181,7 +186,8 @@ def _step(
 
     # p is the last finite iterate, or the gradient if -p is not a descent direction
     sound = known & found.finite
-    downhill = inner(g, found.x) > 0
+    slope = inner(g, found.x)
+    downhill = slope > 0
     p = select(downhill, found.x, zero_unless(found.finite, g))
     direction = _restored(p, call.updates)
     status = {
@@ -197,6 +203,7 @@ def _step(
             status=step_status(status),
             products=found.products + jnp.int32(options.warm_start),
             residual=found.residual / or_one(length),
+            predicted=jnp.where(downhill, slope, inner(g, g)) / 2,
             evaluations=jnp.zeros((), jnp.int32),
         ),
     )

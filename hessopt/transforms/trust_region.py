@@ -64,6 +64,12 @@ from hessopt.trees.vectors import (
 )
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
+FULL_REACH = 100.0
+"""First radius for a Gauss-Newton matrix, in units of `|D x|`. The model has no negative
+curvature, and the full step of many fits is long: it is the first trial unless it is
+out of proportion. A short first step can end in another basin, from which a fit does
+not return."""
+
 MAX_ACCELERATION = 0.75
 """Largest ratio of the length of an acceleration to that of its step. Above it the
 series in t is not accurate, and the acceleration is not used."""
@@ -80,6 +86,9 @@ class TrustRegionInfo(NamedTuple):
     lowest: jax.Array  # scalar, smallest eigenvalue of the scaled curvature
     trials: jax.Array  # int32 scalar, values evaluated at trial points
     products: jax.Array  # int32 scalar, products with the curvature; 0 with "exact"
+    # scalar, decrease of the objective that the quadratic model predicts without a bound
+    # on the step, in units of f; inf if it is unbounded
+    predicted: jax.Array
     # int32 scalar, values: one per trial, and one at params if it was not given
     evaluations: jax.Array
 
@@ -100,7 +109,7 @@ class TrustRegionState(NamedTuple):
 @injectable
 def trust_region_newton(
     *,
-    step_bound: str | StepBound = "cubic",
+    step_bound: str | StepBound | None = None,
     subproblem: str | SubproblemSolver = "exact",
     curvature: str | CurvatureFn | Curvature = "hessian",
     initial_radius: float | None = None,
@@ -112,7 +121,8 @@ def trust_region_newton(
     Args:
       step_bound: restriction of the step to the region where the model is accurate:
         `"cubic"` adds a term `sigma/3 |D p|^3`, `"radius"` requires `|D p| <= radius`.
-        A `StepBound` is also accepted.
+        A `StepBound` is also accepted. By default `"radius"` for `"gauss_newton"`,
+        otherwise `"cubic"`.
       subproblem: `"exact"` solves by an eigendecomposition, with a D that makes the
         method independent of the units of parameters. `"cg"` solves in the Krylov space
         of conjugate gradients (at most 50 products with the curvature, D = 1), until
@@ -125,7 +135,8 @@ def trust_region_newton(
         which avoids squaring the condition number; the gradient is then computed from
         value_fn, and `grads` is not used.
       initial_radius: length of the first trial step, in units of D p; by default that
-        of the Cauchy step.
+        of the Cauchy step, and at least `100 |D x|` for `"gauss_newton"` with
+        `"exact"`, x being params: the first trial is then usually the full step.
       max_trials: maximum number of trials per update; after each rejected trial the
         next one is shorter.
       geodesic_acceleration: whether to correct steps by the second derivative of the
@@ -173,10 +184,12 @@ def trust_region_newton(
         check_range(
             "initial_radius", initial_radius, float(jnp.finfo(jnp.float32).tiny)
         )
+    resolved = resolve(curvature)
+    default = "cubic" if resolved.root is None else "radius"
     options = _Options(
-        step_bound=choose("step_bound", step_bound, STEP_BOUNDS),
+        step_bound=choose("step_bound", step_bound or default, STEP_BOUNDS),
         solver=choose("subproblem", subproblem, SUBPROBLEMS),
-        curvature=resolve(curvature),
+        curvature=resolved,
         initial_radius=initial_radius,
         max_trials=max_trials,
         geodesic_acceleration=geodesic_acceleration,
@@ -206,7 +219,7 @@ def _init(options: _Options, params: Params) -> TrustRegionState:
     shape: Any = jax.ShapeDtypeStruct
     scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
     scales: Any = jax.eval_shape(ravel, params) if options.solver.scaled else None
-    info = TrustRegionInfo(count, scalar, scalar, scalar, count, count, count)
+    info = TrustRegionInfo(count, scalar, scalar, scalar, count, count, scalar, count)
     return zeros(TrustRegionState(count, scalar, scalar, scales, info), params)
 
 
@@ -243,7 +256,7 @@ def _step(
     # the model in its eigenvectors, and the first radius or sigma
     problem = _measure(options, call, gradient, state)
     w, z = problem.model.w, problem.model.z
-    size = _size(options, state, w, z)
+    size = _size(options, state, w, z, _reach(options, problem))
 
     # trials, each shorter than the one before, until one is accepted
     def goes_on(last: _Trial) -> jax.Array:
@@ -276,6 +289,7 @@ def _step(
             w[0],
             last.count,
             jnp.asarray(problem.model.products, jnp.int32),
+            jnp.where(w[0] < -rounding, jnp.inf, _unbounded_decrease(w, z, rounding)),
             last.count + (call.value is None),
         ),
     )
@@ -298,7 +312,9 @@ def _measure(
         parts,
         gradient,
         options.curvature,
-        lambda w, z: options.step_bound.minimize(w, z, _size(options, state, w, z)),
+        lambda w, z: options.step_bound.minimize(
+            w, z, _size(options, state, w, z, 0.0)
+        ),
         forcing(length, first_length),
         state.scales,
     )
@@ -311,13 +327,26 @@ def _measure(
     return _Problem(objective, parts, value, noise, sound, first_length, finite)
 
 
+def _reach(options: _Options, problem: _Problem) -> jax.Array | float:
+    """Return `100 |D x|` for a Gauss-Newton matrix with known D, otherwise 0."""
+    scales = problem.model.scales
+    if options.curvature.root is None or scales is None:
+        return 0.0
+    return FULL_REACH * norm(scales * ravel(problem.parts))
+
+
 def _size(
-    options: _Options, state: TrustRegionState, w: Vector, z: Vector
+    options: _Options,
+    state: TrustRegionState,
+    w: Vector,
+    z: Vector,
+    reach: jax.Array | float,
 ) -> jax.Array:
     """Return the radius or sigma of the last update; for the first, that of the Cauchy
-    step."""
+    step, and at least the reach."""
     given = options.initial_radius
-    radius = _cauchy(w, z) if given is None else jnp.asarray(given, w.dtype)
+    radius = jnp.maximum(_cauchy(w, z), reach) if given is None else jnp.asarray(given)
+    radius = jnp.asarray(radius, w.dtype)
     first = options.step_bound.first(w, secular.within_radius(w, z, radius))
     return jnp.where(state.size > 0, state.size, first)
 
@@ -358,6 +387,13 @@ def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
 
     second = jax.jvp(slope, (parts,), (p,))[1]
     return transposed(jax.jvp(jax.grad(objective.loss_fn), (outputs,), (second,))[1])[0]
+
+
+def _unbounded_decrease(w: Vector, z: Vector, least: jax.Array) -> jax.Array:
+    """Return `sum z^2 / (2 w)`, with eigenvalues of at least the rounding error."""
+    scale = unit_scale(z)
+    w = jnp.maximum(w, least)
+    return 0.5 * scale * (scale * jnp.sum(divide((z / scale) ** 2, w, w > 0)))
 
 
 def _cauchy(w: Vector, z: Vector) -> jax.Array:
