@@ -523,12 +523,59 @@ def reports_a_status(case: Case) -> None:
 
 def does_not_depend_on_the_unit_of_the_objective(case: Case) -> None:
     if case.unitless:
-        params, state = walk(case, 0)
-        plain = stepper(case).run(params, state).updates
-        for weight in (2.0**-30, 2.0**30):
-            close(
-                stepper(case).run(params, state, Trouble(weight=weight)).updates, plain
-            )
+        for dtype, unit, rtol in (
+            (np.float64, 1e12, 1e-8),
+            (np.float32, case.float32_unit, 1e-3),
+        ):
+            plain = _weighted_steps(case, dtype, 1.0)
+            for weight in (1 / unit, unit):
+                close(_weighted_steps(case, dtype, weight), plain, rtol)
+
+
+def _weighted_steps(case: Case, dtype: Any, weight: float) -> Any:
+    """Parameters after three steps from the start on a multiple of the objective."""
+    params, state = walk(case, 0, dtype)
+    trouble = NONE._replace(weight=np.asarray(weight, dtype))
+    for _ in range(3):
+        params, state, *_ = stepper(case, dtype).run(params, state, trouble)
+    return params
+
+
+def does_not_depend_on_the_units_of_parameters(case: Case) -> None:
+    if case.scaled:
+        plain = _steps_in_units(case, jax.tree.map(jnp.ones_like, initial(np.float64)))
+        rng = np.random.default_rng(1)
+        units = jax.tree.map(
+            lambda leaf: jnp.asarray(10.0 ** rng.integers(-6, 7, leaf.shape)),
+            initial(np.float64),
+        )
+        close(_steps_in_units(case, units), plain, 1e-6)
+
+
+def _model_in_units(params: Any, x: Any, units: Any) -> Any:
+    return model_fn(jax.tree.map(jnp.multiply, params, units), x)
+
+
+OBJECTIVE_IN_UNITS = hessopt.composite(_model_in_units, loss_fn)
+
+
+def _steps_in_units(case: Case, units: Any) -> Any:
+    """Parameters after three steps with each parameter measured in its unit, in the
+    units of `initial`."""
+    tx, data = stepper(case).tx, {"x": X, "y": Y, "units": units}
+    params = jax.tree.map(jnp.divide, initial(np.float64), units)
+    state = tx.init(params)
+    for _ in range(3):
+        value, grad = _measured_in_units(params, data)
+        given = {"value": value, "grad": grad, "value_fn": OBJECTIVE_IN_UNITS}
+        updates, state = tx.update(grad, state, params, **given, **data)
+        params = applied(case.kind, params, updates)
+    return jax.tree.map(jnp.multiply, params, units)
+
+
+@jax.jit
+def _measured_in_units(params: Any, data: Any) -> Any:
+    return jax.value_and_grad(OBJECTIVE_IN_UNITS)(params, **data)
 
 
 # Storage
@@ -587,6 +634,7 @@ LAWS = (
     survives_what_is_not_finite,
     reports_a_status,
     does_not_depend_on_the_unit_of_the_objective,
+    does_not_depend_on_the_units_of_parameters,
     continues_from_a_checkpoint_bit_for_bit,
 )
 
@@ -598,6 +646,7 @@ COSTLY = (
     runs_on_eight_devices_as_on_one,
     is_guarded_by_apply_if_finite,
     accumulates_in_multi_steps,
+    does_not_depend_on_the_units_of_parameters,
     continues_from_a_checkpoint_bit_for_bit,
 )
 """Laws that compile much of their own: in the fast suite for the main cases only."""

@@ -28,6 +28,10 @@ class Case(NamedTuple):
     composite: bool = False  # wants `hessopt.composite` for an objective
     # its first step is the same in whatever unit the objective is measured
     unitless: bool = False
+    # largest unit of the objective in float32: a rate measures the objective along
+    # updates that may be proportional to it, and third derivatives along them
+    float32_unit: float = 1e25
+    scaled: bool = False  # its steps are the same in whatever units parameters are
     main: bool = False  # one that runs the costly sweeps in the fast suite too
     # facts, besides negative curvature, of its first step here
     reports: hessopt.StepStatus = hessopt.StepStatus.OK
@@ -50,6 +54,7 @@ def newton(name: str, **arguments: Any) -> Case:
         needs=SEARCHED,
         injectable=("damping",),
         unitless="damping" not in arguments,
+        scaled="damping" not in arguments,
     )
 
 
@@ -174,6 +179,7 @@ HESSOPT += (
         needs=("value_fn",),
         injectable=RATES,
         unitless=True,
+        float32_unit=1e8,
         main=True,
     ),
     Case(
@@ -199,6 +205,7 @@ HESSOPT += (
             "ridge",
         ),
         unitless=True,
+        float32_unit=1e6,
     ),
     Case("masked", masked_newton, needs=SEARCHED, unitless=True),
 )
@@ -209,6 +216,7 @@ HESSOPT += (
         hessopt.trust_region_newton,
         needs=("value_fn",),
         unitless=True,
+        scaled=True,
     ),
     Case(
         "trust_region_newton, radius, cg",
@@ -223,6 +231,7 @@ HESSOPT += (
         {"curvature": "gauss_newton", "geodesic_acceleration": True},
         needs=("value_fn",),
         unitless=True,
+        scaled=True,
         composite=True,
     ),
     Case("newton_cg", hessopt.newton_cg, needs=SEARCHED, unitless=True),

@@ -36,9 +36,13 @@ FAILED_STEP = 20
 zero do not count: they occur when gradients are accumulated or a schedule starts at
 zero."""
 
-FLOOR_STEP = 20
+FLOOR_STEP = 6
 """Number of steps without change that a step counts for if the predicted decrease, or
 the step itself, is within rounding; a failed step then ends the run."""
+
+LEAST_TOLERANCE_POWER = 3 / 8
+"""Exponent of the machine epsilon that is the smallest tolerance on the share of the
+predicted decrease; its square is well above the rounding of the value."""
 
 LARGE_SHARE = 0.01
 """Smallest predicted decrease, relative to the value, at which the value counts as
@@ -359,8 +363,8 @@ def _is_near(run: Run, step: Step, gtol: jax.Array) -> jax.Array:
     With a value that tends to zero the predicted decrease remains a large share of it.
     With another one, a short direction may be one along which the objective is steep.
     """
-    tolerance = jnp.maximum(gtol, _rounding(run.here.value) ** 0.5)
-    share = _share(run, step)
+    least = float(jnp.finfo(run.here.value.dtype).eps) ** LEAST_TOLERANCE_POWER
+    tolerance, share = jnp.maximum(gtol, least), _share(run, step)
     is_short = _is_short(run, step, tolerance)
     if step.has_model:
         is_short &= share >= LARGE_SHARE

@@ -128,7 +128,7 @@ def minimize(
       max_steps: maximum number of updates, below 2^31.
       gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start, and
         the decrease `g.p / 2` that the method predicts for its direction p at most
-        `tol^2 |f|`, where `tol = max(gtol, sqrt(10 eps))`. If the value tends to zero, and
+        `tol^2 |f|`, where `tol = max(gtol, eps^(3/8))`. If the value tends to zero, and
         the predicted decrease remains more than a hundredth of it, max|p| must instead
         be at most tol times max|params|, now or at the start. For a transformation
         without a model of the objective p is its update, and one of the last two bounds

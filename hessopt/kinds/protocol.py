@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_params
+from hessopt.numerics.equilibration import unit_power
 from hessopt.objective.binding import Objective, bind, require_given, require_params
+from hessopt.trees.vectors import largest
 from hessopt.typing import Params, ValueFn
 
 
@@ -49,6 +51,30 @@ class Call(NamedTuple):
         with the gradient is then also the product with the updates."""
         leaves = map(jax.tree.leaves, (self.updates, self.gradient))
         return all(u is g for u, g in zip(*leaves, strict=True))
+
+
+def in_own_unit(call: Call, factor: jax.Array) -> tuple[Call, jax.Array]:
+    """Return the call with gradient and updates multiplied by a power of two, and that
+    power; value and objective are not changed.
+
+    The power is that of earlier updates, or for a factor of zero the one that brings
+    the largest entry of the gradient near 1. Inner products of gradients then neither
+    overflow nor underflow, whatever the unit of the objective is.
+    """
+    factor = jax.lax.cond(
+        factor > 0,
+        lambda: factor,
+        lambda: unit_power(largest(call.gradient)).astype(factor.dtype),
+    )
+
+    def scaled(tree: Params) -> Params:
+        return jax.tree.map(lambda x: (x * factor).astype(jnp.result_type(x)), tree)
+
+    updates = scaled(call.updates)
+    same = call.grad is None or call.is_gradient
+    return call._replace(
+        updates=updates, grad=None if same else scaled(call.grad)
+    ), factor
 
 
 Step = Callable[[Call, Any], tuple[optax.Updates, optax.OptState]]

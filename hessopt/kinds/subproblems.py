@@ -23,10 +23,17 @@ from hessopt.numerics.equilibration import (
     largest_scales,
     unit_power,
 )
-from hessopt.numerics.guards import divide, matmul
+from hessopt.numerics.guards import divide, matmul, or_one
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import Objective
-from hessopt.trees.vectors import all_finite, inner, ravel, solve_dtype, unravel
+from hessopt.trees.vectors import (
+    all_finite,
+    inner,
+    largest,
+    ravel,
+    solve_dtype,
+    unravel,
+)
 from hessopt.typing import Vector
 
 MAX_KRYLOV_DIMENSION = 50
@@ -112,7 +119,7 @@ def _of_root(local: LocalModel, root: Root) -> _Factored:
     """Compute the right singular vectors of `K D^-1`, for `H = K'K` and
     `g = K'r + rest`."""
     lengths = jnp.sqrt(jnp.sum(root.K**2, axis=0))
-    scales, t = largest_scales(local.scales, unit_power(lengths), lengths > 0)
+    scales, t = largest_scales(local.scales, 1 / or_one(lengths), lengths > 0)
     K = root.K * t
     finite = all_finite(K)
     rest = jnp.where(finite, t * root.rest, jnp.nan)
@@ -133,21 +140,27 @@ def _of_root(local: LocalModel, root: Root) -> _Factored:
 
 
 def conjugate(local: LocalModel) -> EigenModel:
-    """Compute the eigenvectors in the Krylov space of the gradient, without scaling."""
+    """Compute the eigenvectors in the Krylov space of the gradient, without scaling of
+    the parameters; the objective is multiplied by a power of two, so that squares of the
+    gradient neither overflow nor underflow."""
     wide = solve_dtype(local.parts)
+    factor = unit_power(largest(local.gradient)).astype(wide)
     linear = curvature_product(local.objective, local.parts, local.curvature)
 
     def multiply(v: Leaves) -> Leaves:
         image = linear(optax.tree.cast_like(v, local.parts))
-        return [x.astype(wide) for x in image]
+        return [x.astype(wide) * factor for x in image]
 
-    g = optax.tree.cast(local.gradient, wide)
+    def minimize(w: Vector, z: Vector) -> secular.Shifted:
+        return local.minimize(w / factor, z / factor)
+
+    g = [leaf.astype(wide) * factor for leaf in local.gradient]
     size = min(MAX_KRYLOV_DIMENSION, sum(part.size for part in local.parts))
     tolerance = local.tolerance * jnp.sqrt(inner(g, g))
-    space = krylov(multiply, g, size, local.minimize, tolerance)
+    space = krylov(multiply, g, size, minimize, tolerance)
     return EigenModel(
-        space.w,
-        space.z,
+        space.w / factor,
+        space.z / factor,
         lambda y: combination(matmul(space.S, y), space.V),
         lambda c: matmul(within(space.V, optax.tree.cast(c, wide)), space.S),
         local.scales,

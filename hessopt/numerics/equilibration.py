@@ -1,5 +1,4 @@
-"""Scaling of the rows and columns of a symmetric matrix to size 1, by powers of two,
-which cause no rounding.
+"""Scaling of the rows and columns of a symmetric matrix to size 1.
 
 Source: Ruiz, "A scaling algorithm to equilibrate both rows and columns norms in
 matrices", 2001.
@@ -19,22 +18,29 @@ geometric mean of two diagonal entries."""
 
 
 def equilibration(H: Matrix) -> Vector:
-    """Return powers of two t such that the largest entry of every row of `t H t` is
-    near 1; 1 for a row of zeros."""
+    """Return scales t such that the largest entry of every row of `t H t` is between
+    1/2 and 2; 1 for a row of zeros.
 
-    def improve(carry: tuple[jax.Array, Vector, jax.Array]) -> tuple[jax.Array, ...]:
-        rounds, t, _ = carry
-        largest = jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0)
-        factor = unit_power(largest**0.5)
-        return rounds + 1, t * factor, jnp.any(factor != 1)
+    The scales are not rounded to powers of two: a change of the unit of the objective
+    or of any parameter then changes them exactly by that unit.
+    """
 
-    def goes_on(carry: tuple[jax.Array, Vector, jax.Array]) -> jax.Array:
-        return (carry[0] < EQUILIBRATION_ROUNDS) & carry[2]
+    def sizes(t: Vector) -> Vector:
+        return or_one(jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0))
 
-    # starting from the diagonal, the scales follow a change of units exactly
-    t = unit_power(jnp.sqrt(jnp.abs(jnp.diagonal(H))))
-    start = jnp.zeros((), jnp.int32), t, jnp.ones((), bool)
-    return jax.lax.while_loop(goes_on, improve, start)[1]
+    def improve(carry: tuple[jax.Array, Vector, Vector]) -> tuple[jax.Array, ...]:
+        rounds, t, rows = carry
+        t = t * jax.lax.rsqrt(rows)
+        return rounds + 1, t, sizes(t)
+
+    def goes_on(carry: tuple[jax.Array, Vector, Vector]) -> jax.Array:
+        rounds, _, rows = carry
+        return (rounds < EQUILIBRATION_ROUNDS) & jnp.any((rows < 0.5) | (rows > 2.0))
+
+    t = jax.lax.rsqrt(or_one(jnp.abs(jnp.diagonal(H))))
+    return jax.lax.while_loop(
+        goes_on, improve, (jnp.zeros((), jnp.int32), t, sizes(t))
+    )[1]
 
 
 def largest_scales(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_word, choose, injectable
-from hessopt.kinds.protocol import Call, transformation
+from hessopt.kinds.protocol import Call, in_own_unit, transformation
 from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
 from hessopt.numerics.guards import divide, or_one, select, zero_unless
@@ -65,12 +65,14 @@ class BfgsState(NamedTuple):
     of `jax.tree.leaves`."""
 
     count: jax.Array  # int32 scalar, updates at finite iterates
-    # (3, n), last iterate: params x, gradient g, and H g (0 if H was not used)
+    # scalar, power of two by which gradients are multiplied; 0 before the first update
+    factor: jax.Array
+    # (3, n), last iterate: params x, scaled gradient g, and H g (0 if H was not used)
     last: jax.Array
-    # scalar, s.y / y.y of the newest accepted pair, in units of params^2 / f with f the
-    # objective; 0 before the first
+    # scalar, s.y / y.y of the newest accepted pair; 0 before the first
     gamma: jax.Array
-    inverse: broyden.InverseHessian  # H; if info.pairs is 0, the next pair restarts it
+    # H for scaled gradients; if info.pairs is 0, the next pair restarts it
+    inverse: broyden.InverseHessian
     info: BfgsInfo
 
 
@@ -162,6 +164,7 @@ def _init(params: Params) -> BfgsState:
     count, scalar = shape((), jnp.int32), shape((), vector.dtype)
     state = BfgsState(
         count=count,
+        factor=scalar,
         last=shape((3, vector.size), vector.dtype),
         gamma=scalar,
         inverse=broyden.shapes(vector.size, room, vector.dtype),
@@ -245,6 +248,8 @@ class _Direction(NamedTuple):
 def _step(
     options: _Options, call: Call, state: BfgsState
 ) -> tuple[optax.Updates, BfgsState]:
+    call, factor = in_own_unit(call, state.factor)
+
     # s, y, p = H g and u = H y, and whether they can be used
     found = _measure(call, state)
     facts = _judge(call, state, found)
@@ -265,10 +270,11 @@ def _step(
     updates = unravel(zero_unless(facts.finite, direction.p), call.updates)
     return updates, BfgsState(
         count=state.count + facts.finite.astype(jnp.int32),
+        factor=jnp.where(facts.finite & (found.dot.g.g > 0), factor, state.factor),
         last=select(facts.finite, last, state.last),
         gamma=facts.gamma,
         inverse=inverse,
-        info=_report(state.info, facts, memory, direction),
+        info=_report(state.info, facts, memory, direction, factor),
     )
 
 
@@ -443,7 +449,11 @@ def _settle(
 
 
 def _report(
-    old: BfgsInfo, facts: _Facts, memory: _Memory, direction: _Direction
+    old: BfgsInfo,
+    facts: _Facts,
+    memory: _Memory,
+    direction: _Direction,
+    factor: jax.Array,
 ) -> BfgsInfo:
     skipped = facts.moved & ~memory.taken
     reset = facts.spoilt | direction.lost | (facts.stuck & (old.pairs > 0))
@@ -457,7 +467,7 @@ def _report(
         pairs=jnp.where(direction.plain & facts.finite, 0, memory.pairs),
         pairs_skipped=old.pairs_skipped + skipped.astype(jnp.int32),
         resets=old.resets + reset.astype(jnp.int32),
-        predicted=direction.slope / 2,
+        predicted=direction.slope / (2 * factor),
         evaluations=jnp.zeros((), jnp.int32),
     )
 
@@ -503,4 +513,4 @@ def inverse_hessian(state: optax.OptState) -> Matrix:
     if len(found) != 1:
         raise ValueError(f"state must have one part of scale_by_bfgs, got {len(found)}")
     (part,) = found
-    return broyden.dense(part.inverse)
+    return part.factor * broyden.dense(part.inverse)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_count, injectable
-from hessopt.kinds.protocol import Call, transformation
+from hessopt.kinds.protocol import Call, in_own_unit, transformation
 from hessopt.numerics import compact
 from hessopt.numerics.guards import select
 from hessopt.numerics.secant import accepts, first_scale, to_unit_length
@@ -56,8 +56,10 @@ class LbfgsState(NamedTuple):
     """State of `scale_by_lbfgs`."""
 
     count: jax.Array  # int32 scalar, updates so far whose values were all finite
+    # scalar, power of two by which gradients are multiplied; 0 before the first update
+    factor: jax.Array
     old_params: Params  # params at the last of these
-    old_grad: Params  # gradient there; None with same_batch_pairs
+    old_grad: Params  # gradient there, scaled; None with same_batch_pairs
     pairs: Params  # per leaf (m, 2, ...): s and y of each pair
     gg: jax.Array  # scalar, |old_grad|^2
     # (m, 2), S'old_grad and Y'old_grad; None with same_batch_pairs
@@ -210,6 +212,7 @@ def _init(options: _Options, params: Params) -> LbfgsState:
 
     state = LbfgsState(
         count=count,
+        factor=scalar,
         old_params=like,
         old_grad=None if options.same_batch_pairs else like,
         pairs=jax.tree.map(stack, params),
@@ -231,9 +234,11 @@ def _memory_dtype(options: _Options, leaf: jax.Array) -> jnp.dtype:
 def _step(
     options: _Options, call: Call, state: LbfgsState
 ) -> tuple[optax.Updates, LbfgsState]:
+    call, factor = in_own_unit(call, state.factor)
+
     # the newest pair, s = x - x_old and y = g - g_old, and its products S'g, Y'g, S'y,
     # Y'y with the memory, all taken before the oldest pair is overwritten
-    pair = _form(options, call, state)
+    pair = _form(options, call, state, factor)
     products = _multiply(call, state, pair)
 
     # the pair is stored if s'y > 1e-8 |s'g_old| and s'y > 10 eps |s| (|g| + |g_old|): H
@@ -257,6 +262,7 @@ def _step(
     }
     return direction, LbfgsState(
         count=state.count + verdict.finite.astype(jnp.int32),
+        factor=jnp.where(verdict.finite & (pair.gg > 0), factor, state.factor),
         old_params=kept(call.params, state.old_params),
         old_grad=kept(call.gradient, state.old_grad),
         pairs=memory.pairs,
@@ -267,20 +273,23 @@ def _step(
             status=step_status(status),
             pairs=jnp.sum(small.used, dtype=jnp.int32),
             pairs_skipped=state.info.pairs_skipped + verdict.skipped.astype(jnp.int32),
-            scale=weights.gamma,
-            predicted=jnp.where(verdict.finite, slope / 2, 0.0),
+            scale=weights.gamma * factor,
+            predicted=jnp.where(verdict.finite, slope / 2, 0.0) / factor,
             evaluations=jnp.int32(options.same_batch_pairs),
         ),
     )
 
 
-def _form(options: _Options, call: Call, state: LbfgsState) -> _Pair:
+def _form(options: _Options, call: Call, state: LbfgsState, factor: jax.Array) -> _Pair:
     """Form the newest pair and its inner products."""
     old_params, old_grad, gg_old = state.old_params, state.old_grad, state.gg
     if options.same_batch_pairs:
         # g_old on the batch of this call; at the first call there is no old point
         old_params = select(state.count == 0, call.params, old_params)
-        old_grad = jax.tree.map(jnp.conj, jax.grad(call.objective)(old_params))
+        old_grad = jax.tree.map(
+            lambda g: (jnp.conj(g) * factor).astype(g.dtype),
+            jax.grad(call.objective)(old_params),
+        )
         gg_old = inner(old_grad, old_grad)
     s = jax.tree.map(_difference, call.params, old_params, state.pairs)
     y = jax.tree.map(_difference, call.gradient, old_grad, state.pairs)

@@ -237,9 +237,9 @@ def _step(
 
 def _measure(call: Call) -> tuple[_Start, jax.Array]:
     """Compute phi(0), phi'(0) = Re <g, u>, and the squared length of u."""
-    inners = inner_products(call.grad, call.updates)
     value_dtype = jnp.result_type(call.value)
     dtype = solve_dtype((call.params, call.value))
+    inners = inner_products(call.grad, call.updates)
     value, slope = jnp.asarray(call.value, dtype), jnp.asarray(inners[0, 1], dtype)
     finite = jnp.isfinite(value) & jnp.isfinite(slope)
     descends = finite & (slope < -jnp.finfo(dtype).tiny)

@@ -19,15 +19,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from hessopt._checks import check_count, injectable
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.cg import conjugate_gradients, forcing
+from hessopt.numerics.equilibration import unit_power
 from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import zeros
-from hessopt.trees.vectors import inner, inner_products, real_leaves, solve_dtype
+from hessopt.trees.vectors import (
+    inner,
+    inner_products,
+    largest,
+    real_leaves,
+    solve_dtype,
+)
 from hessopt.typing import Params, StepStatus, step_status
 
 Preconditioner = Callable[[Params, Params], Params]
@@ -157,10 +165,13 @@ def _init(options: _Options, params: Params) -> NewtonCgState:
 def _step(
     options: _Options, call: Call, state: NewtonCgState
 ) -> tuple[optax.Updates, NewtonCgState]:
-    # the system H p = g in real leaves, in at least float32
-    multiply, precondition = _products(options, call)
-    g = _wide(call.updates, call.params)
-    length = jnp.sqrt(inner(g, g))
+    # the system H p = g in real leaves, in at least float32; both sides are multiplied by
+    # a power of two, so that squares of g neither overflow nor underflow
+    factor = unit_power(largest(call.updates))
+    multiply, precondition = _products(options, call, factor)
+    g = _wide(call.updates, call.params, factor)
+    size = jnp.sqrt(inner(g, g))
+    length = size / factor
     first_length = jnp.where(state.first_length > 0, state.first_length, length)
 
     # if the value or the gradient is not finite, g = 0 makes the update zero
@@ -180,7 +191,7 @@ def _step(
         start,
         gram=inner_products,
         precondition=precondition,
-        tolerance=forcing(length, first_length) * length,
+        tolerance=forcing(length, first_length) * size,
         max_iterations=options.max_iterations,
     )
 
@@ -202,18 +213,18 @@ def _step(
         info=NewtonCgInfo(
             status=step_status(status),
             products=found.products + jnp.int32(options.warm_start),
-            residual=found.residual / or_one(length),
-            predicted=jnp.where(downhill, slope, inner(g, g)) / 2,
+            residual=found.residual / or_one(size),
+            predicted=jnp.where(downhill, slope, size**2) / (2 * factor),
             evaluations=jnp.zeros((), jnp.int32),
         ),
     )
 
 
 def _products(
-    options: _Options, call: Call
+    options: _Options, call: Call, factor: jax.Array
 ) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
-    """Return `v -> H v` and `r -> M r` at params, with M the preconditioner, over real
-    leaves in at least float32."""
+    """Return `v -> H v`, multiplied by the factor, and `r -> M r` at params, with M the
+    preconditioner, over real leaves in at least float32."""
     params = call.params
     parts, restore = real_leaves(params)
     objective = precompose(call.objective, restore)
@@ -226,11 +237,11 @@ def _products(
     def multiply(v: Leaves) -> Leaves:
         v = [x.astype(p.dtype) for x, p in zip(v, parts, strict=True)]
         if once is not None:
-            return _wide(once(v), params)
+            return _wide(once(v), params, factor)
         # the barrier makes params depend on v; otherwise XLA would move the
         # linearization out of the loop
         point, v = jax.lax.optimization_barrier((parts, v))
-        return _wide(product_at(point)(v), params)
+        return _wide(product_at(point)(v), params, factor)
 
     def precondition(r: Leaves) -> Leaves:
         if options.preconditioner is None:
@@ -240,10 +251,12 @@ def _products(
     return multiply, precondition
 
 
-def _wide(tree: Params, params: Params) -> Leaves:
-    """Return the real leaves of a tree in the dtype of inner products over params."""
+def _wide(tree: Params, params: Params, factor: ArrayLike = 1.0) -> Leaves:
+    """Return the real leaves of a tree, multiplied by a factor, in the dtype of inner
+    products over params."""
     dtype = solve_dtype(params)
-    return [leaf.astype(dtype) for leaf in real_leaves(tree)[0]]
+    factor = jnp.asarray(factor, dtype)
+    return [leaf.astype(dtype) * factor for leaf in real_leaves(tree)[0]]
 
 
 def _restored(p: Leaves, updates: optax.Updates) -> optax.Updates:

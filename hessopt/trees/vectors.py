@@ -122,15 +122,21 @@ def inner(a: Params, b: Params) -> jax.Array:
     return sum(jax.tree.leaves(jax.tree.map(product, a, b)), jnp.zeros((), dtype))
 
 
-def tree_norm(tree: Params) -> jax.Array:
-    """Return the norm of a tree, in `solve_dtype`; inf or NaN only if it has such
-    entries."""
+def largest(tree: Params) -> jax.Array:
+    """Return the largest magnitude in a tree, in `solve_dtype`; NaN if it has a NaN."""
     dtype = solve_dtype(tree)
     sizes = [
         jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype)
         for leaf in jax.tree.leaves(tree)
     ]
-    scale = unit_scale(jnp.stack(sizes)) if sizes else jnp.ones((), dtype)
+    return jnp.max(jnp.stack([jnp.zeros((), dtype), *sizes]))
+
+
+def tree_norm(tree: Params) -> jax.Array:
+    """Return the norm of a tree, in `solve_dtype`; inf or NaN only if it has such
+    entries."""
+    dtype = solve_dtype(tree)
+    scale = unit_scale(largest(tree))
     unit = jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.promote_types(dtype, leaf.dtype)) / scale,
         tree,
