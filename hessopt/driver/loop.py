@@ -44,6 +44,9 @@ LEAST_TOLERANCE_POWER = 3 / 8
 """Exponent of the machine epsilon that is the smallest tolerance on the share of the
 predicted decrease; its square is well above the rounding of the value."""
 
+WHOLE = 0.1
+"""Largest difference from 1 of the share of a direction that counts as all of it."""
+
 LARGE_SHARE = 0.01
 """Smallest predicted decrease, relative to the value, at which the value counts as
 tending to zero."""
@@ -94,17 +97,26 @@ class Run(NamedTuple):
     termination: jax.Array
 
 
+class Direction(NamedTuple):
+    """The direction p of a step."""
+
+    # scalar, decrease that the model predicted for p; inf if not known
+    predicted: jax.Array
+    length: jax.Array  # scalar, largest magnitude in p; inf if not known
+    # scalar, share of p that was taken; None for a method without a model, whose
+    # direction is the step
+    taken: jax.Array | None
+
+
 class Step(NamedTuple):
     """The sizes of a step, scalars."""
 
     change: jax.Array  # absolute change of the value
     move: jax.Array  # largest magnitude in the change of params
-    # decrease that the model predicted for the whole direction; inf if not known
+    # bounds on the decrease and the direction that are left; inf if not known
     predicted: jax.Array
-    length: jax.Array  # largest magnitude in the whole direction; inf if not known
-    has_model: (
-        bool  # whether the method has a model; otherwise the direction is the step
-    )
+    length: jax.Array
+    has_model: bool  # whether the method has a model
 
 
 class Problem(NamedTuple):
@@ -216,9 +228,7 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
     has_failed = jnp.bool_(silent) if not found else failed(found)
 
     # the sizes of the step, and the best point so far
-    step = Step(
-        jnp.abs(here.value - old.value), move, *_direction(found, old.grad, updates)
-    )
+    step = _measured(old, here, move, _direction(found, old.grad, updates))
     better = _is_better(here, run.best) & jnp.isfinite(move)
 
     # the steps since f or |g| was smaller than before by more than rounding
@@ -289,29 +299,46 @@ def _recorded(here: Point, record: Point) -> tuple[Point, jax.Array]:
     return select(progress, Point(None, value, None, size), record), progress
 
 
-def _direction(
-    found: list[Report], grad: Params, updates: optax.Updates
-) -> tuple[jax.Array, jax.Array, bool]:
-    """Return the decrease that the model predicts for the whole direction p, the size
-    of p, and whether there is a model.
+def _direction(found: list[Report], grad: Params, updates: optax.Updates) -> Direction:
+    """Return the direction of a step u.
 
-    A line search took `u = t p` with a known t. A step u of a bounded model is scaled by
-    the ratio of the decrease without the bound to `|g.u| / 2`, which is at least 1. For
-    a method without a model p is u, and the decrease `|g.u| / 2`.
+    A line search took `u = t p` with a known t. A bounded model took a step with a
+    decrease of `|g.u| / 2`, at most that without the bound. For a method without a model
+    p is u, and the decrease `|g.u| / 2`.
     """
     size = _size(updates)
     rates = [report.rate for report in found if report.rate is not None]
     models = [report.predicted for report in found if report.predicted is not None]
-    if rates and models:
-        predicted = functools.reduce(jnp.maximum, models)
-        taken = jnp.where(size > 0, functools.reduce(jnp.multiply, rates), 0.0)
-        return predicted, divide(size, taken, taken > 0, jnp.inf), True
-    along = jnp.abs(inner(grad, updates)) / 2
     if not models:
-        unknown = size == 0
-        return *(jnp.where(unknown, jnp.inf, x) for x in (along, size)), False
+        along = jnp.abs(inner(grad, updates)) / 2
+        return Direction(
+            *(jnp.where(size == 0, jnp.inf, x) for x in (along, size)), None
+        )
     predicted = functools.reduce(jnp.maximum, models)
-    return predicted, divide(size * predicted, along, along > 0, jnp.inf), True
+    if rates:
+        taken = functools.reduce(jnp.multiply, rates)
+    else:
+        along = jnp.abs(inner(grad, updates)) / 2
+        taken = divide(along, predicted, predicted > 0)
+    taken = jnp.where(size > 0, taken, 0.0)
+    return Direction(predicted, divide(size, taken, taken > 0, jnp.inf), taken)
+
+
+def _measured(old: Point, here: Point, move: jax.Array, direction: Direction) -> Step:
+    """Return the sizes of a step from one point to another.
+
+    If the whole direction was taken, and the value fell as predicted, the model holds
+    there: what is left to gain is smaller by the ratio of the gradients.
+    """
+    predicted, length, taken = direction
+    fall = old.value - here.value
+    if taken is not None:
+        as_predicted = jnp.abs(fall - predicted) <= 0.5 * predicted
+        holds = (jnp.abs(taken - 1) <= WHOLE) & as_predicted
+        ratio = divide(here.size, old.size, old.size > here.size, 1.0)
+        left = jnp.where(holds, ratio, 1.0)
+        predicted, length = predicted * left, length * left
+    return Step(jnp.abs(fall), move, predicted, length, taken is not None)
 
 
 class _Evaluated(Exception):
