@@ -50,11 +50,12 @@ class StepBound(NamedTuple):
 def _adapt_radius(
     w: Vector, z: Vector, size: jax.Array, ratio: jax.Array, step: secular.Shifted
 ) -> jax.Array:
-    """Set the radius to a quarter of the length of a poor step, or to at least twice
-    the length of a good step that the radius limited."""
+    """Set the radius to half of the length of a poor step, or to at least twice the
+    length of a good step that the radius limited. In a curved valley every second step
+    is poor, and a smaller factor makes all others too short."""
     larger = jnp.where(step.shift > 0, jnp.maximum(size, 2 * step.length), size)
     return jnp.where(
-        ratio < POOR_RATIO, step.length / 4, jnp.where(ratio > GOOD_RATIO, larger, size)
+        ratio < POOR_RATIO, step.length / 2, jnp.where(ratio > GOOD_RATIO, larger, size)
     )
 
 

@@ -135,8 +135,8 @@ def trust_region_newton(
         which avoids squaring the condition number; the gradient is then computed from
         value_fn, and `grads` is not used.
       initial_radius: length of the first trial step, in units of D p; by default that
-        of the Cauchy step, and at least `100 |D x|` for `"gauss_newton"` with
-        `"exact"`, x being params: the first trial is then usually the full step.
+        of the Cauchy step, and for `"gauss_newton"` with `"exact"` `100 |D x|`, where x
+        is params, if that is not zero: the first trial is then usually the full step.
       max_trials: maximum number of trials per update; after each rejected trial the
         next one is shorter.
       geodesic_acceleration: whether to correct steps by the second derivative of the
@@ -342,11 +342,12 @@ def _size(
     z: Vector,
     reach: jax.Array | float,
 ) -> jax.Array:
-    """Return the radius or sigma of the last update; for the first, that of the Cauchy
-    step, and at least the reach."""
+    """Return the radius or sigma of the last update; for the first, the reach, or that
+    of the Cauchy step if the reach is zero."""
     given = options.initial_radius
-    radius = jnp.maximum(_cauchy(w, z), reach) if given is None else jnp.asarray(given)
-    radius = jnp.asarray(radius, w.dtype)
+    radius = jnp.asarray(
+        jnp.where(reach > 0, reach, _cauchy(w, z)) if given is None else given, w.dtype
+    )
     first = options.step_bound.first(w, secular.within_radius(w, z, radius))
     return jnp.where(state.size > 0, state.size, first)
 
