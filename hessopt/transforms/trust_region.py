@@ -33,6 +33,7 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose, renamed_arguments
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
+from hessopt.calculus.linearization import linearize, linearize_gradient
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
 from hessopt.kinds.subproblems import (
@@ -347,10 +348,10 @@ def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
     def slope(x: Leaves) -> Params:
-        return jax.jvp(objective.model_fn, (x,), (p,))[1]
+        return linearize(objective.model_fn, x)[1](p)
 
-    second = jax.jvp(slope, (parts,), (p,))[1]
-    return transposed(jax.jvp(jax.grad(objective.loss_fn), (outputs,), (second,))[1])[0]
+    second = linearize(slope, parts)[1](p)
+    return transposed(linearize_gradient(objective.loss_fn, outputs)[1](second))[0]
 
 
 def _cauchy(w: Vector, z: Vector) -> jax.Array:

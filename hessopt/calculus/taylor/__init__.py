@@ -131,7 +131,8 @@ def taylor(
         custom = next((operation.custom for operation in used if operation.custom), "")
         if order == 3 and custom:
             raise TypeError(
-                f"taylor(order=3) needs forward derivatives, but {custom} has a jax.custom_vjp; use order=2"
+                f"taylor(order=3) needs forward derivatives, but {custom} has a jax.custom_vjp; use order=2, "
+                "or cubic_damping=0.0 with grouped_newton"
             )
         gradient = _gradient(tape, steps, own, count, dtype)
         if order == 1:
