@@ -92,9 +92,7 @@ def fill_rows(
 
     # the last chunk starts early enough to be full, so that one body is compiled; a few
     # rows are written twice
-    starts = jnp.minimum(
-        jnp.arange(0, end, chunk, dtype=jnp.int32), leaf.size - chunk
-    )
+    starts = jnp.minimum(jnp.arange(0, end, chunk, dtype=jnp.int32), leaf.size - chunk)
     return jax.lax.scan(fill, matrix, starts)[0]
 
 

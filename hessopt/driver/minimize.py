@@ -20,7 +20,7 @@ import optax
 from jax.core import Tracer
 
 from hessopt._checks import check_count, check_range, check_transformation
-from hessopt.calculus.curvature import block_hessians
+from hessopt.calculus.curvature import block_hessians, hessian_product
 from hessopt.driver.loop import (
     Limits,
     Problem,
@@ -287,13 +287,13 @@ def _solve_jvp(
 
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
     against = jax.tree.map(jnp.negative, shift)
+    restored = precompose(objective_and_aux(problem, data)[0], restore)
     if sum(part.size for part in parts) <= MAX_DENSE_SIZE:
-        restored = precompose(objective_and_aux(problem, data)[0], restore)
         d_parts = _solve_dense(
             block_hessians(restored, parts, [0] * len(parts), 1)[0], against
         )
     else:
-        _, hessian = jax.linearize(lambda parts: gradient(parts, data), parts)
+        hessian = hessian_product(restored, lambda parts: parts, parts)
         d_parts = jax.lax.custom_linear_solve(
             hessian, against, _conjugate_gradients, symmetric=True
         )

@@ -33,7 +33,7 @@ import optax
 
 from hessopt._checks import check_count, check_range, choose, renamed_arguments
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
-from hessopt.calculus.linearization import linearize, linearize_gradient
+from hessopt.calculus.linearization import has_forward_derivative, linearize_gradient
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
 from hessopt.kinds.subproblems import (
@@ -347,10 +347,16 @@ def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
     """Return `J'L r''`, where r'' is the second derivative of the outputs along p."""
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
-    def slope(x: Leaves) -> Params:
-        return linearize(objective.model_fn, x)[1](p)
+    if not has_forward_derivative(objective.model_fn, parts):
+        raise TypeError(
+            "geodesic_acceleration=True needs forward derivatives of the model, which "
+            "depends on params through a jax.custom_vjp; use geodesic_acceleration=False"
+        )
 
-    second = linearize(slope, parts)[1](p)
+    def slope(x: Leaves) -> Params:
+        return jax.jvp(objective.model_fn, (x,), (p,))[1]
+
+    second = jax.jvp(slope, (parts,), (p,))[1]
     return transposed(linearize_gradient(objective.loss_fn, outputs)[1](second))[0]
 
 

@@ -91,7 +91,7 @@ def scattered(p):
     h, i = hidden(p), jnp.array([3, 0, 3])
     return (
         h.at[i].add(p["W"] ** 2),
-        h.at[i[:2]].multiply(p["W"][:2] * p["s"]),
+        h.at[i[:2]].multiply(p["W"][:2] * p["s"], unique_indices=True),
         h.at[i].max(p["W"]),
         h.at[jnp.array([1, 2])].set(p["b"] ** 2),
     )
@@ -289,7 +289,7 @@ MODELS = {
         p,
         (2, 2, 2, 3),
         window_strides=(1, 1),
-        padding="VALID",
+        padding=((0, 1), (1, 1)),
         rhs_dilation=(2, 1),
         lhs_dilation=(1, 2),
     ),

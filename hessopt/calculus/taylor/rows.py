@@ -39,7 +39,9 @@ def rows(
             return lambda *x: jax.jvp(fun, x, own)[1]
 
         # H is symmetric: the reverse derivative of the gradient is its product too
-        turned = along(gradient)(*leaves) if forward else jax.vjp(gradient, *leaves)[1](own)
+        turned = (
+            along(gradient)(*leaves) if forward else jax.vjp(gradient, *leaves)[1](own)
+        )
         row = jnp.zeros(count, dtype)
         for part, u, label in zip(turned, updates, labels, strict=True):
             row = row.at[label].add(gram(part[None], u[None], dtype)[0, 0])

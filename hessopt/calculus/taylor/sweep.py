@@ -317,7 +317,9 @@ def _turning(
 
     def turned(*tangents: jax.Array) -> Arrays:
         moved = dict(zip(places, tangents, strict=True))
-        along = (moved.get(p, jnp.zeros_like(v)) for p, v in enumerate(operation.values))
+        along = (
+            moved.get(p, jnp.zeros_like(v)) for p, v in enumerate(operation.values)
+        )
         return jax.vjp(reverse, *operation.values)[1](tuple(along))
 
     return turned
