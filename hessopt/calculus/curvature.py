@@ -112,7 +112,9 @@ def hvp(value_fn: ValueFn, params: Params, vector: Params) -> Params:
 
     Returns:
       `H v`, a tree like `params`: the derivative of the gradient along `vector`.
-      Complex leaves follow optax's convention for gradients (`df/dx + i df/dy`).
+      Complex leaves follow optax's convention for gradients (`df/dx + i df/dy`). For a
+      `value_fn` without forward derivatives, such as one with a `jax.custom_vjp`, it is
+      the reverse derivative of the gradient, which is the same for a symmetric H.
 
     Raises:
       ValueError: if `vector` is not a tree like `params`.
@@ -161,6 +163,8 @@ def hessian(
     Returns:
       The symmetric `(n, n)` matrix in the order of `jax.flatten_util.ravel_pytree`, in
       the dtype of `params` and at least float32; with blocks, `{label: (n_b, n_b)}`.
+      A `value_fn` without forward derivatives, such as one with a `jax.custom_vjp`, is
+      differentiated twice in reverse mode.
 
     Raises:
       ValueError: for an unknown word, chunk_size < 1, or blocks that do not match

@@ -150,7 +150,8 @@ def minimize(
       over, are those of the exact stationary point nearby. The derivatives with respect
       to the starting point, and those of the state and the counts, are zero.
       Derivatives are NaN where the Hessian is singular or conjugate gradients do not
-      converge.
+      converge. An objective without forward derivatives, such as one with a
+      `jax.custom_vjp`, has derivatives of its solution in reverse mode.
 
     Raises:
       ValueError: for a negative tolerance, a max_steps that is negative or not a whole

@@ -117,13 +117,15 @@ def trust_region_newton(
         method of Levenberg and Marquardt. If the Hessian of the loss in the outputs is
         diagonal, as for a sum of squares, the singular values of the Jacobian are used,
         which avoids squaring the condition number; the gradient is then computed from
-        value_fn, and `grads` is not used.
+        value_fn, and `grads` is not used. An objective without forward derivatives,
+        such as one with a `jax.custom_vjp`, is differentiated in reverse mode only.
       initial_radius: length of the first trial step, in units of D p; by default that
         of the Cauchy step.
       max_trials: maximum number of trials per update; after each rejected trial the
         next one is shorter.
       geodesic_acceleration: whether to correct steps by the second derivative of the
-        outputs; for `"gauss_newton"` and `"exact"`.
+        outputs; for `"gauss_newton"` and `"exact"`, and for a model with forward
+        derivatives.
 
     Returns:
       An optimizer that is used without a chain: it maps the gradient to an additive
@@ -142,7 +144,7 @@ def trust_region_newton(
       ValueError: for max_trials < 1, initial_radius <= 0, an unknown word, or
         geodesic_acceleration with another curvature or subproblem than it is for.
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
-        missing.
+        missing; for geodesic_acceleration also if the model has no forward derivatives.
 
     Cost per update: n products of about two gradients each (with a diagonal loss:
     tangents of the model and `2 m n^2` multiplications, m outputs) and about `9 n^3`

@@ -373,8 +373,6 @@ def kernels(name, order, p):
     value_fn = composite(MODELS[name], loss_fn)
     step = jax.tree.map(lambda u, leaf: jnp.asarray(u, leaf.dtype), STEP, p)
     leaves, restore = real_leaves(p)
-    grads = jax.grad(value_fn)(p)
-    tx = hessopt.scale_by_newton(damping=1.0, on_indefinite="none")
     return {
         "hessian": hessopt.hessian(value_fn, p),
         "blocks": list(hessopt.hessian(value_fn, p, blocks="leaf").values()),
@@ -385,12 +383,25 @@ def kernels(name, order, p):
             composite(lambda parts: MODELS[name](restore(parts)), loss_fn), leaves
         ),
         "taylor": hessopt.taylor(value_fn, p, step, groups="leaf", order=order)[1:],
-        "newton": tx.update(grads, tx.init(p), p, value_fn=value_fn)[0],
+        "newton": newton_update(value_fn, p),
     }
 
 
+def newton_update(value_fn, p):
+    tx = hessopt.scale_by_newton(damping=1.0, on_indefinite="none")
+    return tx.update(jax.grad(value_fn)(p), tx.init(p), p, value_fn=value_fn)[0]
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def oracle(name, p):
+def dense(name, p):
+    vector, unravel = ravel_pytree(p)
+    f = lambda v: loss_fn(MODELS[name](unravel(v)))
+    return jax.grad(f)(vector), jax.hessian(f)(vector)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def others(name, p):
+    """The Gauss-Newton matrix, and the third derivatives along the step of each leaf."""
     vector, unravel = ravel_pytree(p)
     model = lambda v: ravel_pytree(MODELS[name](unravel(v)))[0]
     f = lambda v: loss_fn(model(v))
@@ -400,50 +411,69 @@ def oracle(name, p):
         along = lambda g, u=u: lambda v: jax.jvp(g, (v,), (u,))[1]
         third.append(along(along(along(f)))(vector))
     J, L = jax.jacfwd(model)(vector), jax.hessian(loss_fn)(model(vector))
-    return jax.grad(f)(vector), jax.hessian(f)(vector), J.T @ L @ J, jnp.stack(third)
+    return J.T @ L @ J, jnp.stack(third)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def check(actual, expected, rtol, what, scale=0.0):
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    atol = rtol * (max(scale, np.abs(expected).max()) + rtol)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol, err_msg=what)
+
+
+def check_step(p, H, g, rtol):
+    """`(H + I) p = g`, up to the rounding of a backward stable solution."""
+    A, p = H + np.eye(len(H)), ravel_pytree(p)[0]
+    check(A @ p, g, rtol, "newton", np.linalg.norm(A) * np.linalg.norm(p))
+
+
 @pytest.mark.parametrize("name", slow_if(lambda name: name not in FAST, MODELS))
-def test_all_kernels_take_it(name, dtype):
-    g, H, G, third = map(np.asarray, oracle(name, PARAMS))
+def test_the_hessian_and_the_step_of_newton_are_those_of_jax_hessian(name):
+    g, H = map(np.asarray, dense(name, PARAMS))
+
+    @jax.jit
+    def ours(p):
+        value_fn = lambda p: loss_fn(MODELS[name](p))
+        return hessopt.hessian(value_fn, p), newton_update(value_fn, p)
+
+    found, step = ours(jax.tree.map(jnp.asarray, PARAMS))
+    check(found, H, 1e-9, "hessian")
+    check_step(step, H, g, 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", MODELS)
+def test_all_kernels_equal_the_derivatives_of_jax(name, dtype):
+    g, H, G, third = map(np.asarray, (*dense(name, PARAMS), *others(name, PARAMS)))
     order = 3 if dtype == "float64" else 2
     p = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), PARAMS)
     found = jax.jit(functools.partial(kernels, name, order))(p)
     rtol = 1e-9 if dtype == "float64" else 2e-3
 
-    def check(actual, expected, what):
-        actual, expected = np.asarray(actual), np.asarray(expected)
-        scale = np.abs(expected).max() + rtol
-        np.testing.assert_allclose(
-            actual, expected, rtol=0, atol=rtol * scale, err_msg=what
-        )
-
     flat = lambda tree: ravel_pytree(tree)[0]
     u, sizes = flat(STEP), [leaf.size for leaf in jax.tree.leaves(PARAMS)]
     ends = np.cumsum(sizes)
     spans = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    check(found["hessian"], H, "hessian")
+    check(found["hessian"], H, rtol, "hessian")
     for block, span in zip(found["blocks"], spans, strict=True):
-        check(block, H[span, span], "blocks")
-    check(flat(found["hvp"]), H @ u, "hvp")
-    check(found["gauss_newton"], G, "gauss_newton")
-    check(flat(found["times"]), G @ u, "times")
-    check(found["root"].K.T @ found["root"].K, G, "K'K")
-    check(found["root"].K.T @ found["root"].r + found["root"].rest, g, "K'r + rest")
-    sums = np.stack([np.eye(len(u))[span].T @ u[span] for span in spans])
-    check(found["taylor"][0], sums @ g, "slopes")
-    check(found["taylor"][1], sums @ H @ sums.T, "taylor")
+        check(block, H[span, span], rtol, "blocks", np.abs(H).max())
+    check(flat(found["hvp"]), H @ u, rtol, "hvp")
+    check(found["gauss_newton"], G, rtol, "gauss_newton")
+    check(flat(found["times"]), G @ u, rtol, "times")
+    K, r, rest = found["root"]
+    check(K.T @ K, G, rtol, "K'K")
+    check(K.T @ r + rest, g, rtol, "K'r + rest", np.linalg.norm(K) * np.linalg.norm(r))
+    along = np.stack([np.eye(len(u))[span].T @ u[span] for span in spans])
+    check(found["taylor"][0], along @ g, rtol, "slopes", np.abs(g).max())
+    check(found["taylor"][1], along @ H @ along.T, rtol, "taylor", np.abs(H).max())
     if order == 3:
-        check(found["taylor"][2], third, "third")
-    step = np.linalg.solve(H + np.eye(len(u)), g)
-    check(flat(found["newton"]), step, "newton")
+        check(found["taylor"][2], third, rtol, "third")
+    check_step(found["newton"], H, g, rtol)
 
 
 @pytest.mark.parametrize("name", slow_if(lambda name: name not in FAST, MODELS))
 def test_a_hessian_taken_for_diagonal_is_diagonal(name):
     loss = lambda p: loss_fn(MODELS[name](p))
-    linear = jax.linearize(jax.grad(loss), PARAMS)[1]
-    if is_diagonal(linear, PARAMS):
-        H = oracle(name, PARAMS)[1]
+    if is_diagonal(jax.linearize(jax.grad(loss), PARAMS)[1], PARAMS):
+        H = dense(name, PARAMS)[1]
         np.testing.assert_array_equal(H, np.diag(np.diag(H)))
