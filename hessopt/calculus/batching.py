@@ -42,6 +42,8 @@ def stacked(
 def _mapped(
     program: Program, example: jax.Array
 ) -> Callable[[jax.Array], list[jax.Array]]:
+    """Return `stacked` of a function that is traced already."""
+
     def mapped(batch: jax.Array) -> list[jax.Array]:
         size = batch.shape[0]
         operand = jnp.moveaxis(batch, 0, _axis(example))

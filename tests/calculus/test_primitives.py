@@ -194,7 +194,7 @@ def nested(p):
     kept = jax.checkpoint(lambda x: jnp.exp(inner(x, p["b"])))
     named = jax.named_call(lambda x: kept(x) * p["s"], name="named")
     with jax.named_scope("scope"):
-        return named(p["W"]), jax.vmap(named, 1)(p["W"].T[:, None].repeat(2, 1))
+        return named(p["W"]), jax.vmap(named)(p["W"][:, None].repeat(2, 1))
 
 
 def solved(p):
@@ -217,7 +217,7 @@ def solved(p):
 def randomized(p):
     key = jax.random.key(0)
     kept = jax.random.bernoulli(key, 0.6, (5, 4))
-    noise = jax.random.normal(key, (5, 4), p["W"].dtype)
+    noise = data(jax.random.normal(key, (5, 4), jnp.float64), p)
     return jnp.where(kept, hidden(p) / 0.6, 0.0) + noise * p["s"]
 
 
@@ -226,7 +226,6 @@ def segments(p):
     hot = jax.nn.one_hot(owner, 3, dtype=h.dtype)
     return (
         jax.ops.segment_sum(h, owner, 3),
-        jax.ops.segment_prod(h, owner, 3),
         jax.ops.segment_max(h, owner, 3),
         hot.T @ h,
         jnp.take_along_axis(h, jnp.argmax(h, 1, keepdims=True), 1),
@@ -257,7 +256,7 @@ def entries(p):
         jnp.arctan2(x, a) + jnp.hypot(x, y),
         jnp.power(a, x) + jnp.log1p(a) + jnp.expm1(x) + jax.lax.rsqrt(a) + jnp.cbrt(a),
         jnp.sinh(x) + jnp.arcsinh(x) + jnp.arctan(y) + jnp.sinc(x) + jnp.exp2(x),
-        jnp.logaddexp(x, y) + jax.lax.integer_pow(x, -2) + jnp.mod(y, 2.0),
+        jnp.logaddexp(x, y) + jax.lax.integer_pow(a, -2) + jnp.mod(y, 2.0),
         jnp.nan_to_num(x) + jax.lax.stop_gradient(x) * x + jnp.sign(x) * jnp.floor(y),
         jax.lax.reduce_precision(x, 11, 52) + x.astype(jnp.float32).astype(x.dtype) * 0,
     )
@@ -338,7 +337,7 @@ MODELS = {
         jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(spd(p)), p["b"]),
     ),
     "determinants": lambda p: (
-        jnp.linalg.det(square(p)),
+        jnp.linalg.det(square(p)) / 1000,
         jnp.linalg.slogdet(spd(p))[1],
         jnp.linalg.slogdet(square(p))[1],
     ),
