@@ -84,7 +84,8 @@ def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> T
         program,
         [_Entry(leaf, next(fresh)) for leaf in leaves],
         evaluate,
-        constant=lambda array: _Entry(array, None),
+        # a derivative rule may index a constant by a tracer, which NumPy cannot
+        constant=lambda array: _Entry(jnp.asarray(array), None),
         enter=CALLS | REMATERIALIZED,
     )
     found = {} if top is None else {top: jnp.ones_like(value)}
