@@ -348,7 +348,7 @@ MODELS = {
     "qr": lambda p: jnp.linalg.qr(square(p)),
     "svd": lambda p: (
         jnp.linalg.svd(square(p), compute_uv=False),
-        jnp.abs(jnp.linalg.svd(square(p))[0]),
+        jnp.abs(jnp.linalg.svd(square(p), full_matrices=False)[0]),
     ),
     "lu": lambda p: jax.scipy.linalg.lu(square(p))[1:],
     "expm": lambda p: jax.scipy.linalg.expm(spd(p) / 8),
