@@ -74,7 +74,9 @@ def newton(
         restricted to its diagonal blocks, and each block is computed separately.
       update_every: number of updates that use one factorization.
       curvature: `"hessian"`, or `"gauss_newton"` with
-        `value_fn=hessopt.composite(model_fn, loss_fn)`.
+        `value_fn=hessopt.composite(model_fn, loss_fn)`. An objective without forward
+        derivatives, such as one with a `jax.custom_vjp`, is differentiated in reverse
+        mode only.
       linesearch: a line search that takes the additive update, or None.
 
     Returns:
@@ -131,7 +133,9 @@ def newton_cg(
       learning_rate: factor on the step before the line search, or a schedule of it;
         None means 1.
       curvature: `"hessian"`, or `"gauss_newton"` with
-        `value_fn=hessopt.composite(model_fn, loss_fn)`.
+        `value_fn=hessopt.composite(model_fn, loss_fn)`. An objective without forward
+        derivatives, such as one with a `jax.custom_vjp`, is differentiated in reverse
+        mode only.
       max_iterations: maximum number of iterations per update, one product with H each.
       preconditioner: `(residual, params) -> tree`, an approximation of `H^-1 residual`,
         linear in the residual, symmetric and positive definite.
@@ -296,10 +300,11 @@ def generalized_newton(
       base: any optax transformation of constant scale that produces additive updates,
         such as `optax.sgd(1.0, momentum=0.9)` or `optax.adamw(1.0)`. The scale itself
         does not matter.
-      mode: the measurement of the parabola. `"exact"` uses derivatives; `"forward"` one
-        value of the objective at the last rate, and the slope `grad . u`; `"central"`
-        two values. A callable is also accepted, with the signature
-        `hessopt.transforms.generalized_newton.Mode`.
+      mode: the measurement of the parabola. `"exact"` uses derivatives, and for an
+        objective without forward derivatives, such as one with a `jax.custom_vjp`,
+        those in reverse mode; `"forward"` one value of the objective at the last rate,
+        and the slope `grad . u`; `"central"` two values. A callable is also accepted,
+        with the signature `hessopt.transforms.generalized_newton.Mode`.
       groups: None for one rate; else groups as in `hessopt.group_labels`, each with a
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
@@ -400,7 +405,8 @@ def grouped_newton(
       groups: groups of leaves, as in `hessopt.group_labels`.
       cubic_damping: lambda >= 0, dimensionless, or a schedule of it. With 1 the third
         derivatives enter as they are; with 0 the method is Newton's method in the
-        rates.
+        rates. With the number 0, third derivatives are not computed, and the objective
+        may depend on params through a `jax.custom_vjp`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one model to the next. The steps in between

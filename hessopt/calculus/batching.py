@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.jaxprs import Equation, interpret
+from hessopt.calculus.jaxprs import Equation, Program, interpret, primitives
 from hessopt.trees.sharding import gathered
 from hessopt.typing import Matrix
 
@@ -36,7 +36,13 @@ def stacked(
     The values equal those of `jax.vmap` up to rounding. `fun` is traced once; a
     compiled program has no overhead.
     """
-    program = jax.make_jaxpr(fun)(example)
+    return _mapped(jax.make_jaxpr(fun)(example), example)
+
+
+def _mapped(
+    program: Program, example: jax.Array
+) -> Callable[[jax.Array], list[jax.Array]]:
+    """Return `stacked` of a function that is traced already."""
 
     def mapped(batch: jax.Array) -> list[jax.Array]:
         size = batch.shape[0]
@@ -67,8 +73,14 @@ def fill_rows(
 ) -> Matrix:
     """Write the images of all unit vectors of `leaf` under `linear` into the leaf's
     rows of `matrix`, a chunk at a time."""
-    chunk = min(chunk_size, leaf.size)
-    products = stacked(linear, leaf)
+    program = jax.make_jaxpr(linear)(leaf)
+    products = _mapped(program, leaf)
+    chunk, end = min(chunk_size, leaf.size), leaf.size
+    if "fft" in primitives(program.jaxpr):
+        # XLA removes a loop of one pass; the layout that a factorization of the matrix
+        # requires then reaches the Fourier transform, which fails with it on CPUs
+        chunk = min(chunk, -(-leaf.size // 2))
+        end = max(end, chunk + 1)
 
     def fill(matrix: Matrix, start: jax.Array) -> tuple[Matrix, None]:
         units = jax.nn.one_hot(start + jnp.arange(chunk), leaf.size, dtype=leaf.dtype)
@@ -82,9 +94,7 @@ def fill_rows(
 
     # the last chunk starts early enough to be full, so that one body is compiled; a few
     # rows are written twice
-    starts = jnp.minimum(
-        jnp.arange(0, leaf.size, chunk, dtype=jnp.int32), leaf.size - chunk
-    )
+    starts = jnp.minimum(jnp.arange(0, end, chunk, dtype=jnp.int32), leaf.size - chunk)
     return jax.lax.scan(fill, matrix, starts)[0]
 
 

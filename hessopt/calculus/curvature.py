@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from hessopt._checks import check_count, choose
 from hessopt.calculus.batching import fill_rows
 from hessopt.calculus.least_squares import Root, root
+from hessopt.calculus.linearization import linearize, linearize_gradient
 from hessopt.objective.binding import Objective, as_objective, precompose
 from hessopt.trees.groups import Groups, combine, group_labels, take
 from hessopt.trees.vectors import real_leaves, solve_dtype
@@ -32,8 +33,9 @@ above 32 they exceed the cache."""
 def hessian_product(
     value_fn: ValueFn, embed: Callable[[Params], Params], part: Params
 ) -> Callable[[Params], Params]:
-    """The map `v -> H v`, forward over reverse, with the gradient linearized once."""
-    return jax.linearize(lambda p: jax.grad(value_fn)(embed(p)), part)[1]
+    """The map `v -> H v`, with the gradient linearized once: forward over reverse, or
+    reverse over reverse for a function without forward derivatives."""
+    return linearize_gradient(value_fn, part, embed)[1]
 
 
 def gauss_newton_product(
@@ -46,8 +48,8 @@ def gauss_newton_product(
         raise TypeError(
             'curvature="gauss_newton" needs value_fn=hessopt.composite(model_fn, loss_fn)'
         )
-    outputs, jacobian = jax.linearize(lambda p: objective.model_fn(embed(p)), part)
-    _, loss_hessian = jax.linearize(jax.grad(objective.loss_fn), outputs)
+    outputs, jacobian = linearize(lambda p: objective.model_fn(embed(p)), part)
+    _, loss_hessian = linearize_gradient(objective.loss_fn, outputs)
     _, transposed = jax.vjp(objective.model_fn, embed(part))
     return lambda v: transposed(loss_hessian(jacobian(v)))[0]
 
@@ -110,7 +112,9 @@ def hvp(value_fn: ValueFn, params: Params, vector: Params) -> Params:
 
     Returns:
       `H v`, a tree like `params`: the derivative of the gradient along `vector`.
-      Complex leaves follow optax's convention for gradients (`df/dx + i df/dy`).
+      Complex leaves follow optax's convention for gradients (`df/dx + i df/dy`). For a
+      `value_fn` without forward derivatives, such as one with a `jax.custom_vjp`, it is
+      the reverse derivative of the gradient, which is the same for a symmetric H.
 
     Raises:
       ValueError: if `vector` is not a tree like `params`.
@@ -159,6 +163,8 @@ def hessian(
     Returns:
       The symmetric `(n, n)` matrix in the order of `jax.flatten_util.ravel_pytree`, in
       the dtype of `params` and at least float32; with blocks, `{label: (n_b, n_b)}`.
+      A `value_fn` without forward derivatives, such as one with a `jax.custom_vjp`, is
+      differentiated twice in reverse mode.
 
     Raises:
       ValueError: for an unknown word, chunk_size < 1, or blocks that do not match

@@ -131,6 +131,13 @@ def inner_programs(params: dict[str, Any]) -> list[Any]:
     return found
 
 
+def primitives(jaxpr: Any) -> set[str]:
+    """Return the names of all primitives of a jaxpr and of the programs inside it."""
+    names = {equation.primitive.name for equation in jaxpr.eqns}
+    programs = (inner_programs(equation.params) for equation in jaxpr.eqns)
+    return names.union(*(primitives(inner) for some in programs for inner in some))
+
+
 def _variables(atoms: Sequence[Any]) -> list[Var]:
     return [atom for atom in atoms if not isinstance(atom, Literal)]
 

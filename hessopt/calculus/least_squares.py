@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from hessopt.calculus.batching import fill_rows
 from hessopt.calculus.jaxprs import Equation, interpret
+from hessopt.calculus.linearization import linearize, linearize_gradient
 from hessopt.numerics.guards import divide, matmul
 from hessopt.objective.binding import as_objective
 from hessopt.trees.vectors import ravel, solve_dtype
@@ -72,7 +73,7 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     if not objective.is_composite:
         return None
     outputs = objective.model_fn(parts)
-    slopes, loss_hessian = jax.linearize(jax.grad(objective.loss_fn), outputs)
+    slopes, loss_hessian = linearize_gradient(objective.loss_fn, outputs)
     if not is_diagonal(loss_hessian, outputs):
         return None
     dtype = solve_dtype(parts)
@@ -102,7 +103,7 @@ def _transposed_jacobian(
     offset = 0
     for i, part in enumerate(parts):
         if part.size:
-            along = jax.linearize(
+            along = linearize(
                 lambda p, i=i: jax.tree.leaves(
                     model_fn([*parts[:i], p, *parts[i + 1 :]])
                 ),

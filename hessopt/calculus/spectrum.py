@@ -59,7 +59,8 @@ def spectrum(
       limited to 2^24 entries (at least 64 vectors); eigenvalues that have not converged
       by then lie inside the true spectrum. The result is not finite if the Hessian is
       not finite. Copies of a multiple eigenvalue are found one by one; the basis grows
-      until a doubling finds no further copy.
+      until a doubling finds no further copy. The products are those of `hvp`, which
+      need no forward derivatives of `value_fn`.
 
     Raises:
       ValueError: for k outside [1, n].

@@ -19,8 +19,13 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+<<<<<<< HEAD
 from hessopt._checks import check_count, check_params, check_range, check_transformation
 from hessopt.calculus.curvature import block_hessians
+=======
+from hessopt._checks import check_count, check_range, check_transformation
+from hessopt.calculus.curvature import block_hessians, hessian_product
+>>>>>>> calc
 from hessopt.driver.loop import (
     Limits,
     Problem,
@@ -156,7 +161,8 @@ def minimize(
       over, are those of the exact stationary point nearby. The derivatives with respect
       to the starting point, and those of the state and the counts, are zero.
       Derivatives are NaN where the Hessian is singular or conjugate gradients do not
-      converge.
+      converge. An objective without forward derivatives, such as one with a
+      `jax.custom_vjp`, has derivatives of its solution in reverse mode.
 
     Raises:
       ValueError: for a negative tolerance, a max_steps that is negative or not a whole
@@ -290,13 +296,13 @@ def _solve_jvp(
 
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
     against = jax.tree.map(jnp.negative, shift)
+    restored = precompose(objective_and_aux(problem, data)[0], restore)
     if sum(part.size for part in parts) <= MAX_DENSE_SIZE:
-        restored = precompose(objective_and_aux(problem, data)[0], restore)
         d_parts = _solve_dense(
             block_hessians(restored, parts, [0] * len(parts), 1)[0], against
         )
     else:
-        _, hessian = jax.linearize(lambda parts: gradient(parts, data), parts)
+        hessian = hessian_product(restored, lambda parts: parts, parts)
         d_parts = jax.lax.custom_linear_solve(
             hessian, against, _conjugate_gradients, symmetric=True
         )

@@ -81,9 +81,11 @@ def scale_by_generalized_newton(
     """Scale additive updates by the rate of generalized Newton, measured at every step.
 
     Args:
-      mode: the measurement of the parabola. `"exact"` uses derivatives; `"forward"` one
-        value of the objective at the last rate r, and the slope `grad . u`; `"central"`
-        two values, at r and -r. A callable is also accepted, see `Mode`.
+      mode: the measurement of the parabola. `"exact"` uses derivatives, and for an
+        objective without forward derivatives, such as one with a `jax.custom_vjp`,
+        those in reverse mode; `"forward"` one value of the objective at the last rate
+        r, and the slope `grad . u`; `"central"` two values, at r and -r. A callable is
+        also accepted, see `Mode`.
       groups: None for one rate; else groups as in `hessopt.group_labels`, each with a
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one

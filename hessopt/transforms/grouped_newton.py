@@ -82,7 +82,9 @@ def scale_by_grouped_newton(
       groups: groups of leaves, as in `hessopt.group_labels`.
       cubic_damping: lambda >= 0, dimensionless, or a schedule of it. With 1 the third
         derivatives enter as they are; with 0 the method is Newton's method in the
-        rates.
+        rates. With the number 0, third derivatives are not computed, and the objective
+        may depend on params through a `jax.custom_vjp`, such as
+        `jax.experimental.ode.odeint`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       update_every: number of steps from one model to the next. The steps in between
@@ -141,10 +143,12 @@ def scale_by_grouped_newton(
 
     Raises:
       ValueError: for numbers out of range, or unknown groups.
-      TypeError: in `update`, for a missing objective or params.
+      TypeError: in `update`, for a missing objective or params, and for an objective
+        with a `jax.custom_vjp` unless cubic_damping is the number 0.
 
-    Cost per model: that of `taylor(order=3)` and `solve_cubic`, and one value for the
-    safeguard. The steps in between cost nothing. Memory: `S^2`.
+    Cost per model: that of `taylor(order=3)`, with the number 0 for cubic_damping that
+    of `taylor(order=2)`, of `solve_cubic`, and one value for the safeguard. The steps
+    in between cost nothing. Memory: `S^2`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -169,7 +173,7 @@ def scale_by_grouped_newton(
         "scale_by_grouped_newton",
         State=GroupedNewtonState,
         blank=_blank,
-        measure=_measure,
+        measure=functools.partial(_measure, 3 if solver.is_cubic else 2),
         solve=functools.partial(_solve, solver),
     )
     return scale_by_rates(
@@ -192,17 +196,23 @@ class _Solver(NamedTuple):
     cross_groups: bool
     ridge: jax.typing.ArrayLike
 
+    @property
+    def is_cubic(self) -> bool:
+        """Whether the third derivatives are used, as far as is known while tracing."""
+        lam = self.cubic_damping
+        return not isinstance(lam, int | float) or lam != 0
+
 
 def _blank(size: int, dtype: Any) -> Cubic:
     g, H, d = (jnp.zeros(shape, dtype) for shape in (size, (size, size), size))
     return Cubic(g, H, d)
 
 
-def _measure(problem: RateProblem, rate: Vector) -> Measurement:
-    """Measure the model with derivatives, in one sweep of tangents."""
-    value, gradient, hessian, third = taylor_terms(problem, order=3)
+def _measure(order: int, problem: RateProblem, rate: Vector) -> Measurement:
+    """Measure the model with derivatives up to the order, in one sweep of tangents."""
+    value, gradient, hessian, third = taylor_terms(problem, order)
     assert hessian is not None
-    assert third is not None
+    third = jnp.zeros_like(gradient) if third is None else third
     # d_s has the unit of phi^(1/3) / eta_s, so that |D eta|^3 has that of phi
     return Measurement(value, Cubic(-gradient, hessian, jnp.cbrt(jnp.abs(third))))
 

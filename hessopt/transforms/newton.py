@@ -110,7 +110,9 @@ def scale_by_newton(
         restricted to its diagonal blocks, and each block is computed separately.
       update_every: number of updates that use one factorization.
       curvature: `"hessian"`, or `"gauss_newton"` with
-        `value_fn=hessopt.composite(model_fn, loss_fn)`.
+        `value_fn=hessopt.composite(model_fn, loss_fn)`. An objective without forward
+        derivatives, such as one with a `jax.custom_vjp`, is differentiated in reverse
+        mode only.
 
     Returns:
       A transformation of the gradient into `+p`, whose `update(grads, state, params, *,

@@ -84,7 +84,9 @@ def scale_by_newton_cg(
 
     Args:
       curvature: `"hessian"`, or `"gauss_newton"` with
-        `value_fn=hessopt.composite(model_fn, loss_fn)`.
+        `value_fn=hessopt.composite(model_fn, loss_fn)`. An objective without forward
+        derivatives, such as one with a `jax.custom_vjp`, is differentiated in reverse
+        mode only.
       max_iterations: maximum number of iterations per update, one product with H each.
       preconditioner: `(residual, params) -> tree`, an approximation of `H^-1 residual`,
         linear in the residual, symmetric and positive definite.

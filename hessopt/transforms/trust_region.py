@@ -39,6 +39,7 @@ from hessopt._checks import (
     renamed_arguments,
 )
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
+from hessopt.calculus.linearization import has_forward_derivative, linearize_gradient
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
 from hessopt.kinds.subproblems import (
@@ -133,14 +134,16 @@ def trust_region_newton(
         method of Levenberg and Marquardt. If the Hessian of the loss in the outputs is
         diagonal, as for a sum of squares, the singular values of the Jacobian are used,
         which avoids squaring the condition number; the gradient is then computed from
-        value_fn, and `grads` is not used.
+        value_fn, and `grads` is not used. An objective without forward derivatives,
+        such as one with a `jax.custom_vjp`, is differentiated in reverse mode only.
       initial_radius: length of the first trial step, in units of D p; by default that
         of the Cauchy step, and for `"gauss_newton"` with `"exact"` `100 |D x|`, where x
         is params, if that is not zero: the first trial is then usually the full step.
       max_trials: maximum number of trials per update; after each rejected trial the
         next one is shorter.
       geodesic_acceleration: whether to correct steps by the second derivative of the
-        outputs; for `"gauss_newton"` and `"exact"`.
+        outputs; for `"gauss_newton"` and `"exact"`, and for a model with forward
+        derivatives.
 
     Returns:
       An optimizer that is used without a chain: it maps the gradient to an additive
@@ -159,7 +162,7 @@ def trust_region_newton(
       ValueError: for max_trials < 1, initial_radius <= 0, an unknown word, or
         geodesic_acceleration with another curvature or subproblem than it is for.
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
-        missing.
+        missing; for geodesic_acceleration also if the model has no forward derivatives.
 
     Cost per update: n products of about two gradients each (with a diagonal loss:
     tangents of the model and `2 m n^2` multiplications, m outputs) and about `9 n^3`
@@ -383,11 +386,17 @@ def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:
     """Return `J'L r''`, where r'' is the second derivative of the outputs along p."""
     outputs, transposed = jax.vjp(objective.model_fn, parts)
 
+    if not has_forward_derivative(objective.model_fn, parts):
+        raise TypeError(
+            "geodesic_acceleration=True needs forward derivatives of the model, which "
+            "depends on params through a jax.custom_vjp; use geodesic_acceleration=False"
+        )
+
     def slope(x: Leaves) -> Params:
         return jax.jvp(objective.model_fn, (x,), (p,))[1]
 
     second = jax.jvp(slope, (parts,), (p,))[1]
-    return transposed(jax.jvp(jax.grad(objective.loss_fn), (outputs,), (second,))[1])[0]
+    return transposed(linearize_gradient(objective.loss_fn, outputs)[1](second))[0]
 
 
 def _unbounded_decrease(w: Vector, z: Vector, least: jax.Array) -> jax.Array:

@@ -181,7 +181,7 @@ def test_parameters_that_have_not_moved_reset_the_matrix():
     assert status(state) == StepStatus.MEMORY_RESET
     assert (int(state.info.pairs), int(state.info.resets)) == (0, 1)
     # the scale is still the best guess
-    np.testing.assert_allclose(p, float(state.gamma) * 0.2 * x)
+    np.testing.assert_allclose(p, float(state.gamma * state.factor) * 0.2 * x)
     p, state = tx.update(5.0 * x, state, 0.2 * x)
     # but a long step is cut to unit length
     np.testing.assert_allclose(jnp.linalg.norm(p), 1.0)

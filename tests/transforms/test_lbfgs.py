@@ -195,7 +195,9 @@ def test_pairs_of_the_same_batch_hold_no_noise_of_the_batches():
         x = x - 0.1 * p
     assert int(state.info.pairs) == 2
     np.testing.assert_allclose(
-        state.pairs[:, 1], jnp.array([1.0, 10.0]) * state.pairs[:, 0], rtol=1e-12
+        state.pairs[:, 1],
+        state.factor * jnp.array([1.0, 10.0]) * state.pairs[:, 0],
+        rtol=1e-12,
     )
     with pytest.raises(
         TypeError, match=r"scale_by_lbfgs\(same_batch_pairs=True\) needs the objective"

@@ -215,7 +215,7 @@ def test_linear_least_squares_are_solved_though_their_normal_equations_are_singu
     np.testing.assert_allclose(x, jnp.arange(1.0, 14), rtol=1e-6)
     # not seen to be diagonal
     squared = composite(lambda x: A @ x, lambda z: 0.5 * jnp.sum((z - y)[::-1] ** 2))
-    units = 2.0 ** -np.round(np.log2(np.linalg.norm(A, axis=0)))
+    units = 1 / np.linalg.norm(A, axis=0)
     lowest = np.linalg.svd(A * units, compute_uv=False)[-1] ** 2
     found, lost = (
         once(tx, f, jnp.zeros(13))[1].info.lowest for f in (value_fn, squared)

@@ -75,6 +75,9 @@ def taylor(
       TypeError: if value_fn does not return a real scalar; for order 3 also if it
         depends on params through a `jax.custom_vjp`, which the message names.
 
+    Up to order 2 a `jax.custom_vjp` needs no forward derivatives: where they do not
+    exist, the reverse derivatives of its rule are used.
+
     Outside of jit every call compiles again. If a derivative rule is not the derivative
     of its function (as in a straight-through estimator), `jax.hessian(phi)` is not
     symmetric, and this Hessian, which is symmetric, need not equal it. Leaves that are
@@ -131,7 +134,8 @@ def taylor(
         custom = next((operation.custom for operation in used if operation.custom), "")
         if order == 3 and custom:
             raise TypeError(
-                f"taylor(order=3) needs forward derivatives, but {custom} has a jax.custom_vjp; use order=2"
+                f"taylor(order=3) needs forward derivatives, but {custom} has a jax.custom_vjp; use order=2, "
+                "or cubic_damping=0.0 with grouped_newton"
             )
         gradient = _gradient(tape, steps, own, count, dtype)
         if order == 1:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from hessopt.calculus.linearization import has_forward_derivative
 from hessopt.calculus.taylor.tangents import gram
 from hessopt.typing import Matrix, Params, Vector
 
@@ -26,6 +27,7 @@ def rows(
     if not count:
         return jnp.zeros((0, 0), dtype), jnp.zeros(0, dtype)
     gradient = jax.grad(objective, argnums=tuple(range(len(leaves))))
+    forward = has_forward_derivative(gradient, *leaves)
 
     def terms(group: jax.Array) -> tuple[Vector, jax.Array]:
         own = tuple(
@@ -36,7 +38,10 @@ def rows(
         def along(fun: Callable[..., Params]) -> Callable[..., Params]:
             return lambda *x: jax.jvp(fun, x, own)[1]
 
-        turned = along(gradient)(*leaves)
+        # H is symmetric: the reverse derivative of the gradient is its product too
+        turned = (
+            along(gradient)(*leaves) if forward else jax.vjp(gradient, *leaves)[1](own)
+        )
         row = jnp.zeros(count, dtype)
         for part, u, label in zip(turned, updates, labels, strict=True):
             row = row.at[label].add(gram(part[None], u[None], dtype)[0, 0])

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from hessopt.calculus.linearization import linearize
 from hessopt.calculus.taylor.pointwise import contract_pointwise, is_pointwise
 from hessopt.calculus.taylor.tangents import (
     Contribution,
@@ -175,7 +176,7 @@ def _hessian(
     # products of two operands are computed from the side with fewer groups
     for n, groups in enumerate(order):
         turned = stacked(
-            _along(reverse, operation, parts[groups]),
+            _turning(reverse, operation, parts[groups]),
             *(x[p].stack for p in parts[groups]),
         )
         for others in order[n:]:
@@ -306,11 +307,33 @@ def _along(
     return lambda *tangents: jax.jvp(moving, values, tangents)[1]
 
 
+def _turning(
+    reverse: Callable[..., Arrays], operation: Operation, places: Places
+) -> Callable[..., Arrays]:
+    """Return this derivative of the reverse pass. Its matrix is symmetric, so its own
+    reverse pass replaces a forward derivative that does not exist."""
+    if not operation.reverse_only:
+        return _along(reverse, operation, places)
+
+    def turned(*tangents: jax.Array) -> Arrays:
+        moved = dict(zip(places, tangents, strict=True))
+        along = (
+            moved.get(p, jnp.zeros_like(v)) for p, v in enumerate(operation.values)
+        )
+        return jax.vjp(reverse, *operation.values)[1](tuple(along))
+
+    return turned
+
+
 def _forward(operation: Operation, places: Places) -> Callable[..., Arrays]:
     """Return this derivative of the operation itself; for a `jax.custom_vjp`, JAX's
-    derivative of its forward pass."""
+    derivative of its forward pass, or the transpose of its reverse pass."""
     if not operation.custom:
         return _along(operation.fun, operation, places)
+    if operation.reverse_only:
+        moving, values = _at(operation.fun, operation, places)
+        linear = linearize(lambda some: moving(*some), values)[1]
+        return lambda *tangents: linear(tangents)
     return _along(lambda *values: jax.vjp(operation.fun, *values)[0], operation, places)
 
 

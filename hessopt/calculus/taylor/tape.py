@@ -21,6 +21,7 @@ from hessopt.calculus.jaxprs import (
     inner_programs,
     interpret,
 )
+from hessopt.calculus.linearization import has_forward_derivative
 
 CUSTOM = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
@@ -37,6 +38,7 @@ class Operation(NamedTuple):
     # name of a function with its own reverse rule (`jax.custom_vjp`) in it, "" if there
     # is none
     custom: str
+    reverse_only: bool  # whether that function has no forward derivatives at all
 
 
 class Tape(NamedTuple):
@@ -82,7 +84,8 @@ def record(value_fn: Callable[..., jax.Array], leaves: Sequence[jax.Array]) -> T
         program,
         [_Entry(leaf, next(fresh)) for leaf in leaves],
         evaluate,
-        constant=lambda array: _Entry(array, None),
+        # a derivative rule may index a constant by a tracer, which NumPy cannot
+        constant=lambda array: _Entry(jnp.asarray(array), None),
         enter=CALLS | REMATERIALIZED,
     )
     found = {} if top is None else {top: jnp.ones_like(value)}
@@ -150,13 +153,21 @@ def _operate(
     # the reverse pass is evaluated when the adjoints of the outputs are known
     outputs, pull, others = jax.vjp(fun, *values, has_aux=True)
     results = tuple(next(fresh) for _ in outputs)
+    custom = _custom(equation.name, equation.params)
+
+    # both passes of the function, which its derivatives of second order differentiate
+    def passes(*values: jax.Array) -> Any:
+        outputs, pull = jax.vjp(lambda *x: fun(*x)[0], *values)
+        return outputs, pull(tuple(map(jnp.zeros_like, outputs)))
+
     operation = Operation(
         equation.name,
         lambda *x: fun(*x)[0],
         tuple(active),
         values,
         results,
-        _custom(equation.name, equation.params),
+        custom,
+        bool(custom) and not has_forward_derivative(passes, *values),
     )
     records.append(_Record(operation, outputs, pull))
     ours = map(_Entry, outputs, results)
