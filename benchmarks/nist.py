@@ -116,7 +116,7 @@ def levenberg_marquardt(fit: nist.Fit, value_fn: Any) -> Callable[[np.ndarray], 
     return run
 
 
-GAUSS_NEWTON = {"curvature": "gauss_newton"}
+GAUSS_NEWTON: dict[str, Any] = {"curvature": "gauss_newton"}
 
 SOLVERS: dict[str, Solver] = {
     "hessopt Gauss-Newton": driven(lambda: hessopt.trust_region_newton(**GAUSS_NEWTON)),

@@ -311,9 +311,8 @@ def _direction(found: list[Report], grad: Params, updates: optax.Updates) -> Dir
     models = [report.predicted for report in found if report.predicted is not None]
     if not models:
         along = jnp.abs(inner(grad, updates)) / 2
-        return Direction(
-            *(jnp.where(size == 0, jnp.inf, x) for x in (along, size)), None
-        )
+        along, size = (jnp.where(size == 0, jnp.inf, x) for x in (along, size))
+        return Direction(along, size, None)
     predicted = functools.reduce(jnp.maximum, models)
     if rates:
         taken = functools.reduce(jnp.multiply, rates)

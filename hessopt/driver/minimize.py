@@ -19,13 +19,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-<<<<<<< HEAD
 from hessopt._checks import check_count, check_params, check_range, check_transformation
-from hessopt.calculus.curvature import block_hessians
-=======
-from hessopt._checks import check_count, check_range, check_transformation
 from hessopt.calculus.curvature import block_hessians, hessian_product
->>>>>>> calc
 from hessopt.driver.loop import (
     Limits,
     Problem,

@@ -28,7 +28,9 @@ def equilibration(H: Matrix) -> Vector:
     def sizes(t: Vector) -> Vector:
         return or_one(jnp.max(jnp.abs(H) * t * t[:, None], axis=1, initial=0.0))
 
-    def improve(carry: tuple[jax.Array, Vector, Vector]) -> tuple[jax.Array, ...]:
+    def improve(
+        carry: tuple[jax.Array, Vector, Vector],
+    ) -> tuple[jax.Array, Vector, Vector]:
         rounds, t, rows = carry
         t = t * jax.lax.rsqrt(rows)
         return rounds + 1, t, sizes(t)
@@ -44,18 +46,20 @@ def equilibration(H: Matrix) -> Vector:
 
 
 def largest_scales(
-    scales: Vector, t: Vector, known: jax.Array
+    scales: Vector | None, t: Vector, known: jax.Array
 ) -> tuple[Vector, Vector]:
     """Return the diagonal of D, the larger of its previous value and `1/t`, and 1/D.
 
     Args:
-      scales: `(n,)`, the previous diagonal of D; 0 for an entry that is not known.
+      scales: `(n,)`, the previous diagonal of D, 0 for an entry that is not known; None
+        if no entry is.
       t: `(n,)`, the scales that equilibrate the matrix, as `equilibration` returns.
       known: `(n,)` bools, whether t is known: a row of zeros does not determine it.
 
     In 1/D, an entry that is not known yet is replaced by that of the largest one.
     """
-    scales = jnp.maximum(scales, jnp.where(known, 1 / t, 0.0))
+    found = jnp.where(known, 1 / t, 0.0)
+    scales = found if scales is None else jnp.maximum(scales, found)
     largest = unit_scale(scales)
     return scales, 1 / jnp.where(scales > 0, scales, largest)
 
