@@ -73,12 +73,15 @@ def scipy_solver(method: str) -> Solver:
         jacobian = jax.jit(jax.jacfwd(lambda b: fit.model_fn(b) - fit.y))
         tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15)
 
+        def finite_jacobian(b: np.ndarray) -> Any:
+            return np.nan_to_num(jacobian(b))
+
         def run(start: np.ndarray) -> Result:
             with np.errstate(all="ignore"):
                 found = least_squares(
                     lambda b: np.nan_to_num(residuals(b), posinf=1e200, neginf=-1e200),
                     start,
-                    jac=lambda b: np.nan_to_num(jacobian(b)),
+                    jac=finite_jacobian,
                     method=method,
                     x_scale="jac",
                     max_nfev=10 * MAX_STEPS,

@@ -2,8 +2,8 @@
 
 H is the Hessian (or Gauss-Newton matrix) of the objective, or its diagonal blocks, and
 lambda is a constant or a schedule. The system is solved in scaled parameters D p, with
-a diagonal matrix D that equilibrates H; each entry is the largest one so far, as in
-`trust_region.py`. Away from a minimum H need not be positive definite, and `-p` need
+a diagonal matrix D that equilibrates H + lambda I; each entry is the largest one so far,
+as in `trust_region.py`. Away from a minimum H need not be positive definite, and `-p` need
 not be a descent direction. There are three treatments of `D^-1 (H + lambda I) D^-1`:
 
 - `"shift"` adds a sufficient multiple of the identity (`numerics/cholesky.py`), which is
