@@ -71,21 +71,21 @@ def scipy_solver(method: str) -> Solver:
 
         residuals = jax.jit(lambda b: fit.model_fn(b) - fit.y)
         jacobian = jax.jit(jax.jacfwd(lambda b: fit.model_fn(b) - fit.y))
-        tolerances = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15)
 
         def finite_jacobian(b: np.ndarray) -> Any:
             return np.nan_to_num(jacobian(b))
+
+        options: dict[str, Any] = dict.fromkeys(("ftol", "xtol", "gtol"), 1e-15)
+        options |= {"jac": finite_jacobian, "max_nfev": 10 * MAX_STEPS}
 
         def run(start: np.ndarray) -> Result:
             with np.errstate(all="ignore"):
                 found = least_squares(
                     lambda b: np.nan_to_num(residuals(b), posinf=1e200, neginf=-1e200),
                     start,
-                    jac=finite_jacobian,
                     method=method,
                     x_scale="jac",
-                    max_nfev=10 * MAX_STEPS,
-                    **tolerances,
+                    **options,
                 )
             return Result(found.x, found.nfev, f"status {found.status}", found.success)
 
