@@ -44,9 +44,6 @@ LEAST_TOLERANCE_POWER = 3 / 8
 """Exponent of the machine epsilon that is the smallest tolerance on the share of the
 predicted decrease; its square is well above the rounding of the value."""
 
-WHOLE = 0.1
-"""Largest difference from 1 of the share of a direction that counts as all of it."""
-
 LARGE_SHARE = 0.01
 """Smallest predicted decrease, relative to the value, at which the value counts as
 tending to zero."""
@@ -97,26 +94,15 @@ class Run(NamedTuple):
     termination: jax.Array
 
 
-class Direction(NamedTuple):
-    """The direction p of a step."""
-
-    # scalar, decrease that the model predicted for p; inf if not known
-    predicted: jax.Array
-    length: jax.Array  # scalar, largest magnitude in p; inf if not known
-    # scalar, share of p that was taken; None for a method without a model, whose
-    # direction is the step
-    taken: jax.Array | None
-
-
 class Step(NamedTuple):
     """The sizes of a step, scalars."""
 
     change: jax.Array  # absolute change of the value
     move: jax.Array  # largest magnitude in the change of params
-    # bounds on the decrease and the direction that are left; inf if not known
+    # decrease that the model predicted for the whole direction p; inf if not known
     predicted: jax.Array
-    length: jax.Array
-    has_model: bool  # whether the method has a model
+    length: jax.Array  # largest magnitude in p; inf if not known
+    has_model: bool  # whether the method has a model; otherwise p is the step
 
 
 class Problem(NamedTuple):
@@ -228,7 +214,8 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
     has_failed = jnp.bool_(silent) if not found else failed(found)
 
     # the sizes of the step, and the best point so far
-    step = _measured(old, here, move, _direction(found, old.grad, updates))
+    direction = _direction(found, old.grad, updates)
+    step = Step(jnp.abs(here.value - old.value), move, *direction)
     better = _is_better(here, run.best) & jnp.isfinite(move)
 
     # the steps since f or |g| was smaller than before by more than rounding
@@ -299,12 +286,15 @@ def _recorded(here: Point, record: Point) -> tuple[Point, jax.Array]:
     return select(progress, Point(None, value, None, size), record), progress
 
 
-def _direction(found: list[Report], grad: Params, updates: optax.Updates) -> Direction:
-    """Return the direction of a step u.
+def _direction(
+    found: list[Report], grad: Params, updates: optax.Updates
+) -> tuple[jax.Array, jax.Array, bool]:
+    """Return the decrease that the model predicts for the whole direction p, the size
+    of p, and whether there is a model.
 
-    A line search took `u = t p` with a known t. A bounded model took a step with a
-    decrease of `|g.u| / 2`, at most that without the bound. For a method without a model
-    p is u, and the decrease `|g.u| / 2`.
+    A line search took `u = t p` with a known t. A bounded model took a step u with a
+    decrease of `|g.u| / 2`, at most that of p. For a method without a model p is u, and
+    the decrease `|g.u| / 2`.
     """
     size = _size(updates)
     rates = [report.rate for report in found if report.rate is not None]
@@ -312,32 +302,15 @@ def _direction(found: list[Report], grad: Params, updates: optax.Updates) -> Dir
     if not models:
         along = jnp.abs(inner(grad, updates)) / 2
         along, size = (jnp.where(size == 0, jnp.inf, x) for x in (along, size))
-        return Direction(along, size, None)
+        return along, size, False
     predicted = functools.reduce(jnp.maximum, models)
     if rates:
         taken = functools.reduce(jnp.multiply, rates)
     else:
         along = jnp.abs(inner(grad, updates)) / 2
         taken = divide(along, predicted, predicted > 0)
-    taken = jnp.where(size > 0, taken, 0.0)
-    return Direction(predicted, divide(size, taken, taken > 0, jnp.inf), taken)
-
-
-def _measured(old: Point, here: Point, move: jax.Array, direction: Direction) -> Step:
-    """Return the sizes of a step from one point to another.
-
-    If the whole direction was taken, and the value fell as predicted, the model holds
-    there: what is left to gain is smaller by the ratio of the gradients.
-    """
-    predicted, length, taken = direction
-    fall = old.value - here.value
-    if taken is not None:
-        as_predicted = jnp.abs(fall - predicted) <= 0.5 * predicted
-        holds = (jnp.abs(taken - 1) <= WHOLE) & as_predicted
-        ratio = divide(here.size, old.size, old.size > here.size, 1.0)
-        left = jnp.where(holds, ratio, 1.0)
-        predicted, length = predicted * left, length * left
-    return Step(jnp.abs(fall), move, predicted, length, taken is not None)
+    known = (size > 0) & (taken > 0)
+    return predicted, divide(size, taken, known, jnp.inf), True
 
 
 class _Evaluated(Exception):
