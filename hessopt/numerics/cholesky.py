@@ -1,7 +1,7 @@
 """Cholesky factorization with the shift that makes a matrix positive definite.
 
 Finds `L L' = A + s I` for a shift `s >= 0` near the smallest sufficient one. The trials
-`s/2, s, 2s, ...` start from half of the shift of the last call, at most the norm. If
+`s/4, s/2, s, ...` start from a quarter of the shift of the last call, at most the norm. If
 the matrix changes little from call to call, one or two factorizations suffice; and an
 indefinite matrix keeps a margin of positive definiteness, which trials from zero would
 not ensure.
@@ -41,7 +41,7 @@ class ShiftedCholesky(NamedTuple):
 
 
 def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
-    """Factorize `matrix + s I` with the first s of `shift/2, shift, 2 shift, ...` for
+    """Factorize `matrix + s I` with the first s of `shift/4, shift/2, shift, ...` for
     which it is positive definite.
 
     Args:
@@ -58,7 +58,8 @@ def shifted_cholesky(matrix: Matrix, shift: jax.Array) -> ShiftedCholesky:
     eye = jnp.eye(len(matrix), dtype=matrix.dtype)
     diagonal = jnp.diagonal(matrix)
     size = norm(matrix)
-    first = jnp.minimum(jnp.where(shift / 2 < LEAST_SHIFT * size, 0.0, shift / 2), size)
+    lower = shift / 4
+    first = jnp.minimum(jnp.where(lower < LEAST_SHIFT * size, 0.0, lower), size)
 
     def attempt(last: ShiftedCholesky) -> ShiftedCholesky:
         shift = jnp.where(

@@ -66,6 +66,8 @@ class Conditions(NamedTuple):
     curv_rtol: jax.Array | float  # c2
     max_rate: jax.Array | float
     max_steps: jax.Array | int
+    # trials after which a search with a bracket fails; at most max_steps
+    max_bracketed: jax.Array | int
 
 
 _LEAVES = [0.0] * 6
@@ -115,7 +117,7 @@ def advance(
 ) -> Bracket:
     """Update the bracket with psi and psi' at `bracket.trial`, and choose the next
     trial."""
-    c1, c2, max_rate, max_steps = conditions
+    c1, c2, max_rate, max_steps, max_bracketed = conditions
     low, high, noise, t = bracket.low, bracket.high, bracket.noise, bracket.trial
     finite = jnp.isfinite(value) & jnp.isfinite(slope)
     here = Trial(
@@ -147,7 +149,8 @@ def advance(
     collapsed = bounded & ((trial <= new_low.rate) | (trial >= new_high.rate))
 
     better = finite & (here.value < jnp.minimum(bracket.best.value, 0.0))
-    failed = collapsed | (trials >= max_steps) | (~bounded & (t >= max_rate))
+    exhausted = trials >= jnp.where(bounded, max_bracketed, max_steps)
+    failed = collapsed | exhausted | (~bounded & (t >= max_rate))
     return Bracket(
         low=new_low,
         high=new_high,

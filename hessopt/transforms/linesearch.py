@@ -36,7 +36,7 @@ from hessopt.trees.vectors import (
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
 MAX_HIDDEN_TRIALS = 5
-"""Number of trials if the decrease that the slope promises for t = 1 is within rounding
+"""Number of trials, once there is a bracket, if the decrease that the slope promises for t = 1 is within rounding
 of the value. Steps of the right length then need one or two trials; more only compare
 rounding errors."""
 
@@ -127,12 +127,9 @@ def scale_by_wolfe_linesearch(
     )
     guess = choose("initial_guess", initial_guess, GUESSES)
 
-    options = _Options(
-        wolfe.Conditions(
-            slope_rtol, curv_rtol, math.inf if max_rate is None else max_rate, max_steps
-        ),
-        guess,
-    )
+    limit = math.inf if max_rate is None else max_rate
+    conditions = wolfe.Conditions(slope_rtol, curv_rtol, limit, max_steps, max_steps)
+    options = _Options(conditions, guess)
     return transformation(
         "scale_by_wolfe_linesearch",
         _init,
@@ -200,8 +197,8 @@ def _step(
     # numbers given as arrays must not widen the scalars of the search
     c1, c2, limit = (jnp.asarray(x, dtype) for x in options.conditions[:3])
     most = options.conditions.max_steps
-    most = jnp.where(start.hidden, min(most, MAX_HIDDEN_TRIALS), most)
-    conditions = wolfe.Conditions(c1, c2, limit, most)
+    bracketed = jnp.where(start.hidden, min(most, MAX_HIDDEN_TRIALS), most)
+    conditions = wolfe.Conditions(c1, c2, limit, most, bracketed)
     bracket = wolfe.begin(first, start.noise, limit)
     none = _Accepted(jax.tree.map(jnp.zeros_like, u), state.value, state.grad)
 

@@ -7,7 +7,7 @@ as in `trust_region.py`. Away from a minimum H need not be positive definite, an
 not be a descent direction. There are three treatments of `D^-1 (H + lambda I) D^-1`:
 
 - `"shift"` adds a sufficient multiple of the identity (`numerics/cholesky.py`), which is
-  remembered between steps and halved at each: H gets a multiple of D^2, so that the
+  remembered between steps and divided by four at each: H gets a multiple of D^2, so that the
   units of parameters do not matter;
 - `"absolute"` replaces the eigenvalues by their absolute values, so that saddles do not
   attract the iterates (Dauphin et al., 2014);
@@ -101,7 +101,7 @@ def scale_by_newton(
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
       on_indefinite: treatment of an `H + lambda I` that is not positive definite.
         `"shift"` adds a sufficient multiple of D^2, which is remembered between updates
-        and halved at each; `"absolute"` replaces the eigenvalues of `D^-1 (H + lambda
+        and divided by four at each; `"absolute"` replaces the eigenvalues of `D^-1 (H + lambda
         I) D^-1` by their absolute values; `"none"` uses the matrix as it is: the step
         may then lead
         towards a saddle or a maximum, and the status reports this. An
@@ -131,7 +131,7 @@ def scale_by_newton(
         missing.
 
     Cost per update: sum n_b products of about two gradients each and n_b^3/3
-    multiplications per attempted factorization (`"shift"`: 1.6 attempts on average),
+    multiplications per attempted factorization (`"shift"`: usually one or two attempts),
     every `update_every` updates; n_b^2 in between. Memory during an update: two to four
     times the sum of n_b^2; with update_every > 1 once between updates.
 

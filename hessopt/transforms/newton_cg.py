@@ -201,7 +201,8 @@ def _step(
     sound = known & found.finite
     slope = inner(g, found.x)
     downhill = slope > 0
-    p = select(downhill, found.x, zero_unless(found.finite, g))
+    gradient = zero_unless(found.finite, jax.tree.map(lambda leaf: leaf / factor, g))
+    p = select(downhill, found.x, gradient)
     direction = _restored(p, call.updates)
     status = {
         StepStatus.NONFINITE: ~sound,
@@ -216,7 +217,7 @@ def _step(
             status=step_status(status),
             products=found.products + jnp.int32(options.warm_start),
             residual=found.residual / or_one(size),
-            predicted=jnp.where(downhill, slope, size**2) / (2 * factor),
+            predicted=jnp.where(downhill, slope / factor, length**2) / 2,
             evaluations=jnp.zeros((), jnp.int32),
         ),
     )

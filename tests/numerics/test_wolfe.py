@@ -13,7 +13,7 @@ C1, C2 = 1e-4, 0.9
 @jax.jit
 def advance(bracket, value, slope, c2, max_rate, max_steps):
     return wolfe.advance(
-        bracket, value, slope, wolfe.Conditions(C1, c2, max_rate, max_steps)
+        bracket, value, slope, wolfe.Conditions(C1, c2, max_rate, max_steps, max_steps)
     )
 
 
