@@ -65,11 +65,11 @@ def newton(
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
       on_indefinite: treatment of an `H + lambda I` that is not positive definite.
         `"shift"` adds a sufficient multiple of D^2, which is remembered between updates
-        and divided by four at each; D is a diagonal matrix that equilibrates H. `"absolute"`
-        replaces the eigenvalues of `D^-1 (H + lambda I) D^-1` by their absolute values;
-        `"none"` uses the matrix as it is: the step may then lead
-        towards a saddle or a maximum, and the status reports this. An
-        `IndefiniteTreatment` is also accepted.
+        and divided by four at each; D is a diagonal matrix that equilibrates
+        H + lambda I. `"absolute"` replaces the eigenvalues of
+        `D^-1 (H + lambda I) D^-1` by their absolute values; `"none"` uses the matrix as
+        it is: the step may then lead towards a saddle or a maximum, and the status
+        reports this. An `IndefiniteTreatment` is also accepted.
       blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
         restricted to its diagonal blocks, and each block is computed separately.
       update_every: number of updates that use one factorization.

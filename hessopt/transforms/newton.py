@@ -2,13 +2,14 @@
 
 H is the Hessian (or Gauss-Newton matrix) of the objective, or its diagonal blocks, and
 lambda is a constant or a schedule. The system is solved in scaled parameters D p, with
-a diagonal matrix D that equilibrates H + lambda I; each entry is the largest one so far,
-as in `trust_region.py`. Away from a minimum H need not be positive definite, and `-p` need
-not be a descent direction. There are three treatments of `D^-1 (H + lambda I) D^-1`:
+a diagonal matrix D that equilibrates H + lambda I; each entry is the largest one so
+far, as in `trust_region.py`. Away from a minimum H need not be positive definite, and
+`-p` need not be a descent direction. There are three treatments of
+`D^-1 (H + lambda I) D^-1`:
 
-- `"shift"` adds a sufficient multiple of the identity (`numerics/cholesky.py`), which is
-  remembered between steps and divided by four at each: H gets a multiple of D^2, so that the
-  units of parameters do not matter;
+- `"shift"` adds a sufficient multiple of the identity (`numerics/cholesky.py`), which
+  is remembered between steps and divided by four at each: H gets a multiple of D^2, so
+  that the units of parameters do not matter;
 - `"absolute"` replaces the eigenvalues by their absolute values, so that saddles do not
   attract the iterates (Dauphin et al., 2014);
 - `"none"` takes Newton's step, which may lead to any stationary point.
@@ -101,11 +102,10 @@ def scale_by_newton(
       damping: lambda >= 0, in units of f / params^2, or a schedule of it.
       on_indefinite: treatment of an `H + lambda I` that is not positive definite.
         `"shift"` adds a sufficient multiple of D^2, which is remembered between updates
-        and divided by four at each; `"absolute"` replaces the eigenvalues of `D^-1 (H + lambda
-        I) D^-1` by their absolute values; `"none"` uses the matrix as it is: the step
-        may then lead
-        towards a saddle or a maximum, and the status reports this. An
-        `IndefiniteTreatment` is also accepted.
+        and divided by four at each; `"absolute"` replaces the eigenvalues of
+        `D^-1 (H + lambda I) D^-1` by their absolute values; `"none"` uses the matrix as
+        it is: the step may then lead towards a saddle or a maximum, and the status
+        reports this. An `IndefiniteTreatment` is also accepted.
       blocks: `"all"`, or groups as in `hessopt.group_labels`. With groups, H is
         restricted to its diagonal blocks, and each block is computed separately.
       update_every: number of updates that use one factorization.
