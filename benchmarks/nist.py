@@ -245,12 +245,22 @@ def _cell(row: dict[str, Any]) -> str:
 
 
 def _figure(rows: list[dict[str, Any]]) -> Any:
-    """The number of fits with at least six digits against evaluations."""
+    """The number of fits with at least six digits against evaluations; peers are
+    black."""
     figure, axis = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for solver in dict.fromkeys(row["solver"] for row in rows):
+    solvers = dict.fromkeys(row["solver"] for row in rows)
+    shown = [solver for solver in solvers if not solver.endswith("default gtol")]
+    ours = [solver for solver in shown if solver.startswith("hessopt")]
+    peers = [solver for solver in shown if solver not in ours]
+    styles = [(f"C{i}", "-") for i in range(len(ours))]
+    styles += [("black", style) for style in ("-", "--", "-.", ":")][: len(peers)]
+    for solver, (colour, style) in zip([*ours, *peers], styles, strict=True):
         own = [row for row in rows if row["solver"] == solver]
         spent = sorted(row["evaluations"] for row in own if row["digits"] >= RIGHT)
-        axis.step(spent, np.arange(1, len(spent) + 1), where="post", label=solver)
+        counts = np.arange(1, len(spent) + 1)
+        axis.step(
+            spent, counts, where="post", label=solver, color=colour, linestyle=style
+        )
     axis.set(
         xscale="log",
         xlabel="evaluations",
