@@ -525,7 +525,8 @@ def does_not_depend_on_the_unit_of_the_objective(case: Case) -> None:
     if case.unitless:
         for dtype, unit, rtol in (
             (np.float64, 1e12, 1e-8),
-            (np.float32, case.float32_unit, 1e-3),
+            # units that are not powers of two round differently
+            (np.float32, case.float32_unit, 1e-2),
         ):
             plain = _weighted_steps(case, dtype, 1.0)
             for weight in (1 / unit, unit):
