@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from hessopt.kinds.line_searches import accepted
 from hessopt.kinds.reports import Report, evaluations, failed, reports
@@ -22,7 +23,7 @@ from hessopt.objective.binding import (
     informed_update,
     precompose,
 )
-from hessopt.trees.vectors import applied, inner, strongly_typed
+from hessopt.trees.vectors import applied, inner, largest, strongly_typed
 from hessopt.typing import Aux, Data, Params, Termination, ValueFn
 
 _CALL = "hessopt.minimize({name}, params, tx, data=dict({given}))"
@@ -135,13 +136,7 @@ def evaluate(objective: ValueFn, params: Params) -> Point:
     optax's convention."""
     value, grad = strongly_typed(jax.value_and_grad(objective)(params))
     grad = jax.tree.map(jnp.conj, grad)
-    return Point(params, value, grad, _size(grad))
-
-
-def _size(tree: Params) -> jax.Array:
-    """Return the largest magnitude in a tree; NaN if the tree contains a NaN."""
-    sizes = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.maximum, sizes, jnp.zeros((), jnp.float32))
+    return Point(params, value, grad, largest(grad))
 
 
 def begin(
@@ -153,7 +148,10 @@ def begin(
 ) -> Run:
     """Evaluate the starting point and test for termination: a run may end before its
     first step."""
-    here, extent = evaluate(objective_and_aux(problem, data)[0], params), _size(params)
+    here, extent = (
+        evaluate(objective_and_aux(problem, data)[0], params),
+        largest(params),
+    )
     scale = jnp.maximum(jnp.abs(here.value), here.size * or_one(extent))
     run = Run(
         here=here,
@@ -200,7 +198,7 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
     # x+ = x + u
     updates, state = _updated(update, objective, run)
     params = applied(old.params, updates)
-    move = _size(jax.tree.map(jnp.subtract, params, old.params))
+    move = largest(jax.tree.map(jnp.subtract, params, old.params))
 
     # f and g at x+, which a line search has computed already
     kept = accepted(state, (old.value, old.grad))
@@ -224,7 +222,7 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
     at_floor = _is_at_floor(run._replace(here=here), step)
     of_step = jnp.where(at_floor, FLOOR_STEP, level)
     of_zero = jnp.where(has_failed, FAILED_STEP, 0)
-    counts = jnp.where(_size(updates) == 0, of_zero, of_step)
+    counts = jnp.where(largest(updates) == 0, of_zero, of_step)
     counts = jnp.where(at_floor & has_failed, PATIENCE, counts)
     new = run._replace(
         here=here,
@@ -263,7 +261,7 @@ def _reused(
     step of zero they are those of the old point: a search may have kept others."""
     found = kept[0], jax.tree.map(jnp.conj, kept[1])
     value, grad = select(move == 0, (old.value, old.grad), found)
-    return Point(params, value, grad, _size(grad))
+    return Point(params, value, grad, largest(grad))
 
 
 def _is_better(here: Point, best: Point) -> jax.Array:
@@ -296,7 +294,7 @@ def _direction(
     decrease of `|g.u| / 2`, at most that of p. For a method without a model p is u, and
     the decrease `|g.u| / 2`.
     """
-    size = _size(updates)
+    size = largest(updates)
     rates = [report.rate for report in found if report.rate is not None]
     models = [report.predicted for report in found if report.predicted is not None]
     if not models:
@@ -348,10 +346,10 @@ def _share(run: Run, step: Step) -> jax.Array:
     return divide(step.predicted, value, value > 0, nothing)
 
 
-def _is_short(run: Run, step: Step, tolerance: jax.Array) -> jax.Array:
+def _is_short(run: Run, step: Step, tolerance: ArrayLike) -> jax.Array:
     """Return whether the direction is at most `tolerance` times the parameters, here or
     at the start."""
-    extent = jnp.maximum(_size(run.here.params), run.extent)
+    extent = jnp.maximum(largest(run.here.params), run.extent)
     return step.length <= tolerance * extent
 
 
@@ -372,13 +370,8 @@ def _is_near(run: Run, step: Step, gtol: jax.Array) -> jax.Array:
 
 def _is_at_floor(run: Run, step: Step) -> jax.Array:
     """Return whether rounding hides the predicted decrease, or the direction."""
-    noise = _rounding(run.here.value)
-    return (_share(run, step) <= noise) | _is_short(run, step, jnp.asarray(noise))
-
-
-def _rounding(value: jax.Array) -> float:
-    """Return the relative change of value or params that rounding hides."""
-    return 10 * float(jnp.finfo(value.dtype).eps)
+    noise = 10 * jnp.finfo(run.here.value.dtype).eps
+    return (_share(run, step) <= noise) | _is_short(run, step, noise)
 
 
 def _judge(run: Run, step: Step, limits: Limits) -> jax.Array:
@@ -392,7 +385,7 @@ def _judge(run: Run, step: Step, limits: Limits) -> jax.Array:
     fall = run.start_value - value
     # the value does not exceed the best one
     settled = (move > 0) & (value <= run.best.value + _noise(value, run.best.value))
-    far = _size(run.here.params) > UNBOUNDED_DISTANCE * or_one(run.extent)
+    far = largest(run.here.params) > UNBOUNDED_DISTANCE * or_one(run.extent)
     reasons = (
         (
             Termination.UNBOUNDED,
@@ -414,7 +407,7 @@ def _judge(run: Run, step: Step, limits: Limits) -> jax.Array:
             Termination.STEP,
             settled
             & (limits.xtol > 0)
-            & (move <= limits.xtol * _size(run.here.params)),
+            & (move <= limits.xtol * largest(run.here.params)),
         ),
         (Termination.STALLED_AT_NOISE, run.waited >= PATIENCE),
     )

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_params
-from hessopt.numerics.equilibration import unit_power
 from hessopt.objective.binding import Objective, bind, require_given, require_params
-from hessopt.trees.vectors import largest
+from hessopt.trees.vectors import unit_factor
 from hessopt.typing import Params, ValueFn
 
 
@@ -64,7 +63,7 @@ def in_own_unit(call: Call, factor: jax.Array) -> tuple[Call, jax.Array]:
     factor = jax.lax.cond(
         factor > 0,
         lambda: factor,
-        lambda: unit_power(largest(call.gradient)).astype(factor.dtype),
+        lambda: unit_factor(call.gradient).astype(factor.dtype),
     )
 
     def scaled(tree: Params) -> Params:

@@ -18,20 +18,16 @@ from hessopt.calculus.curvature import Curvature, block_hessians, curvature_prod
 from hessopt.calculus.krylov import combination, krylov, orthogonalized, within
 from hessopt.calculus.least_squares import Root
 from hessopt.numerics import secular
-from hessopt.numerics.equilibration import (
-    equilibration,
-    largest_scales,
-    unit_power,
-)
+from hessopt.numerics.equilibration import equilibration, largest_scales
 from hessopt.numerics.guards import divide, matmul, or_one
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import Objective
 from hessopt.trees.vectors import (
     all_finite,
     inner,
-    largest,
     ravel,
     solve_dtype,
+    unit_factor,
     unravel,
 )
 from hessopt.typing import Vector
@@ -144,7 +140,7 @@ def conjugate(local: LocalModel) -> EigenModel:
     the parameters; the objective is multiplied by a power of two, so that squares of the
     gradient neither overflow nor underflow."""
     wide = solve_dtype(local.parts)
-    factor = unit_power(largest(local.gradient)).astype(wide)
+    factor = unit_factor(local.gradient).astype(wide)
     linear = curvature_product(local.objective, local.parts, local.curvature)
 
     def multiply(v: Leaves) -> Leaves:

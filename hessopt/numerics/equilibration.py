@@ -13,8 +13,8 @@ from hessopt.typing import Matrix, Vector
 
 EQUILIBRATION_ROUNDS = 10
 """Largest number of rounds; each reduces the ratios of the row sizes to their square
-roots. The rows of a positive definite matrix need one, since no entry exceeds the
-geometric mean of two diagonal entries."""
+roots. A positive definite matrix needs none after the scaling by its diagonal, since
+no entry exceeds the geometric mean of two diagonal entries."""
 
 
 def equilibration(H: Matrix) -> Vector:

@@ -36,9 +36,9 @@ from hessopt.trees.vectors import (
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
 MAX_HIDDEN_TRIALS = 5
-"""Number of trials, once there is a bracket, if the decrease that the slope promises for t = 1 is within rounding
-of the value. Steps of the right length then need one or two trials; more only compare
-rounding errors."""
+"""Number of trials, once there is a bracket, if the decrease that the slope promises for
+t = 1 is within rounding of the value. Steps of the right length then need one or two
+trials; more only compare rounding errors."""
 
 InitialGuess = Callable[[jax.Array, jax.Array], jax.Array]
 """`(fall, slope) -> rate`: the first trial, from the decrease of the objective in the

@@ -25,16 +25,15 @@ from hessopt._checks import check_count, injectable
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.cg import conjugate_gradients, forcing
-from hessopt.numerics.equilibration import unit_power
 from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.objective.binding import precompose
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import (
     inner,
     inner_products,
-    largest,
     real_leaves,
     solve_dtype,
+    unit_factor,
 )
 from hessopt.typing import Params, StepStatus, step_status
 
@@ -169,7 +168,7 @@ def _step(
 ) -> tuple[optax.Updates, NewtonCgState]:
     # the system H p = g in real leaves, in at least float32; both sides are multiplied by
     # a power of two, so that squares of g neither overflow nor underflow
-    factor = unit_power(largest(call.updates))
+    factor = unit_factor(call.updates)
     multiply, precondition = _products(options, call, factor)
     g = _wide(call.updates, call.params, factor)
     size = jnp.sqrt(inner(g, g))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hessopt.numerics.equilibration import unit_power
 from hessopt.numerics.norms import unit_scale
 from hessopt.trees.sharding import contract, gathered, split_like
 from hessopt.typing import Matrix, Params, Tree, Vector
@@ -130,6 +131,12 @@ def largest(tree: Params) -> jax.Array:
         for leaf in jax.tree.leaves(tree)
     ]
     return jnp.max(jnp.stack([jnp.zeros((), dtype), *sizes]))
+
+
+def unit_factor(tree: Params) -> jax.Array:
+    """Return the power of two that brings the largest magnitude in a tree near 1, so that
+    squares neither overflow nor underflow; 1 for zero."""
+    return unit_power(largest(tree))
 
 
 def tree_norm(tree: Params) -> jax.Array:
