@@ -83,8 +83,8 @@ def _none(matrix: Matrix, shift: jax.Array) -> Factorization:
 
 
 SHIFT = IndefiniteTreatment(_shift, cholesky_solve)
-"""`A + s I` with a remembered s, which is divided by four or doubled until the matrix is
-positive definite. Cost: Cholesky, n^3/3 multiplications per attempt."""
+"""`A + s I` with a remembered s, which is divided by four, then multiplied by four until
+the matrix is positive definite. Cost: Cholesky, n^3/3 multiplications per attempt."""
 
 ABSOLUTE = IndefiniteTreatment(_absolute, _solve_absolute)
 """`|A|`, with the absolute values of the eigenvalues, so that saddles do not attract

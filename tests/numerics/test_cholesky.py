@@ -52,13 +52,13 @@ def test_the_shift_makes_the_matrix_positive_definite_and_is_not_much_too_large(
     assert found.ok
     assert residual(found, matrix) < 1e-13
     assert found.shift >= needed - 1e-12 * norm
-    assert found.shift <= max(2.01 * needed + 1.01 * FIRST_SHIFT * norm, remembered)
+    assert found.shift <= max(4.01 * needed + 1.01 * FIRST_SHIFT * norm, remembered)
 
 
-def test_a_quarter_of_the_remembered_shift_is_tried_and_then_doubled():
-    matrix, remembered = symmetric([-1.0, 1.0, 2.0]), (8.0, 3.0, 1.6)
+def test_a_quarter_of_the_remembered_shift_is_tried_and_then_four_times_as_much():
+    matrix, remembered = symmetric([-1.0, 1.0, 2.0]), (8.0, 3.0, 0.8)
     shifts = [float(factorize(matrix, s).shift) for s in remembered]
-    np.testing.assert_allclose(shifts, [2.0, 1.5, 1.6])
+    np.testing.assert_allclose(shifts, [2.0, 3.0, 3.2])
     assert [int(factorize(matrix, s).attempts) for s in remembered] == [1, 2, 3]
     np.testing.assert_allclose(factorize(matrix, 1e9).shift, np.linalg.norm(matrix))
 
