@@ -30,6 +30,12 @@ RUNS = (
     hessopt.newton(),
     hessopt.bfgs(formula="ssbroyden"),
 )
+EMPTY = {
+    "about": "Problems that no default was tuned on, and why others were left out; "
+    "written by `python -m benchmarks.references`.",
+    "problems": {},
+    "unsuitable": {},
+}
 
 
 def candidates() -> list[tuple[str, str]]:
@@ -91,20 +97,22 @@ def reference(worker: race.Worker, name: str, kind: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Write the list."""
-    worker, problems = race.Worker(), {}
+    """Write the list, or go on with it."""
+    place = pathlib.Path(cutest.__file__).with_name("validation.json")
+    record = json.loads(place.read_text()) if place.exists() else dict(EMPTY)
+    problems, unsuitable = record["problems"], record["unsuitable"]
+    worker = race.Worker()
     for name, kind in candidates():
+        if name in problems or name in unsuitable:
+            continue
         found = reference(worker, name, kind)
         print(name, found, flush=True)
         if "f_ref" in found:
             problems[name] = found
+        else:
+            unsuitable[name] = found.get("unsuitable") or found["error"].split(":")[0]
+        place.write_text(json.dumps(record, indent=1) + "\n")
     worker.close()
-    record = {
-        "about": "Problems that no default was tuned on; written by `python -m benchmarks.references`.",
-        "problems": problems,
-    }
-    place = pathlib.Path(cutest.__file__).with_name("validation.json")
-    place.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from benchmarks import (
     nist,
     pinn,
     training,
+    validation,
 )
 
 
@@ -31,6 +32,7 @@ SUITES = {
         lambda quick: harness.record(kernels.tables(quick)), harness.markdown
     ),
     "cutest": Suite(cutest.measure, cutest.markdown),
+    "validation": Suite(validation.measure, validation.markdown),
     "nist": Suite(nist.measure, nist.markdown),
     "training": Suite(training.measure, training.markdown),
     "multistart": Suite(multistart.measure, multistart.markdown),
