@@ -1,8 +1,8 @@
 """The rates suite: learning rates from curvature beside the best constant rate of a grid,
 a cosine schedule with the best peak, and peers that need no rate.
 
-The tasks are split: on those of the developing half the rules were chosen, the judging
-half was run once they were fixed.
+The tasks are split: rules are chosen on those of the developing half, and those of the
+judging half only judge.
 """
 
 import functools
@@ -21,6 +21,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
 
 import hessopt
+from benchmarks import training
+from benchmarks.problems import real
 
 GRID = 10.0 ** np.arange(-4, 1.01, 0.25)
 """Constant rates, and peaks of the cosine schedule."""
@@ -90,21 +92,21 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray, int]:
         rng = np.random.default_rng(0)
         x, w = rng.normal(size=(2000, 10)), rng.normal(size=(10, 5))
         y = np.sin(x @ w).sum(1) + 0.1 * rng.normal(size=2000)
-        return _standardized(x), _standardized(y), 0
+        return _single(x), _single(y), 0
     found = {
         "digits": datasets.load_digits,
         "wine": datasets.load_wine,
         "cancer": datasets.load_breast_cancer,
         "diabetes": datasets.load_diabetes,
     }[name]()
-    x = _standardized(found.data)
+    x = _single(found.data)
     if name == "diabetes":
-        return x, _standardized(found.target), 0
+        return x, _single(found.target), 0
     return x, found.target, len(found.target_names)
 
 
-def _standardized(x: np.ndarray) -> np.ndarray:
-    return ((x - x.mean(0)) / (x.std(0) + 1e-8)).astype(np.float32)
+def _single(x: np.ndarray) -> np.ndarray:
+    return real.standardised(x).astype(np.float32)
 
 
 def initial(key: jax.Array, sizes: Sequence[int]) -> list[dict[str, jax.Array]]:
@@ -140,8 +142,8 @@ def trained(
     epochs: int,
     rates: ArrayLike = 1.0,
 ) -> np.ndarray:
-    """Return the mean loss of every epoch, `(rates, SEEDS, epochs)`, of `make(rate)`;
-    the first entry is the loss of the first batch."""
+    """Return the losses of `make(rate)`, `(rates, SEEDS, 1 + epochs)`: that of all data
+    at the start, and the mean of every epoch."""
     x, y, classes = load(task.data)
     batch = min(task.batch, len(x))
     sizes = (x.shape[1], *task.hidden, max(classes, 1))
@@ -153,14 +155,7 @@ def trained(
         key, order = jax.random.split(jax.random.key(seed))
         params = initial(key, sizes)
 
-        def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
-            params, state = carry
-            data = {"x": x[rows], "y": y[rows]}
-            value, grad = jax.value_and_grad(loss_fn)(params, **data)
-            updates, state = tx.update(
-                grad, state, params, value=value, grad=grad, value_fn=loss_fn, **data
-            )
-            return (optax.apply_updates(params, updates), state), value
+        step = training.stepper(tx, loss_fn, x, y)
 
         def epoch(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
             rows = jax.random.permutation(key, len(x))[: count * batch]

@@ -99,7 +99,7 @@ def reference(worker: race.Worker, name: str, kind: str) -> dict[str, Any]:
 def main() -> None:
     """Write the list, or go on with it."""
     place = pathlib.Path(cutest.__file__).with_name("validation.json")
-    record = json.loads(place.read_text()) if place.exists() else dict(EMPTY)
+    record = json.loads(place.read_text()) if place.exists() else EMPTY
     problems, unsuitable = record["problems"], record["unsuitable"]
     worker = race.Worker()
     for name, kind in candidates():

@@ -277,6 +277,27 @@ def mini_batches(quick: bool, epochs: int) -> list[dict[str, Any]]:
     return rows
 
 
+def stepper(
+    tx: optax.GradientTransformationExtraArgs,
+    loss_fn: Callable[..., jax.Array],
+    x: jax.Array,
+    y: jax.Array,
+) -> Callable[[Any, jax.Array], tuple[Any, jax.Array]]:
+    """Return the step `(params, state), rows -> (params, state), loss` on the rows of a
+    batch."""
+
+    def step(carry: Any, rows: jax.Array) -> tuple[Any, jax.Array]:
+        params, state = carry
+        data = {"x": x[rows], "y": y[rows]}
+        value, grads = jax.value_and_grad(loss_fn)(params, **data)
+        updates, state = tx.update(
+            grads, state, params, value=value, grad=grads, value_fn=loss_fn, **data
+        )
+        return (optax.apply_updates(params, updates), state), value
+
+    return step
+
+
 def _trained(
     network: Network, tx: optax.GradientTransformation, epochs: int
 ) -> dict[str, Any]:
@@ -297,21 +318,14 @@ def _trained(
             jnp.sum(kernel**2) for kernel in kernels
         )
 
-    def step(carry: Any, batch: jax.Array) -> tuple[Any, jax.Array]:
-        params, state = carry
-        data = {"x": x[batch], "y": y[batch]}
-        value, grads = jax.value_and_grad(loss_fn)(params, **data)
-        updates, state = tx.update(
-            grads, state, params, value=value, grad=grads, value_fn=loss_fn, **data
-        )
-        return (optax.apply_updates(params, updates), state), value * len(batch)
+    step = stepper(tx, loss_fn, x, y)
 
     def epoch(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         shuffled = jax.random.permutation(key, count)
         whole = count // BATCH * BATCH
         carry, values = jax.lax.scan(step, carry, shuffled[:whole].reshape(-1, BATCH))
         carry, last = step(carry, shuffled[whole:])
-        return carry, (values.sum() + last) / count
+        return carry, (BATCH * values.sum() + (count - whole) * last) / count
 
     def run(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         first, *keys = jax.random.split(jax.random.key(seed), epochs + 1)

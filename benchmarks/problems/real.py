@@ -29,26 +29,27 @@ def _of(load: Any) -> tuple[np.ndarray, np.ndarray]:
     return load(return_X_y=True)
 
 
-def _standardised(x: np.ndarray) -> np.ndarray:
+def standardised(x: np.ndarray) -> np.ndarray:
+    """Return the columns with mean 0 and variance 1; constant ones become 0."""
     return (x - x.mean(0)) / np.where(x.std(0) > 0, x.std(0), 1)
 
 
 def breast_cancer() -> Task:
     """Logistic regression, 31 parameters."""
     x, y = _of(load_breast_cancer)
-    return Task(_standardised(x), y, (30, 1), "logistic", 1e-3)
+    return Task(standardised(x), y, (30, 1), "logistic", 1e-3)
 
 
 def iris() -> Task:
     """A network with 268 parameters."""
     x, y = _of(load_iris)
-    return Task(_standardised(x), y, (4, 15, 10, 3), "softmax", 1e-3)
+    return Task(standardised(x), y, (4, 15, 10, 3), "softmax", 1e-3)
 
 
 def diabetes() -> Task:
     """A regression with 193 parameters."""
     x, y = _of(load_diabetes)
-    return Task(_standardised(x), _standardised(y), (10, 16, 1), "squares", 1e-2)
+    return Task(standardised(x), standardised(y), (10, 16, 1), "squares", 1e-2)
 
 
 def digits() -> Task:
