@@ -1,11 +1,15 @@
 """The optimizers: chains of a direction, a sign change and an optional line search, or
 of any optimizer and a rate."""
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from hessopt._checks import (
     check_params,
@@ -15,7 +19,7 @@ from hessopt._checks import (
 )
 from hessopt.calculus.curvature import Curvature, CurvatureFn
 from hessopt.numerics.broyden import Formula
-from hessopt.numerics.guards import select
+from hessopt.numerics.guards import divide, select
 from hessopt.numerics.indefiniteness import IndefiniteTreatment
 from hessopt.objective.binding import require_params
 from hessopt.transforms.bfgs import scale_by_bfgs
@@ -27,7 +31,8 @@ from hessopt.transforms.newton import scale_by_newton
 from hessopt.transforms.newton_cg import Preconditioner, scale_by_newton_cg
 from hessopt.transforms.optax_linesearch import fitted
 from hessopt.trees.groups import Groups
-from hessopt.trees.vectors import all_finite
+from hessopt.trees.sharding import beside
+from hessopt.trees.vectors import all_finite, solve_dtype, tree_norm
 from hessopt.typing import Params
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
@@ -282,8 +287,10 @@ def generalized_newton(
     mode: str | Mode = "exact",
     groups: Groups | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule = 1.0,
+    memory: float | None = None,
     update_every: int = 1,
-    curvature_decay: float = 0.8,
+    curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     initial_rate: float = 1e-2,
     min_rate: float = 0.0,
@@ -309,6 +316,12 @@ def generalized_newton(
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
+        memory minimizes the model; with 2 it reaches as far as the model decreases.
+      memory: number m in [0, 1], the share of an update that is left of the update
+        before: 0 for plain gradients, 0.9 for momentum of 0.9. The rates of the model
+        are multiplied by `h / (1 + m + h m / 2)`. None: it is measured with the
+        safeguard, and 0 without.
       update_every: number of steps from one measurement to the next. The steps in
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
@@ -360,10 +373,12 @@ def generalized_newton(
 
     Source: see `scale_by_generalized_newton`.
     """
-    rate = scale_by_generalized_newton(
+    rate = functools.partial(
+        scale_by_generalized_newton,
         mode=mode,
         groups=groups,
         learning_rate=learning_rate,
+        horizon=horizon,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -373,7 +388,7 @@ def generalized_newton(
         max_change=max_change,
         safeguard=safeguard,
     )
-    return _rated("generalized_newton", base, rate)
+    return _rated("generalized_newton", base, rate, memory, safeguard)
 
 
 @injectable
@@ -383,6 +398,8 @@ def grouped_newton(
     groups: Groups = "leaf",
     cubic_damping: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule = 1.0,
+    memory: float | None = None,
     update_every: int = 2,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
@@ -409,6 +426,12 @@ def grouped_newton(
         may depend on params through a `jax.custom_vjp`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
+        memory minimizes the model; with 2 it reaches as far as the model decreases.
+      memory: number m in [0, 1], the share of an update that is left of the update
+        before: 0 for plain gradients, 0.9 for momentum of 0.9. The rates of the model
+        are multiplied by `h / (1 + m + h m / 2)`. None: it is measured with the
+        safeguard, and 0 without.
       update_every: number of steps from one model to the next. The steps in between
         reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
@@ -460,10 +483,12 @@ def grouped_newton(
 
     Source: see `scale_by_grouped_newton`.
     """
-    rate = scale_by_grouped_newton(
+    rate = functools.partial(
+        scale_by_grouped_newton,
         groups=groups,
         cubic_damping=cubic_damping,
         learning_rate=learning_rate,
+        horizon=horizon,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -473,22 +498,51 @@ def grouped_newton(
         initial_rate=initial_rate,
         safeguard=safeguard,
     )
-    return _rated("grouped_newton", base, rate)
+    return _rated("grouped_newton", base, rate, memory, safeguard)
+
+
+FIRST_MEMORY = 0.9
+"""The memory of an optimizer before it is measured; a rate that is too short does less
+harm."""
+
+MEMORY_DECAY = 0.9
+"""Weight of the past in the average of the memory."""
+
+MEMORY_STEPS = 50
+"""Number of steps at the start in which the memory is measured."""
+
+
+class RatedState(NamedTuple):
+    """State of an optimizer with a rate."""
+
+    base: optax.OptState
+    rate: optax.OptState
+    memory: jax.Array  # scalar
 
 
 def _rated(
     name: str,
     base: optax.GradientTransformation,
-    rate: optax.GradientTransformationExtraArgs,
+    rate: Callable[..., optax.GradientTransformationExtraArgs],
+    memory: ArrayLike | None,
+    safeguard: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain an optimizer with a rate, and keep its old state if its update or the value
-    is not finite."""
+    is not finite.
+
+    The memory of base is the length of its update for a gradient of zero, relative to
+    that of its update.
+    """
     check_transformation("base", base)
     base = optax.with_extra_args_support(base)
+    is_measured = safeguard and memory is None
+    first = (FIRST_MEMORY if safeguard else 0.0) if memory is None else memory
+    first_rate = rate(memory=first)  # which checks the arguments
 
     def init(params: Params) -> optax.OptState:
         check_params(name, params)
-        return base.init(params), rate.init(params)
+        start = beside(jnp.asarray(first, solve_dtype(params)), params)
+        return RatedState(base.init(params), first_rate.init(params), start)
 
     def update(
         updates: optax.Updates,
@@ -498,11 +552,29 @@ def _rated(
     ) -> tuple[optax.Updates, optax.OptState]:
         require_params(params, caller=name)
         check_params(name, params)
-        updates, new = base.update(updates, state[0], params, **keywords)
+        grads = updates
+        updates, new = base.update(grads, state.base, params, **keywords)
         sound = all_finite((updates, keywords.get("value")))
-        kept = select(sound, new, state[0])
-        updates, rate_state = rate.update(updates, state[1], params, **keywords)
-        return updates, (kept, rate_state)
+        kept = select(sound, new, state.base)
+
+        def measured() -> jax.Array:
+            none = jax.tree.map(jnp.zeros_like, grads)
+            rest, _ = base.update(none, state.base, params, **keywords)
+            length = tree_norm(updates).astype(state.memory.dtype)
+            share = divide(tree_norm(rest), length, length > 0, state.memory)
+            share = jnp.where(jnp.isfinite(share), jnp.minimum(share, 1), state.memory)
+            share = share.astype(state.memory.dtype)
+            return MEMORY_DECAY * state.memory + (1 - MEMORY_DECAY) * share
+
+        m = state.memory
+        if is_measured:
+            early = sound & (state.rate.count < MEMORY_STEPS)
+            m = jax.lax.cond(early, measured, lambda: m)
+        transformation = rate(memory=m)
+        updates, rate_state = transformation.update(
+            updates, state.rate, params, **keywords
+        )
+        return updates, RatedState(kept, rate_state, m)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -69,8 +69,10 @@ def scale_by_generalized_newton(
     mode: str | Mode = "exact",
     groups: Groups | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule = 1.0,
+    memory: float = 0.0,
     update_every: int = 1,
-    curvature_decay: float = 0.8,
+    curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     initial_rate: float = 1e-2,
     min_rate: float = 0.0,
@@ -90,6 +92,11 @@ def scale_by_generalized_newton(
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
+        memory minimizes the model; with 2 it reaches as far as the model decreases.
+      memory: number m in [0, 1], the share of an update that is left of the update
+        before: 0 for plain gradients, 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for
+        Adam. The rates of the model are multiplied by `h / (1 + m + h m / 2)`.
       update_every: number of steps from one measurement to the next. The steps in
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
@@ -171,6 +178,8 @@ def scale_by_generalized_newton(
         rule,
         groups=groups,
         learning_rate=learning_rate,
+        horizon=horizon,
+        memory=memory,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,

@@ -66,6 +66,8 @@ def scale_by_grouped_newton(
     groups: Groups = "leaf",
     cubic_damping: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule = 1.0,
+    memory: float = 0.0,
     update_every: int = 2,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
@@ -87,6 +89,11 @@ def scale_by_grouped_newton(
         `jax.experimental.ode.odeint`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
+        memory minimizes the model; with 2 it reaches as far as the model decreases.
+      memory: number m in [0, 1], the share of an update that is left of the update
+        before: 0 for plain gradients, 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for
+        Adam. The rates of the model are multiplied by `h / (1 + m + h m / 2)`.
       update_every: number of steps from one model to the next. The steps in between
         reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
@@ -180,6 +187,8 @@ def scale_by_grouped_newton(
         rule,
         groups=groups,
         learning_rate=learning_rate,
+        horizon=horizon,
+        memory=memory,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
