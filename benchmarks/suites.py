@@ -13,6 +13,7 @@ from benchmarks import (
     multistart,
     nist,
     pinn,
+    rates,
     training,
 )
 
@@ -32,6 +33,7 @@ SUITES = {
     ),
     "cutest": Suite(cutest.measure, cutest.markdown),
     "nist": Suite(nist.measure, nist.markdown),
+    "rates": Suite(rates.measure, rates.markdown),
     "training": Suite(training.measure, training.markdown),
     "multistart": Suite(multistart.measure, multistart.markdown),
     "pinn": Suite(pinn.measure, pinn.markdown),

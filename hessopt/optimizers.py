@@ -288,7 +288,7 @@ def generalized_newton(
     groups: Groups | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
     horizon: optax.ScalarOrSchedule = 1.0,
-    memory: float | None = None,
+    momentum: float | None = None,
     update_every: int = 1,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
@@ -316,12 +316,14 @@ def generalized_newton(
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
-      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
-        memory minimizes the model; with 2 it reaches as far as the model decreases.
-      memory: number m in [0, 1], the share of an update that is left of the update
-        before: 0 for plain gradients, 0.9 for momentum of 0.9. The rates of the model
-        are multiplied by `h / (1 + m + h m / 2)`. None: it is measured with the
-        safeguard, and 0 without.
+      horizon: number h >= 0, or a schedule of it. The rates that minimize the model are
+        multiplied by `h / (1 + m + h m / 2)`. With 1 and without momentum they are
+        taken as they are; larger ones gain more later and less in this step, and
+        diverge from about 2 on.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
+        safeguard it is measured in the first 50 steps, as the length of the update of
+        base for a gradient of zero relative to that for the gradient; without, it is 0.
       update_every: number of steps from one measurement to the next. The steps in
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
@@ -346,6 +348,7 @@ def generalized_newton(
         (4) max_change is 2 by default.
         (5) With `"forward"` and `"central"`, a curvature below the rounding of the
         values is replaced by that rounding.
+        (6) momentum is measured.
         False, with `curvature_decay=0`, is the published method. Numbers that are not
         finite are treated alike in both.
 
@@ -388,7 +391,7 @@ def generalized_newton(
         max_change=max_change,
         safeguard=safeguard,
     )
-    return _rated("generalized_newton", base, rate, memory, safeguard)
+    return _rated("generalized_newton", base, rate, momentum, safeguard)
 
 
 @injectable
@@ -399,13 +402,14 @@ def grouped_newton(
     cubic_damping: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule = 1.0,
     horizon: optax.ScalarOrSchedule = 1.0,
-    memory: float | None = None,
+    momentum: float | None = None,
     update_every: int = 2,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     nonnegative: bool = False,
     cross_groups: bool = True,
     ridge: float = 0.0,
+    shrinkage: float | None = None,
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -426,12 +430,14 @@ def grouped_newton(
         may depend on params through a `jax.custom_vjp`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
-      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
-        memory minimizes the model; with 2 it reaches as far as the model decreases.
-      memory: number m in [0, 1], the share of an update that is left of the update
-        before: 0 for plain gradients, 0.9 for momentum of 0.9. The rates of the model
-        are multiplied by `h / (1 + m + h m / 2)`. None: it is measured with the
-        safeguard, and 0 without.
+      horizon: number h >= 0, or a schedule of it. The rates that minimize the model are
+        multiplied by `h / (1 + m + h m / 2)`. With 1 and without momentum they are
+        taken as they are; larger ones gain more later and less in this step, and
+        diverge from about 2 on.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
+        safeguard it is measured in the first 50 steps, as the length of the update of
+        base for a gradient of zero relative to that for the gradient; without, it is 0.
       update_every: number of steps from one model to the next. The steps in between
         reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
@@ -444,6 +450,10 @@ def grouped_newton(
       cross_groups: whether H has entries between groups.
       ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
         added to the diagonal.
+      shrinkage: number >= 0, weight of a term that draws the rates towards the one rate
+        that minimizes the model for all groups, in units of the diagonal of H. The
+        model of many rates follows the noise of a batch; by default 1 with the
+        safeguard, and 0 without.
       initial_rate: rate of every group until the first solution.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
@@ -453,6 +463,7 @@ def grouped_newton(
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
         so is a step that would lead uphill, if `update` receives grad.
+        (4) shrinkage is 1 by default. (5) momentum is measured.
         False, with `curvature_decay=0`, is the published method. Models that are not
         finite, or have no minimizer, are treated alike in both.
 
@@ -483,6 +494,8 @@ def grouped_newton(
 
     Source: see `scale_by_grouped_newton`.
     """
+    if shrinkage is None:
+        shrinkage = SHRINKAGE if safeguard else 0.0
     rate = functools.partial(
         scale_by_grouped_newton,
         groups=groups,
@@ -495,21 +508,18 @@ def grouped_newton(
         nonnegative=nonnegative,
         cross_groups=cross_groups,
         ridge=ridge,
+        shrinkage=shrinkage,
         initial_rate=initial_rate,
         safeguard=safeguard,
     )
-    return _rated("grouped_newton", base, rate, memory, safeguard)
+    return _rated("grouped_newton", base, rate, momentum, safeguard)
 
 
-FIRST_MEMORY = 0.9
-"""The memory of an optimizer before it is measured; a rate that is too short does less
-harm."""
+SHRINKAGE = 1.0
+"""Default of `shrinkage` of `grouped_newton`, with the safeguard."""
 
-MEMORY_DECAY = 0.9
-"""Weight of the past in the average of the memory."""
-
-MEMORY_STEPS = 50
-"""Number of steps at the start in which the memory is measured."""
+MOMENTUM_STEPS = 50
+"""Number of steps at the start in which the momentum of an optimizer is measured."""
 
 
 class RatedState(NamedTuple):
@@ -517,32 +527,31 @@ class RatedState(NamedTuple):
 
     base: optax.OptState
     rate: optax.OptState
-    memory: jax.Array  # scalar
+    # scalar, largest share so far of an update that is left of the one before
+    momentum: jax.Array
+    moved: jax.Array  # bool scalar, whether the last update of base was not zero
 
 
 def _rated(
     name: str,
     base: optax.GradientTransformation,
     rate: Callable[..., optax.GradientTransformationExtraArgs],
-    memory: ArrayLike | None,
-    safeguard: bool,
+    momentum: ArrayLike | None,
+    is_measured: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Chain an optimizer with a rate, and keep its old state if its update or the value
-    is not finite.
-
-    The memory of base is the length of its update for a gradient of zero, relative to
-    that of its update.
-    """
+    """Chain an optimizer with `rate(momentum=...)`, and keep its old state if its update
+    or the value is not finite."""
     check_transformation("base", base)
     base = optax.with_extra_args_support(base)
-    is_measured = safeguard and memory is None
-    first = (FIRST_MEMORY if safeguard else 0.0) if memory is None else memory
-    first_rate = rate(memory=first)  # which checks the arguments
+    is_measured &= momentum is None
+    first = 0.0 if momentum is None else momentum
+    first_rate = rate(momentum=first)
 
     def init(params: Params) -> optax.OptState:
         check_params(name, params)
         start = beside(jnp.asarray(first, solve_dtype(params)), params)
-        return RatedState(base.init(params), first_rate.init(params), start)
+        moved = beside(jnp.zeros((), bool), params)
+        return RatedState(base.init(params), first_rate.init(params), start, moved)
 
     def update(
         updates: optax.Updates,
@@ -552,29 +561,25 @@ def _rated(
     ) -> tuple[optax.Updates, optax.OptState]:
         require_params(params, caller=name)
         check_params(name, params)
-        grads = updates
-        updates, new = base.update(grads, state.base, params, **keywords)
-        sound = all_finite((updates, keywords.get("value")))
+        u, new = base.update(updates, state.base, params, **keywords)
+        sound = all_finite((u, keywords.get("value")))
         kept = select(sound, new, state.base)
 
-        def measured() -> jax.Array:
-            none = jax.tree.map(jnp.zeros_like, grads)
-            rest, _ = base.update(none, state.base, params, **keywords)
-            length = tree_norm(updates).astype(state.memory.dtype)
-            share = divide(tree_norm(rest), length, length > 0, state.memory)
-            share = jnp.where(jnp.isfinite(share), jnp.minimum(share, 1), state.memory)
-            share = share.astype(state.memory.dtype)
-            return MEMORY_DECAY * state.memory + (1 - MEMORY_DECAY) * share
+        # |u| for a gradient of zero over |u|: m for momentum, whatever the gradients. A
+        # base that accumulates gradients and moves at times has no momentum.
+        m, length = state.momentum, tree_norm(u)
 
-        m = state.memory
+        def measured() -> jax.Array:
+            none = jax.tree.map(jnp.zeros_like, updates)
+            rest = tree_norm(base.update(none, state.base, params, **keywords)[0])
+            share = divide(rest, length, state.moved & (length > 0), 0.0)
+            return jnp.clip(share.astype(m.dtype), m, 1)
+
         if is_measured:
-            early = sound & (state.rate.count < MEMORY_STEPS)
+            early = sound & (state.rate.count < MOMENTUM_STEPS)
             m = jax.lax.cond(early, measured, lambda: m)
-        transformation = rate(memory=m)
-        updates, rate_state = transformation.update(
-            updates, state.rate, params, **keywords
-        )
-        return updates, RatedState(kept, rate_state, m)
+        u, rate_state = rate(momentum=m).update(u, state.rate, params, **keywords)
+        return u, RatedState(kept, rate_state, m, sound & (length > 0))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

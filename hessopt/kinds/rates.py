@@ -5,17 +5,19 @@ Once per `update_every` steps the model is measured, averaged with earlier ones,
 solved for the rates; the steps in between reuse them. A rule defines the measurement
 and the solution.
 
-The rate that minimizes the model is multiplied by
+The rates that minimize the model are multiplied by
 
     c = h / (1 + m + h m / 2)
 
-where h is the horizon and m the memory of the updates: the share of an update that is
-left of the update before, such as 0.9 for momentum of 0.9. A step along updates with
-memory is followed by others in nearly the same direction, which the model of one step
-does not know. For gradients of noise g on a parabola of curvature k, updates `u = m u -
-g` and a rate r, the average of b = -phi'(0) is `(1 - m^2) |u|^2 + r m k |u|^2 / 2` and
-that of A = phi''(0) is `k |u|^2`; with c, the rate `c <b> / <A>` is `(1 - m) h / k`, so a
-gradient leads as far in total, by `h / k`, for every m.
+with h the horizon and m the momentum, the share of an update that is left of the one
+before. A step along updates with momentum is followed by others in nearly the same
+direction, which the model of one step does not know. For gradients of noise g on a
+parabola of curvature k, updates `u = m u - g` and a rate r, the averages are
+
+    <b> = ((1 - m^2) + r k m / 2) |u|^2,    <A> = k |u|^2
+
+of b = -phi'(0) and A = phi''(0), so `r = c <b> / <A>` holds for `r = (1 - m) h / k`. A
+gradient, which moves the parameters by `r / (1 - m)` in all, leads as far for every m.
 
 The safeguard adds the following. If the objective rises at the step of newly measured
 rates, they are halved. In the steps between two measurements the step of a group is at
@@ -149,7 +151,7 @@ def scale_by_rates(
     groups: Groups | None,
     learning_rate: optax.ScalarOrSchedule,
     horizon: optax.ScalarOrSchedule,
-    memory: ArrayLike,
+    momentum: ArrayLike,
     update_every: int,
     curvature_decay: ArrayLike,
     rate_decay: ArrayLike,
@@ -161,7 +163,7 @@ def scale_by_rates(
     check_count("update_every", update_every)
     check_range("learning_rate", learning_rate, 0)
     check_range("horizon", horizon, 0)
-    check_range("memory", memory, 0, 1)
+    check_range("momentum", momentum, 0, 1)
     check_range("curvature_decay", curvature_decay, 0, 1)
     check_range("rate_decay", rate_decay, 0, 1)
     groups = "all" if groups is None else groups
@@ -171,7 +173,7 @@ def scale_by_rates(
         groups=groups,
         learning_rate=learning_rate,
         horizon=horizon,
-        memory=memory,
+        momentum=momentum,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -189,7 +191,7 @@ class _Options(NamedTuple):
     groups: Groups
     learning_rate: optax.ScalarOrSchedule
     horizon: optax.ScalarOrSchedule
-    memory: ArrayLike
+    momentum: ArrayLike
     update_every: int
     curvature_decay: ArrayLike
     rate_decay: ArrayLike
@@ -304,8 +306,8 @@ def _begin(options: _Options, call: Call, state: _State) -> _Situation:
 
 
 def _factor(options: _Options, count: jax.Array) -> jax.Array:
-    """Return the factor on the rates of the model."""
-    h, m = scheduled(options.horizon, count), options.memory
+    """Return the factor on the rates that minimize the model."""
+    h, m = scheduled(options.horizon, count), options.momentum
     return jnp.asarray(
         scheduled(options.learning_rate, count) * h / (1 + m + h * m / 2)
     )

@@ -70,7 +70,7 @@ def scale_by_generalized_newton(
     groups: Groups | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
     horizon: optax.ScalarOrSchedule = 1.0,
-    memory: float = 0.0,
+    momentum: float = 0.0,
     update_every: int = 1,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
@@ -92,11 +92,13 @@ def scale_by_generalized_newton(
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
-      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
-        memory minimizes the model; with 2 it reaches as far as the model decreases.
-      memory: number m in [0, 1], the share of an update that is left of the update
-        before: 0 for plain gradients, 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for
-        Adam. The rates of the model are multiplied by `h / (1 + m + h m / 2)`.
+      horizon: number h >= 0, or a schedule of it. The rates that minimize the model are
+        multiplied by `h / (1 + m + h m / 2)`. With 1 and without momentum they are
+        taken as they are; larger ones gain more later and less in this step, and
+        diverge from about 2 on.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. The optimizer
+        `hessopt.generalized_newton` measures it.
       update_every: number of steps from one measurement to the next. The steps in
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
@@ -179,7 +181,7 @@ def scale_by_generalized_newton(
         groups=groups,
         learning_rate=learning_rate,
         horizon=horizon,
-        memory=memory,
+        momentum=momentum,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,

@@ -6,7 +6,8 @@ of the objective along their updates.
     eta = argmin  -g.eta + eta.H eta / 2 + (lambda / 6) |D eta|^3
 
 The cubic term restricts the rates to the region where phi is close to its quadratic
-model. The method is invariant to a change of the units of a group.
+model. The method is invariant to a change of the units of a group, but for the
+shrinkage towards one rate for all groups.
 
 Source: Wolinski, "Adapting Newton's Method to Neural Networks through a Summary of
 Higher-Order Derivatives", arXiv 2312.03885.
@@ -32,7 +33,7 @@ from hessopt.kinds.rates import (
     taylor_terms,
 )
 from hessopt.numerics.cubic import solve_cubic
-from hessopt.numerics.guards import matmul, or_one
+from hessopt.numerics.guards import divide, matmul, or_one
 from hessopt.trees.groups import Groups
 from hessopt.typing import Matrix, StepStatus, Vector
 
@@ -67,13 +68,14 @@ def scale_by_grouped_newton(
     cubic_damping: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule = 1.0,
     horizon: optax.ScalarOrSchedule = 1.0,
-    memory: float = 0.0,
+    momentum: float = 0.0,
     update_every: int = 2,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     nonnegative: bool = False,
     cross_groups: bool = True,
     ridge: float = 0.0,
+    shrinkage: float = 0.0,
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -89,11 +91,13 @@ def scale_by_grouped_newton(
         `jax.experimental.ode.odeint`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
-      horizon: number h > 0, or a schedule of it. With 1 a step along updates without
-        memory minimizes the model; with 2 it reaches as far as the model decreases.
-      memory: number m in [0, 1], the share of an update that is left of the update
-        before: 0 for plain gradients, 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for
-        Adam. The rates of the model are multiplied by `h / (1 + m + h m / 2)`.
+      horizon: number h >= 0, or a schedule of it. The rates that minimize the model are
+        multiplied by `h / (1 + m + h m / 2)`. With 1 and without momentum they are
+        taken as they are; larger ones gain more later and less in this step, and
+        diverge from about 2 on.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. The optimizer
+        `hessopt.grouped_newton` measures it.
       update_every: number of steps from one model to the next. The steps in between
         reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
@@ -106,6 +110,9 @@ def scale_by_grouped_newton(
       cross_groups: whether H has entries between groups; otherwise it is diagonal.
       ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
         added to the diagonal.
+      shrinkage: number >= 0, weight of a term that draws the rates towards the one rate
+        that minimizes the model for all groups, in units of the diagonal of H. The
+        model of many rates follows the noise of a batch.
       initial_rate: rate of every group until the first solution.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
@@ -174,8 +181,9 @@ def scale_by_grouped_newton(
     check_range("cubic_damping", cubic_damping, 0)
     check_range("ridge", ridge, 0)
     check_range("initial_rate", initial_rate, 0)
+    check_range("shrinkage", shrinkage, 0)
 
-    solver = _Solver(cubic_damping, nonnegative, cross_groups, ridge)
+    solver = _Solver(cubic_damping, nonnegative, cross_groups, ridge, shrinkage)
     rule = Rule(
         "scale_by_grouped_newton",
         State=GroupedNewtonState,
@@ -188,7 +196,7 @@ def scale_by_grouped_newton(
         groups=groups,
         learning_rate=learning_rate,
         horizon=horizon,
-        memory=memory,
+        momentum=momentum,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -204,6 +212,7 @@ class _Solver(NamedTuple):
     nonnegative: bool
     cross_groups: bool
     ridge: jax.typing.ArrayLike
+    shrinkage: jax.typing.ArrayLike
 
     @property
     def is_cubic(self) -> bool:
@@ -233,6 +242,12 @@ def _solve(
     diagonal = jnp.diagonal(H)
     H = H if solver.cross_groups else jnp.diag(diagonal)
     H = H + solver.ridge * jnp.diag(jnp.abs(diagonal))
+
+    # sum_s w_s (eta_s - r)^2 / 2 draws the rates towards r, the minimum for one rate
+    w = solver.shrinkage * jnp.abs(diagonal)
+    b, A = jnp.sum(g), jnp.sum(H)
+    r = divide(b, A, (A > 0) & (b > 0), 0.0)
+    g, H = g + w * r, H + jnp.diag(w)
 
     # eta = argmin -g.eta + eta.H eta / 2 + (lambda / 6) |D eta|^3
     damping = scheduled(solver.cubic_damping, count)
