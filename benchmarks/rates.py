@@ -24,7 +24,7 @@ import hessopt
 
 GRID = 10.0 ** np.arange(-4, 1.01, 0.25)
 """Constant rates, and peaks of the cosine schedule."""
-EPOCHS, SEEDS = (15, 60), 5
+EPOCHS, SEEDS = (15, 60), 3
 L2 = 1e-4
 """Weight of half the squared norm of the kernels."""
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "gelu": jax.nn.gelu}
@@ -138,7 +138,7 @@ def trained(
     task: Task,
     make: Callable[[Any], optax.GradientTransformation],
     epochs: int,
-    rates: ArrayLike = (1.0,),
+    rates: ArrayLike = 1.0,
 ) -> np.ndarray:
     """Return the mean loss of every epoch, `(rates, SEEDS, epochs)`, of `make(rate)`;
     the first entry is the loss of the first batch."""
@@ -174,7 +174,8 @@ def trained(
 
     over_seeds = jax.vmap(run, (None, 0))
     over_rates = jax.jit(jax.vmap(over_seeds, (0, None)))
-    return np.asarray(over_rates(jnp.asarray(rates, jnp.float32), jnp.arange(SEEDS)))
+    grid = jnp.atleast_1d(jnp.asarray(rates, jnp.float32))
+    return np.asarray(over_rates(grid, jnp.arange(SEEDS)))
 
 
 def compare(task: Task, base: str, epochs: int, half: str) -> list[dict[str, Any]]:
@@ -192,19 +193,21 @@ def compare(task: Task, base: str, epochs: int, half: str) -> list[dict[str, Any
         )
     )
     found = {"best constant rate": constant, "cosine, best peak": cosine}
-    alone = {
-        name: functools.partial(method, make(1.0)) for name, method in OURS.items()
-    } | PEERS.get(base, {})
-    for name, method in alone.items():
-        found[name] = trained(task, functools.partial(_made, method), epochs)[0]
+    alone = {name: _over(method, make) for name, method in OURS.items()}
+    for name, method in (alone | PEERS.get(base, {})).items():
+        found[name] = trained(task, _without_rate(method), epochs)[0]
     best = np.median(constant[:, -1])
     return [common | {"method": name} | _row(x, best) for name, x in found.items()]
 
 
-def _made(
-    method: Callable[[], optax.GradientTransformation], rate: Any
-) -> optax.GradientTransformation:
-    return method()
+def _over(method: Any, make: Any) -> Callable[[], optax.GradientTransformation]:
+    return lambda: method(make(1.0))
+
+
+def _without_rate(
+    make: Callable[[], optax.GradientTransformation],
+) -> Callable[[Any], optax.GradientTransformation]:
+    return lambda _: make()
 
 
 def _best(losses: np.ndarray) -> np.ndarray:

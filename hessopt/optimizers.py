@@ -323,7 +323,8 @@ def generalized_newton(
       momentum: number m in [0, 1], the share of an update that is left of the update
         before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
         safeguard it is measured in the first 50 steps, as the length of the update of
-        base for a gradient of zero relative to that for the gradient; without, it is 0.
+        base for a gradient of zero relative to that of the update before; without, it
+        is 0.
       update_every: number of steps from one measurement to the next. The steps in
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
@@ -437,7 +438,8 @@ def grouped_newton(
       momentum: number m in [0, 1], the share of an update that is left of the update
         before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
         safeguard it is measured in the first 50 steps, as the length of the update of
-        base for a gradient of zero relative to that for the gradient; without, it is 0.
+        base for a gradient of zero relative to that of the update before; without, it
+        is 0.
       update_every: number of steps from one model to the next. The steps in between
         reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
@@ -527,9 +529,8 @@ class RatedState(NamedTuple):
 
     base: optax.OptState
     rate: optax.OptState
-    # scalar, largest share so far of an update that is left of the one before
-    momentum: jax.Array
-    moved: jax.Array  # bool scalar, whether the last update of base was not zero
+    momentum: jax.Array  # scalar, share of an update that is left of the one before
+    length: jax.Array  # scalar, norm of the last update of base
 
 
 def _rated(
@@ -549,9 +550,11 @@ def _rated(
 
     def init(params: Params) -> optax.OptState:
         check_params(name, params)
-        start = beside(jnp.asarray(first, solve_dtype(params)), params)
-        moved = beside(jnp.zeros((), bool), params)
-        return RatedState(base.init(params), first_rate.init(params), start, moved)
+        dtype = solve_dtype(params)
+        start = jnp.asarray(first, dtype), jnp.zeros((), dtype)
+        return RatedState(
+            base.init(params), first_rate.init(params), *beside(start, params)
+        )
 
     def update(
         updates: optax.Updates,
@@ -565,21 +568,22 @@ def _rated(
         sound = all_finite((u, keywords.get("value")))
         kept = select(sound, new, state.base)
 
-        # |u| for a gradient of zero over |u|: m for momentum, whatever the gradients. A
-        # base that accumulates gradients and moves at times has no momentum.
-        m, length = state.momentum, tree_norm(u)
+        # the update for a gradient of zero is what is left of the one before; after one
+        # of zero, as from a base that accumulates gradients, nothing is
+        m, before = state.momentum, state.length
 
         def measured() -> jax.Array:
             none = jax.tree.map(jnp.zeros_like, updates)
             rest = tree_norm(base.update(none, state.base, params, **keywords)[0])
-            share = divide(rest, length, state.moved & (length > 0), 0.0)
-            return jnp.clip(share.astype(m.dtype), m, 1)
+            share = divide(rest.astype(m.dtype), before, before > 0, 0.0)
+            return jnp.where(jnp.isfinite(share), jnp.minimum(share, 1), m)
 
         if is_measured:
             early = sound & (state.rate.count < MOMENTUM_STEPS)
             m = jax.lax.cond(early, measured, lambda: m)
+        length = jnp.where(sound, tree_norm(u).astype(before.dtype), before)
         u, rate_state = rate(momentum=m).update(u, state.rate, params, **keywords)
-        return u, RatedState(kept, rate_state, m, sound & (length > 0))
+        return u, RatedState(kept, rate_state, m, length)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
