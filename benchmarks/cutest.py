@@ -21,6 +21,16 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
     from benchmarks.solvers import SOLVERS
 
     names, solvers = QUICK if quick else (cutest.names(), tuple(SOLVERS))
+    rows = race_through(names, solvers)
+    worker = race.Worker()
+    singles = [{"problem": name} | worker.ask(_single, name) for name in names]
+    worker.close()
+    title = f"CUTEst, {len(names)} unconstrained problems"
+    return {"runs": rows, "float32": singles}, profiles(rows, solvers, title)
+
+
+def race_through(names: Sequence[str], solvers: Sequence[str]) -> list[dict[str, Any]]:
+    """Run every solver on every problem; return a row for each run."""
     worker, rows = race.Worker(), []
     for name in names:
         own = [
@@ -35,9 +45,8 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
             sep="  ",
             flush=True,
         )
-    singles = [{"problem": name} | worker.ask(_single, name) for name in names]
     worker.close()
-    return {"runs": rows, "float32": singles}, _figure(rows, solvers)
+    return rows
 
 
 def _solve(name: str, solver: str) -> dict[str, Any]:
@@ -177,14 +186,13 @@ def _mean_ratio(
 
 def markdown(record: dict[str, Any]) -> list[str]:
     """The tables of a record."""
-    rows = record["runs"]
+    return [*compared(record["runs"]), *_single_lines(record["float32"])]
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The tables of the solvers side by side."""
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
-    return [
-        *_solved(rows),
-        *_ratios(rows, solvers),
-        *_unsolved(rows, solvers),
-        *_single_lines(record["float32"]),
-    ]
+    return [*_solved(rows), *_ratios(rows, solvers), *_unsolved(rows, solvers)]
 
 
 def solved(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
@@ -274,7 +282,7 @@ def _unsolved(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> list[st
     return lines
 
 
-def _figure(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> Any:
+def profiles(rows: Sequence[dict[str, Any]], solvers: Sequence[str], title: str) -> Any:
     """Performance profile (evaluations over the fewest) and data profile (evaluations
     per n + 1)."""
     names = list(dict.fromkeys(row["problem"] for row in rows))
@@ -316,5 +324,5 @@ def _figure(rows: Sequence[dict[str, Any]], solvers: Sequence[str]) -> Any:
     )
     axes[1].set(xlabel="evaluations per n + 1")
     axes[1].legend(fontsize=8)
-    figure.suptitle(f"CUTEst, {len(names)} unconstrained problems")
+    figure.suptitle(title)
     return figure

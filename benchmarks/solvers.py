@@ -45,7 +45,8 @@ def driven(make: Callable[[], optax.GradientTransformation]) -> Solver:
 
     def solve(value_fn: Any, start: Any, bound: float) -> Outcome:
         tx = make()
-        gtol = bound / float(jnp.max(jnp.abs(jax.grad(value_fn)(start))))
+        largest = float(jnp.max(jnp.abs(jax.grad(value_fn)(start))))
+        gtol = bound / largest if largest else 0.0
 
         @jax.jit
         def run(x: Any) -> Any:

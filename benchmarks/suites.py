@@ -15,6 +15,7 @@ from benchmarks import (
     pinn,
     rates,
     training,
+    validation,
 )
 
 
@@ -32,6 +33,7 @@ SUITES = {
         lambda quick: harness.record(kernels.tables(quick)), harness.markdown
     ),
     "cutest": Suite(cutest.measure, cutest.markdown),
+    "validation": Suite(validation.measure, validation.markdown),
     "nist": Suite(nist.measure, nist.markdown),
     "rates": Suite(rates.measure, rates.markdown),
     "training": Suite(training.measure, training.markdown),
