@@ -79,7 +79,7 @@ PEERS: dict[str, dict[str, Callable[[], optax.GradientTransformation]]] = {
         "D-Adaptation": optax.contrib.dadapt_adamw,
     },
 }
-QUICK = ((Task("wine", "relu", (8,), 100),), ("sgd", "adam"), (3,))
+QUICK = ((Task("wine", "relu", (8,), 100),), ("adam",), (3,))
 
 
 @functools.cache

@@ -465,7 +465,7 @@ def digits_run(on_indefinite, seed, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_newton_trains_digits_to_a_gradient_of_1e_8(seed):
     steps, gradient, accuracy, seen, attempts = digits_run("shift", seed, 121)
     assert steps <= 120
