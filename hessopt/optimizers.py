@@ -287,7 +287,7 @@ def generalized_newton(
     mode: str | Mode = "exact",
     groups: Groups | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    horizon: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule | None = None,
     momentum: float | None = None,
     update_every: int = 1,
     curvature_decay: float = 0.9,
@@ -317,9 +317,12 @@ def generalized_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       horizon: number h >= 0, or a schedule of it. The rates that minimize the model are
-        multiplied by `h / (1 + m + h m / 2)`. With 1 and without momentum they are
-        taken as they are; larger ones gain more later and less in this step, and
-        diverge from about 2 on.
+        multiplied by `k / (1 + m + k m / 2)` with `k = 1 + (1 - m) (h - 1) s`. The
+        progress s is the decrease of the losses over the decrease that the models
+        promised: near 1 for a batch of all data, near 0 if the losses only follow the
+        noise of the batches. With h = 1 rates minimize the model; larger ones gain more
+        in the long run, and from 2 on the losses may rise. None: 1.8
+        with the safeguard, 1 without.
       momentum: number m in [0, 1], the share of an update that is left of the update
         before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
         safeguard it is measured in the first 50 steps, as the length of the update of
@@ -382,7 +385,7 @@ def generalized_newton(
         mode=mode,
         groups=groups,
         learning_rate=learning_rate,
-        horizon=horizon,
+        horizon=_or_default(horizon, HORIZON if safeguard else 1.0),
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -402,7 +405,7 @@ def grouped_newton(
     groups: Groups = "leaf",
     cubic_damping: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule = 1.0,
-    horizon: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule | None = None,
     momentum: float | None = None,
     update_every: int = 2,
     curvature_decay: float = 0.9,
@@ -432,9 +435,12 @@ def grouped_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       horizon: number h >= 0, or a schedule of it. The rates that minimize the model are
-        multiplied by `h / (1 + m + h m / 2)`. With 1 and without momentum they are
-        taken as they are; larger ones gain more later and less in this step, and
-        diverge from about 2 on.
+        multiplied by `k / (1 + m + k m / 2)` with `k = 1 + (1 - m) (h - 1) s`. The
+        progress s is the decrease of the losses over the decrease that the models
+        promised: near 1 for a batch of all data, near 0 if the losses only follow the
+        noise of the batches. With h = 1 rates minimize the model; larger ones gain more
+        in the long run, and from 2 on the losses may rise. None: 1.8
+        with the safeguard, 1 without.
       momentum: number m in [0, 1], the share of an update that is left of the update
         before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
         safeguard it is measured in the first 50 steps, as the length of the update of
@@ -496,32 +502,37 @@ def grouped_newton(
 
     Source: see `scale_by_grouped_newton`.
     """
-    if shrinkage is None:
-        shrinkage = SHRINKAGE if safeguard else 0.0
     rate = functools.partial(
         scale_by_grouped_newton,
         groups=groups,
         cubic_damping=cubic_damping,
         learning_rate=learning_rate,
-        horizon=horizon,
+        horizon=_or_default(horizon, HORIZON if safeguard else 1.0),
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
         nonnegative=nonnegative,
         cross_groups=cross_groups,
         ridge=ridge,
-        shrinkage=shrinkage,
+        shrinkage=_or_default(shrinkage, SHRINKAGE if safeguard else 0.0),
         initial_rate=initial_rate,
         safeguard=safeguard,
     )
     return _rated("grouped_newton", base, rate, momentum, safeguard)
 
 
+HORIZON = 1.8
+"""Default of `horizon`, with the safeguard."""
+
 SHRINKAGE = 1.0
 """Default of `shrinkage` of `grouped_newton`, with the safeguard."""
 
 MOMENTUM_STEPS = 50
 """Number of steps at the start in which the momentum of an optimizer is measured."""
+
+
+def _or_default(given: Any, default: float) -> Any:
+    return default if given is None else given
 
 
 class RatedState(NamedTuple):

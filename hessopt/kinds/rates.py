@@ -7,17 +7,26 @@ and the solution.
 
 The rates that minimize the model are multiplied by
 
-    c = h / (1 + m + h m / 2)
+    c = k / (1 + m + k m / 2),    k = 1 + (1 - m) (h - 1) s
 
-with h the horizon and m the momentum, the share of an update that is left of the one
-before. A step along updates with momentum is followed by others in nearly the same
+with h the horizon, s the progress and m the momentum, the share of an update that is left
+of the one before.
+
+Momentum: a step along updates with momentum is followed by others in nearly the same
 direction, which the model of one step does not know. For gradients of noise g on a
-parabola of curvature k, updates `u = m u - g` and a rate r, the averages are
+parabola of curvature A, updates `u = m u - g` and a rate r, the averages of b = -phi'(0)
+and of phi''(0) are
 
-    <b> = ((1 - m^2) + r k m / 2) |u|^2,    <A> = k |u|^2
+    <b> = ((1 - m^2) + r A m / 2) |u|^2,    <phi''(0)> = A |u|^2,
 
-of b = -phi'(0) and A = phi''(0), so `r = c <b> / <A>` holds for `r = (1 - m) h / k`. A
-gradient, which moves the parameters by `r / (1 - m)` in all, leads as far for every m.
+so `r = c <b> / <phi''(0)>` holds for `r = (1 - m) k / A`. A gradient, which moves the
+parameters by `r / (1 - m)` in all, leads as far for every m.
+
+Progress: the model is of one batch, and promises a decrease of its loss that is partly
+noise. The progress is the decrease of the losses from batch to batch over the promised
+one: near 1, the rates may exceed those that minimize the model, which leave parameters of
+small curvature behind; near 0, the losses only follow the noise. An excess acts on for
+`1 / (1 - m)` steps, and is divided by that.
 
 The safeguard adds the following. If the objective rises at the step of newly measured
 rates, they are halved. In the steps between two measurements the step of a group is at
@@ -52,6 +61,8 @@ step is dropped afterwards."""
 MEASURED_PERIODS = 2
 """Number of periods of `update_every` steps at the start in which every step is
 measured, with the safeguard."""
+FAST_DECAY, SLOW_DECAY = 0.9, 0.97
+"""Weights of the past in the two averages of losses whose difference is the decrease."""
 NOT_COUNTED = -1
 """Number of evaluations that is reported if it is not known."""
 
@@ -99,6 +110,15 @@ class RateSolution(NamedTuple):
     facts: dict[StepStatus, jax.Array]
 
 
+class Progress(NamedTuple):
+    """The decrease of the losses, and the decrease that the models have promised."""
+
+    loss: Vector  # (2,), averages of phi(0) by FAST_DECAY and SLOW_DECAY
+    promised: Vector  # (2,), sums of promised decreases with the same weights
+    last: jax.Array  # scalar, decrease promised at the last measurement
+    share: jax.Array  # scalar in [0, 1], decrease of the losses over the promised one
+
+
 class Memory(NamedTuple):
     """The memory that is carried from one measurement to the next."""
 
@@ -109,6 +129,7 @@ class Memory(NamedTuple):
     # (S,), norm of the updates of a group at its measurement; 0 for a dropped step
     length: Vector
     model: Params  # average
+    progress: Progress
 
 
 class RateInfo(NamedTuple):
@@ -143,6 +164,8 @@ class Rule(NamedTuple):
     measure: Callable[[RateProblem, Vector], Measurement]  # with the rates so far
     # model, rates so far, which of them are solutions, count
     solve: Callable[[Params, Vector, jax.Array, jax.Array], RateSolution]
+    # model, rates -> scalar, decrease of phi by the quadratic part of the model
+    decrease: Callable[[Params, Vector], jax.Array]
 
 
 def scale_by_rates(
@@ -208,6 +231,7 @@ def _init(options: _Options, params: Params) -> optax.OptState:
         rate=jnp.full(size, options.initial_rate, dtype),
         length=jnp.full(size, jnp.inf, dtype),
         model=options.rule.blank(size, dtype),
+        progress=Progress(*jnp.zeros((2, 2), dtype), *jnp.zeros(2, dtype)),
     )
     info = RateInfo(
         status=jnp.zeros((), jnp.int32),
@@ -299,17 +323,18 @@ def _begin(options: _Options, call: Call, state: _State) -> _Situation:
         ),
         memory,
         state.count,
-        _factor(options, state.count).astype(dtype),
+        _factor(options, memory, state.count).astype(dtype),
         length,
         moves=length > 0,
     )
 
 
-def _factor(options: _Options, count: jax.Array) -> jax.Array:
+def _factor(options: _Options, memory: Memory, count: jax.Array) -> jax.Array:
     """Return the factor on the rates that minimize the model."""
-    h, m = scheduled(options.horizon, count), options.momentum
+    m, h = options.momentum, scheduled(options.horizon, count)
+    k = 1 + (1 - m) * (h - 1) * memory.progress.share
     return jnp.asarray(
-        scheduled(options.learning_rate, count) * h / (1 + m + h * m / 2)
+        scheduled(options.learning_rate, count) * k / (1 + m + k * m / 2)
     )
 
 
@@ -337,7 +362,9 @@ def _reuse(options: _Options, now: _Situation) -> _Outcome:
         # limit |u_s| to its length at the measurement
         rate = rate * divide(old.length, now.length, now.length > old.length, 1)
     zero = jnp.zeros((), jnp.int32)
-    return _Outcome(old._replace(age=old.age + 1), zero, rate, zero)
+    progress = _promised(old.progress, old.progress.last)
+    memory = old._replace(age=old.age + 1, progress=progress)
+    return _Outcome(memory, zero, rate, zero)
 
 
 def _renew(options: _Options, now: _Situation) -> _Outcome:
@@ -363,6 +390,7 @@ def _renew(options: _Options, now: _Situation) -> _Outcome:
         StepStatus.STEP_REJECTED: dropped,
     }
     length = jnp.where(now.moves, now.length, old.length)
+    taken = jnp.where(dropped, 0, now.factor * rate)
     memory = Memory(
         age=jnp.ones((), jnp.int32),
         measured=old.measured + measured.seen.astype(jnp.int32),
@@ -370,13 +398,10 @@ def _renew(options: _Options, now: _Situation) -> _Outcome:
         rate=rate,
         length=jnp.where(dropped, 0, length),
         model=model,
+        progress=_progress(options, old, measured, taken),
     )
-    return _Outcome(
-        memory,
-        step_status(happened) | step_status(facts),
-        jnp.where(dropped, 0, now.factor * rate),
-        halvings,
-    )
+    status = step_status(happened) | step_status(facts)
+    return _Outcome(memory, status, taken, halvings)
 
 
 class _Reading(NamedTuple):
@@ -428,6 +453,33 @@ def _solve(
     rate = jnp.where(usable, w * old.rate + (1 - w) * found.astype(dtype), old.rate)
     # a probe at the last rate that was not finite was too long
     return RateSolution(jnp.where(measured.beyond, rate / 2, rate), usable, facts)
+
+
+def _progress(
+    options: _Options, old: Memory, measured: _Reading, rate: Vector
+) -> Progress:
+    """Return the progress after a measurement and a step."""
+    last, first = old.progress, ~jnp.any(old.measured > 0)
+    w = jnp.array([FAST_DECAY, SLOW_DECAY], rate.dtype)
+
+    # L = w L + (1 - w) phi(0), starting with the first value, and P = w P
+    loss = w * last.loss + (1 - w) * measured.value.astype(rate.dtype)
+    loss = jnp.where(first, measured.value.astype(rate.dtype), loss)
+    promised = w * last.promised
+
+    # both differences are between the same two averages of times
+    decrease, expected = loss[1] - loss[0], promised[1] - promised[0]
+    share = jnp.clip(divide(decrease, expected, expected > 0, 0.0), 0, 1)
+    new = Progress(loss, promised, last.last, share)
+
+    # what the model of this batch promises of this step
+    more = options.rule.decrease(measured.model, rate)
+    more = jnp.where(jnp.isfinite(more), jnp.maximum(more, 0), 0)
+    return select(measured.finite, _promised(new, more), last)
+
+
+def _promised(progress: Progress, more: jax.Array) -> Progress:
+    return progress._replace(promised=progress.promised + more, last=more)
 
 
 def _guard(

@@ -93,9 +93,11 @@ def scale_by_generalized_newton(
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
       horizon: number h >= 0, or a schedule of it. The rates that minimize the model are
-        multiplied by `h / (1 + m + h m / 2)`. With 1 and without momentum they are
-        taken as they are; larger ones gain more later and less in this step, and
-        diverge from about 2 on.
+        multiplied by `k / (1 + m + k m / 2)` with `k = 1 + (1 - m) (h - 1) s`. The
+        progress s is the decrease of the losses over the decrease that the models
+        promised: near 1 for a batch of all data, near 0 if the losses only follow the
+        noise of the batches. With h = 1 rates minimize the model; larger ones gain more
+        in the long run, and from 2 on the losses may rise.
       momentum: number m in [0, 1], the share of an update that is left of the update
         before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. The optimizer
         `hessopt.generalized_newton` measures it.
@@ -175,6 +177,7 @@ def scale_by_generalized_newton(
         blank=_blank,
         measure=measure,
         solve=functools.partial(_solve, bounds),
+        decrease=_decrease,
     )
     return scale_by_rates(
         rule,
@@ -231,6 +234,11 @@ def _solve(
         StepStatus.NEGATIVE_CURVATURE: jnp.any(A < 0),
     }
     return RateSolution(eta, usable, facts)
+
+
+def _decrease(model: Parabola, rate: Vector) -> jax.Array:
+    b, A = model
+    return jnp.sum(b * rate - A * rate**2 / 2)
 
 
 def exact(problem: RateProblem, rate: Vector) -> Measurement:
