@@ -1,6 +1,7 @@
 """The optimizers: chains of a direction, a sign change and an optional line search, or
 of any optimizer and a rate."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,16 +9,13 @@ import jax
 import optax
 
 from hessopt._checks import (
-    check_params,
-    check_transformation,
     injectable,
     renamed_arguments,
 )
 from hessopt.calculus.curvature import Curvature, CurvatureFn
+from hessopt.kinds.bases import over_base
 from hessopt.numerics.broyden import Formula
-from hessopt.numerics.guards import select
 from hessopt.numerics.indefiniteness import IndefiniteTreatment
-from hessopt.objective.binding import require_params
 from hessopt.transforms.bfgs import scale_by_bfgs
 from hessopt.transforms.generalized_newton import Mode, scale_by_generalized_newton
 from hessopt.transforms.grouped_newton import scale_by_grouped_newton
@@ -27,8 +25,6 @@ from hessopt.transforms.newton import scale_by_newton
 from hessopt.transforms.newton_cg import Preconditioner, scale_by_newton_cg
 from hessopt.transforms.optax_linesearch import fitted
 from hessopt.trees.groups import Groups
-from hessopt.trees.vectors import all_finite
-from hessopt.typing import Params
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
 """Default of `newton_cg` and `lbfgs`: their steps usually have the right length, so the
@@ -282,8 +278,10 @@ def generalized_newton(
     mode: str | Mode = "exact",
     groups: Groups | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule | None = None,
+    momentum: float | None = None,
     update_every: int = 1,
-    curvature_decay: float = 0.8,
+    curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     initial_rate: float = 1e-2,
     min_rate: float = 0.0,
@@ -309,6 +307,18 @@ def generalized_newton(
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h >= 1, or a schedule of it. The rates that minimize the model are
+        multiplied by a factor between `1 / (1 + 1.5 m)`, with m the momentum, and `1 +
+        (1 - m) (h - 1)`. It is the larger, the larger the share of the promised descent
+        that the next batch confirms: this is 1 for a batch of all data. Rates larger
+        than those that minimize the model gain more in the long run; from h = 2 on the
+        losses may rise. Without grad in `update` the factor is the lower one. h is
+        1.8 by default with the safeguard, 1 without.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
+        safeguard it is measured in the first 50 steps, as the length of the update of
+        base for a gradient of zero relative to that of the update before; without, it
+        is 0.
       update_every: number of steps from one measurement to the next. The steps in
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
@@ -319,9 +329,9 @@ def generalized_newton(
         which must change the objective by more than rounding.
       min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
         finite can reduce rates below min_rate.
-      max_change: largest factor, at least 1, by which a rate changes from one
-        measurement to the next, after the first one; by default 2 with the safeguard,
-        unlimited without.
+      max_change: largest factor, at least 1, by which a rate grows from one measurement
+        to the next, after the first one; it falls by at most 2, or this factor if it is
+        larger. By default `1.03**update_every` with the safeguard, unlimited without.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
         by more than 0.1%, or is not finite, the rates are halved, at most five times;
@@ -330,9 +340,10 @@ def generalized_newton(
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
         so is a step that would lead uphill, if `update` receives grad.
-        (4) max_change is 2 by default.
+        (4) max_change is `1.03**update_every` by default.
         (5) With `"forward"` and `"central"`, a curvature below the rounding of the
         values is replaced by that rounding.
+        (6) horizon is 1.8 by default, and momentum is measured.
         False, with `curvature_decay=0`, is the published method. Numbers that are not
         finite are treated alike in both.
 
@@ -360,10 +371,12 @@ def generalized_newton(
 
     Source: see `scale_by_generalized_newton`.
     """
-    rate = scale_by_generalized_newton(
+    rate = functools.partial(
+        scale_by_generalized_newton,
         mode=mode,
         groups=groups,
         learning_rate=learning_rate,
+        horizon=_or_default(horizon, HORIZON if safeguard else None),
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -373,7 +386,7 @@ def generalized_newton(
         max_change=max_change,
         safeguard=safeguard,
     )
-    return _rated("generalized_newton", base, rate)
+    return over_base("generalized_newton", base, rate, momentum, safeguard)
 
 
 @injectable
@@ -383,12 +396,15 @@ def grouped_newton(
     groups: Groups = "leaf",
     cubic_damping: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule | None = None,
+    momentum: float | None = None,
     update_every: int = 2,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     nonnegative: bool = False,
     cross_groups: bool = True,
     ridge: float = 0.0,
+    shrinkage: float | None = None,
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -409,6 +425,18 @@ def grouped_newton(
         may depend on params through a `jax.custom_vjp`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h >= 1, or a schedule of it. The rates that minimize the model are
+        multiplied by a factor between `1 / (1 + 1.5 m)`, with m the momentum, and `1 +
+        (1 - m) (h - 1)`. It is the larger, the larger the share of the promised descent
+        that the next batch confirms: this is 1 for a batch of all data. Rates larger
+        than those that minimize the model gain more in the long run; from h = 2 on the
+        losses may rise. Without grad in `update` the factor is the lower one. h is
+        1.8 by default with the safeguard, 1 without.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. None: with the
+        safeguard it is measured in the first 50 steps, as the length of the update of
+        base for a gradient of zero relative to that of the update before; without, it
+        is 0.
       update_every: number of steps from one model to the next. The steps in between
         reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
@@ -421,6 +449,10 @@ def grouped_newton(
       cross_groups: whether H has entries between groups.
       ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
         added to the diagonal.
+      shrinkage: number >= 0, weight of a term that draws the rates towards the one rate
+        that minimizes the model for all groups, in units of the diagonal of H. The
+        model of many rates follows the noise of a batch; by default 3 with the
+        safeguard, and 0 without.
       initial_rate: rate of every group until the first solution.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
@@ -430,6 +462,9 @@ def grouped_newton(
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
         so is a step that would lead uphill, if `update` receives grad.
+        (4) From one model to the next, the length of the step at the same updates grows
+        by at most `1.03**update_every`.
+        (5) shrinkage is 3 and horizon 1.8 by default, and momentum is measured.
         False, with `curvature_decay=0`, is the published method. Models that are not
         finite, or have no minimizer, are treated alike in both.
 
@@ -460,51 +495,34 @@ def grouped_newton(
 
     Source: see `scale_by_grouped_newton`.
     """
-    rate = scale_by_grouped_newton(
+    rate = functools.partial(
+        scale_by_grouped_newton,
         groups=groups,
         cubic_damping=cubic_damping,
         learning_rate=learning_rate,
+        horizon=_or_default(horizon, HORIZON if safeguard else None),
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
         nonnegative=nonnegative,
         cross_groups=cross_groups,
         ridge=ridge,
+        shrinkage=_or_default(shrinkage, SHRINKAGE if safeguard else 0.0),
         initial_rate=initial_rate,
         safeguard=safeguard,
     )
-    return _rated("grouped_newton", base, rate)
+    return over_base("grouped_newton", base, rate, momentum, safeguard)
 
 
-def _rated(
-    name: str,
-    base: optax.GradientTransformation,
-    rate: optax.GradientTransformationExtraArgs,
-) -> optax.GradientTransformationExtraArgs:
-    """Chain an optimizer with a rate, and keep its old state if its update or the value
-    is not finite."""
-    check_transformation("base", base)
-    base = optax.with_extra_args_support(base)
+HORIZON = 1.8
+"""Default of `horizon`, with the safeguard."""
 
-    def init(params: Params) -> optax.OptState:
-        check_params(name, params)
-        return base.init(params), rate.init(params)
+SHRINKAGE = 3.0
+"""Default of `shrinkage` of `grouped_newton`, with the safeguard."""
 
-    def update(
-        updates: optax.Updates,
-        state: Any,
-        params: Params | None = None,
-        **keywords: object,
-    ) -> tuple[optax.Updates, optax.OptState]:
-        require_params(params, caller=name)
-        check_params(name, params)
-        updates, new = base.update(updates, state[0], params, **keywords)
-        sound = all_finite((updates, keywords.get("value")))
-        kept = select(sound, new, state[0])
-        updates, rate_state = rate.update(updates, state[1], params, **keywords)
-        return updates, (kept, rate_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+def _or_default(given: Any, default: float | None) -> Any:
+    return default if given is None else given
 
 
 def _descend(

@@ -22,12 +22,14 @@ from hessopt._checks import StaticDefault
 BASE = optax.sgd(1.0, momentum=0.5)
 RATES = {
     "learning_rate": 0.5,
+    "horizon": 1.25,
+    "momentum": 0.75,
     "curvature_decay": 0.5,
     "rate_decay": 0.25,
     "initial_rate": 0.125,
 }
 PARABOLA = RATES | {"min_rate": 1e-3, "max_rate": 0.5, "max_change": 1.5}
-CUBIC = RATES | {"cubic_damping": 0.5, "ridge": 0.25}
+CUBIC = RATES | {"cubic_damping": 0.5, "ridge": 0.25, "shrinkage": 2.0}
 SEARCH = {"slope_rtol": 0.125, "curv_rtol": 0.25, "max_rate": 0.5}
 NUMBERS: dict[str, dict[str, float]] = {
     "newton": {"learning_rate": 0.5, "damping": 0.25},

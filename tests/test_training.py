@@ -100,7 +100,7 @@ def best_constant(name, base):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits", "wine"])
 @pytest.mark.parametrize(
-    ("base", "factor"), [("sgd", 1.3), ("momentum", 2.0), ("adam", 2.0)]
+    ("base", "factor"), [("sgd", 1.3), ("momentum", 2.5), ("adam", 3.0)]
 )
 def test_generalized_newton_ends_near_the_best_constant_rate_from_any_first_rate(
     name, base, factor

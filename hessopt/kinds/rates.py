@@ -5,8 +5,33 @@ Once per `update_every` steps the model is measured, averaged with earlier ones,
 solved for the rates; the steps in between reuse them. A rule defines the measurement
 and the solution.
 
+The rates that minimize the model are multiplied by
+
+    c = low + (high - low) s,    low = 1 / (1 + 3/2 m),    high = 1 + (1 - m) (h - 1),
+
+with m the momentum of the updates, h the horizon and s in [0, 1] the progress. c = 1 for
+m = 0, h = 1.
+
+Momentum: m is the share of an update that is left of the one before. A step along such
+updates is followed by others in nearly the same direction, which the model of one step
+does not know. For gradients of noise g on a parabola of curvature A, updates `u = m u -
+g` and a rate r, the averages of b = -phi'(0) and of phi''(0) are
+
+    <b> = ((1 - m^2) + r A m / 2) |u|^2,    <phi''(0)> = A |u|^2,
+
+so `r = c <b> / <phi''(0)>` with `c = 1 / (1 + 3/2 m)` holds for `r = (1 - m) / A`. A
+gradient, which moves the parameters by `r / (1 - m)` in all, then leads as far for every
+m, to the minimum of its batch.
+
+Progress: s = 1 if all batches agree (see `agreement`), and s = 0 if they agree by low / 2
+only: the losses do not decrease then at the lower rates, and their gradients are noise.
+Where there is no noise, rates that minimize the model are right with momentum as well.
+Larger ones gain more in the long run, since a step to the minimum along an update leaves
+behind the parameters of small curvature. With momentum an excess acts on for `1 / (1 -
+m)` steps, and is divided by that.
+
 The safeguard adds the following. If the objective rises at the step of newly measured
-rates, they are halved. In the steps between two measurements the step of a group is at
+rates, the step is halved. Rates grow by at most 3% per step. In the steps between two measurements the step of a group is at
 most as long as when its rate was measured: an update that grows, as with momentum,
 would overshoot the minimum along it. For the same reason every step of the first
 periods is measured, and so is a step that would lead uphill, if the gradient is given.
@@ -23,6 +48,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from hessopt._checks import check_count, check_range, renamed_attributes
 from hessopt.calculus.taylor import Taylor, taylor
+from hessopt.kinds.agreement import (
+    Agreement,
+    confirmed,
+    lower_bound,
+    no_agreement,
+)
 from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.trees.groups import Groups, check_groups, group_labels, take
@@ -38,6 +69,9 @@ step is dropped afterwards."""
 MEASURED_PERIODS = 2
 """Number of periods of `update_every` steps at the start in which every step is
 measured, with the safeguard."""
+MAX_GROWTH = 1.03
+"""Largest factor by which rates grow per step, with the safeguard. Where the losses tend
+to zero the model of a batch is nearly flat, and its minimum too far away for the next."""
 NOT_COUNTED = -1
 """Number of evaluations that is reported if it is not known."""
 
@@ -75,6 +109,8 @@ class Measurement(NamedTuple):
     known: jax.Array | bool = True  # bool (S,), whether the model holds for a group
     # bool (S,), whether phi was not finite at the probe
     beyond: jax.Array | bool = False
+    # bool (S,), whether the curvature is measured; otherwise the model bounds it
+    curved: jax.Array | bool = True
 
 
 class RateSolution(NamedTuple):
@@ -90,11 +126,15 @@ class Memory(NamedTuple):
 
     age: jax.Array  # int32 scalar, steps since the last measurement
     measured: jax.Array  # int32 (S,), measurements in the average
-    solved: jax.Array  # bool (S,), whether the rate is the result of a solution
+    # bool (S,), whether the rate is the result of a solution with known curvature
+    solved: jax.Array
     rate: Vector  # (S,), before learning_rate
-    # (S,), norm of the updates of a group at its measurement; 0 for a dropped step
+    # (S,), norm of the updates of a group at its measurement, halved with the step; 0 for
+    # a dropped one
     length: Vector
     model: Params  # average
+    # None without horizon and momentum: it has no influence then
+    agreement: Agreement | None
 
 
 class RateInfo(NamedTuple):
@@ -129,6 +169,11 @@ class Rule(NamedTuple):
     measure: Callable[[RateProblem, Vector], Measurement]  # with the rates so far
     # model, rates so far, which of them are solutions, count
     solve: Callable[[Params, Vector, jax.Array, jax.Array], RateSolution]
+    # model, rates eta -> `-phi'(0).eta` and `eta.phi''(0) eta`, scalars
+    along: Callable[[Params, Vector], tuple[jax.Array, jax.Array]]
+    # largest factor by which the length of a step grows from one measurement to the
+    # next at the same updates; None: unlimited
+    max_growth: ArrayLike | None = None
 
 
 def scale_by_rates(
@@ -136,6 +181,8 @@ def scale_by_rates(
     *,
     groups: Groups | None,
     learning_rate: optax.ScalarOrSchedule,
+    horizon: optax.ScalarOrSchedule | None,
+    momentum: ArrayLike | None,
     update_every: int,
     curvature_decay: ArrayLike,
     rate_decay: ArrayLike,
@@ -146,6 +193,11 @@ def scale_by_rates(
     `scale_by_generalized_newton`."""
     check_count("update_every", update_every)
     check_range("learning_rate", learning_rate, 0)
+    is_adaptive = horizon is not None or momentum is not None
+    horizon = 1.0 if horizon is None else horizon
+    momentum = 0.0 if momentum is None else momentum
+    check_range("horizon", horizon, 1)
+    check_range("momentum", momentum, 0, 1)
     check_range("curvature_decay", curvature_decay, 0, 1)
     check_range("rate_decay", rate_decay, 0, 1)
     groups = "all" if groups is None else groups
@@ -154,6 +206,9 @@ def scale_by_rates(
         rule=rule,
         groups=groups,
         learning_rate=learning_rate,
+        horizon=horizon,
+        momentum=momentum,
+        is_adaptive=is_adaptive,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -170,6 +225,9 @@ class _Options(NamedTuple):
     rule: Rule
     groups: Groups
     learning_rate: optax.ScalarOrSchedule
+    horizon: optax.ScalarOrSchedule
+    momentum: ArrayLike
+    is_adaptive: bool  # whether one of the two was given: their factor may not be 1
     update_every: int
     curvature_decay: ArrayLike
     rate_decay: ArrayLike
@@ -186,6 +244,7 @@ def _init(options: _Options, params: Params) -> optax.OptState:
         rate=jnp.full(size, options.initial_rate, dtype),
         length=jnp.full(size, jnp.inf, dtype),
         model=options.rule.blank(size, dtype),
+        agreement=no_agreement(params, dtype) if options.is_adaptive else None,
     )
     info = RateInfo(
         status=jnp.zeros((), jnp.int32),
@@ -200,9 +259,9 @@ class _Situation(NamedTuple):
     """The inputs of an update, used by all of its phases."""
 
     problem: RateProblem
-    memory: Memory  # of the previous step
+    memory: Memory  # of the previous step, with the agreement of this batch
     count: jax.Array  # int32 scalar, updates so far
-    factor: jax.Array  # scalar, the learning rate
+    factor: jax.Array  # scalar, learning rate times c
     length: Vector  # (S,), norm of the updates of a group
     moves: jax.Array  # bool (S,), whether length is not zero
 
@@ -240,15 +299,18 @@ def _step(
     sound = call.finite & all_finite(now.length)
     zero = jnp.zeros((), jnp.int32)
     nonfinite = jnp.int32(StepStatus.NONFINITE)
-    untouched = _Outcome(now.memory, nonfinite, jnp.zeros_like(now.length), zero)
+    untouched = _Outcome(state.memory, nonfinite, jnp.zeros_like(now.length), zero)
     memory, status, rate, halvings = select(sound, outcome, untouched)
 
     # eta_s u_s; a group whose step cannot be represented takes none
     represented = jnp.isfinite(rate * now.length)
     status |= jnp.where(jnp.all(represented), 0, nonfinite)
     rate = jnp.where(represented, rate, 0)
-    step = scaled(call.updates, now.problem.labels, rate)
-    return zero_unless(sound, step), options.rule.State(
+    step = zero_unless(sound, scaled(call.updates, now.problem.labels, rate))
+    if memory.agreement is not None:
+        remembered = select(sound, step, state.memory.agreement.step)
+        memory = memory._replace(agreement=memory.agreement._replace(step=remembered))
+    return step, options.rule.State(
         jnp.asarray(optax.safe_increment(state.count)),
         memory,
         RateInfo(status, rate, halvings, evaluations=jnp.int32(NOT_COUNTED)),
@@ -258,6 +320,8 @@ def _step(
 def _begin(options: _Options, call: Call, state: _State) -> _Situation:
     """Set up the restriction of the objective to the updates, and their lengths."""
     memory = state.memory
+    if memory.agreement is not None and call.grad is not None:
+        memory = memory._replace(agreement=confirmed(memory.agreement, call.grad))
     dtype = memory.rate.dtype
     labels, _ = group_labels(call.params, options.groups)
     value = call.value
@@ -277,10 +341,22 @@ def _begin(options: _Options, call: Call, state: _State) -> _Situation:
         ),
         memory,
         state.count,
-        jnp.asarray(scheduled(options.learning_rate, state.count), dtype),
+        _factor(options, memory, state.count).astype(dtype),
         length,
         moves=length > 0,
     )
+
+
+def _factor(options: _Options, memory: Memory, count: jax.Array) -> jax.Array:
+    """Return the factor on the rates that minimize the model."""
+    factor = jnp.asarray(scheduled(options.learning_rate, count))
+    if memory.agreement is None:
+        return factor
+    m, h = options.momentum, scheduled(options.horizon, count)
+    low, high = 1 / (1 + 1.5 * m), 1 + (1 - m) * (h - 1)
+    a = lower_bound(memory.agreement)
+    progress = jnp.maximum((a - low / 2) / (1 - low / 2), 0)
+    return factor * (low + (high - low) * progress)
 
 
 def _is_due(options: _Options, now: _Situation) -> jax.Array:
@@ -307,7 +383,11 @@ def _reuse(options: _Options, now: _Situation) -> _Outcome:
         # limit |u_s| to its length at the measurement
         rate = rate * divide(old.length, now.length, now.length > old.length, 1)
     zero = jnp.zeros((), jnp.int32)
-    return _Outcome(old._replace(age=old.age + 1), zero, rate, zero)
+    agreement = old.agreement
+    if agreement is not None:
+        agreement = agreement._replace(measured=jnp.zeros((), bool))
+    memory = old._replace(age=old.age + 1, agreement=agreement)
+    return _Outcome(memory, zero, rate, zero)
 
 
 def _renew(options: _Options, now: _Situation) -> _Outcome:
@@ -323,7 +403,14 @@ def _renew(options: _Options, now: _Situation) -> _Outcome:
 
     # halve them until f(params + sum_s eta_s u_s) <= f(params) + TOLERATED_RISE |f|
     halvings, dropped = _guard(options, now, found.rate, measured.value)
-    rate = select(jnp.isfinite(measured.value), _halved(found.rate, halvings), old.rate)
+    halved = _halved(found.rate, halvings)
+    taken = jnp.where(dropped, 0, now.factor * halved)
+
+    # the next rates start from those of the model, since one batch does not tell that
+    # they are too long; but where no step keeps its promise of descent, from the shorter
+    promised = options.rule.along(measured.model, halved)[0] > 0
+    rate = jnp.where(dropped & promised, halved, found.rate)
+    rate = select(jnp.isfinite(measured.value), rate, old.rate)
 
     facts = {flag: measured.finite & fact for flag, fact in found.facts.items()}
     happened = {
@@ -336,17 +423,14 @@ def _renew(options: _Options, now: _Situation) -> _Outcome:
     memory = Memory(
         age=jnp.ones((), jnp.int32),
         measured=old.measured + measured.seen.astype(jnp.int32),
-        solved=old.solved | found.usable,
+        solved=old.solved | (found.usable & measured.curved),
         rate=rate,
-        length=jnp.where(dropped, 0, length),
+        length=jnp.where(dropped, 0, _halved(length, halvings)),
         model=model,
+        agreement=_promise(options, old.agreement, measured, taken),
     )
-    return _Outcome(
-        memory,
-        step_status(happened) | step_status(facts),
-        jnp.where(dropped, 0, now.factor * rate),
-        halvings,
-    )
+    status = step_status(happened) | step_status(facts)
+    return _Outcome(memory, status, taken, halvings)
 
 
 class _Reading(NamedTuple):
@@ -357,16 +441,19 @@ class _Reading(NamedTuple):
     beyond: jax.Array | bool  # bool (S,), whether phi was not finite at a probe
     finite: jax.Array  # bool scalar, whether the model and all probes are finite
     seen: jax.Array  # bool (S,), whether the model holds for a group
+    curved: jax.Array  # bool (S,), whether its curvature is measured as well
 
 
 def _measure(options: _Options, now: _Situation) -> _Reading:
     """Measure the model of phi at 0, in the dtypes of the average."""
-    value, model, known, beyond = options.rule.measure(now.problem, now.memory.rate)
+    found = options.rule.measure(now.problem, now.memory.rate)
+    value, model, known, beyond, curved = found
     model = jax.tree.map(
         lambda x, like: jnp.asarray(x, like.dtype), model, now.memory.model
     )
     finite = all_finite(model) & ~jnp.any(beyond)
-    return _Reading(value, model, beyond, finite, finite & known & now.moves)
+    seen = finite & known & now.moves
+    return _Reading(value, model, beyond, finite, seen, seen & curved)
 
 
 def _average(options: _Options, old: Memory, measured: _Reading) -> Params:
@@ -394,10 +481,36 @@ def _solve(
     old, dtype = now.memory, now.memory.rate.dtype
     found, usable, facts = options.rule.solve(model, old.rate, old.solved, now.count)
     usable = usable & measured.seen
+    if options.rule.max_growth is not None:
+        found = _limited(found, options.rule.max_growth, old, now.length)
     w = jnp.where(old.solved, jnp.asarray(options.rate_decay, dtype), 0)
     rate = jnp.where(usable, w * old.rate + (1 - w) * found.astype(dtype), old.rate)
     # a probe at the last rate that was not finite was too long
     return RateSolution(jnp.where(measured.beyond, rate / 2, rate), usable, facts)
+
+
+def _limited(
+    rate: Vector, max_growth: ArrayLike, old: Memory, length: Vector
+) -> Vector:
+    """Return the rates, reduced to at most `max_growth` times the last ones in the
+    length of the step; the first solution is not limited."""
+    size, bound = (jnp.linalg.norm(x * length) for x in (rate, max_growth * old.rate))
+    exceeds = jnp.any(old.solved) & (size > bound) & (bound > 0)
+    return rate * divide(bound, size, exceeds, 1.0).astype(rate.dtype)
+
+
+def _promise(
+    options: _Options, old: Agreement | None, measured: _Reading, rate: Vector
+) -> Agreement | None:
+    """Return the agreement with the promise of the rates that are taken."""
+    if old is None:
+        return None
+    # the model of this batch, not the average: the next batch is compared with it
+    promise = (x.astype(rate.dtype) for x in options.rule.along(measured.model, rate))
+    descent, curvature = promise
+    known = measured.finite & jnp.any(rate != 0)
+    known &= jnp.isfinite(descent) & jnp.isfinite(curvature)
+    return old._replace(descent=descent, curvature=curvature, measured=known)
 
 
 def _guard(

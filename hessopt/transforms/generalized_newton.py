@@ -21,6 +21,7 @@ import optax
 
 from hessopt._checks import check_range, choose, injectable
 from hessopt.kinds.rates import (
+    MAX_GROWTH,
     Measurement,
     Memory,
     RateInfo,
@@ -39,8 +40,8 @@ from hessopt.typing import StepStatus, Vector
 
 SMALLEST_RATE, LARGEST_RATE = 1e-18, 1e18
 """Bounds of all rates; their squares can be represented in float32."""
-MAX_CHANGE = 2.0
-"""Default of `max_change`, with the safeguard."""
+LEAST_FALL = 2.0
+"""Largest factor by which a rate falls, if `max_change` is smaller."""
 
 
 class Parabola(NamedTuple):
@@ -69,8 +70,10 @@ def scale_by_generalized_newton(
     mode: str | Mode = "exact",
     groups: Groups | None = None,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule | None = None,
+    momentum: float | None = None,
     update_every: int = 1,
-    curvature_decay: float = 0.8,
+    curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     initial_rate: float = 1e-2,
     min_rate: float = 0.0,
@@ -90,6 +93,15 @@ def scale_by_generalized_newton(
         rate from its own parabola.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h >= 1, or a schedule of it. The rates that minimize the model are
+        multiplied by a factor between `1 / (1 + 1.5 m)`, with m the momentum, and `1 +
+        (1 - m) (h - 1)`. It is the larger, the larger the share of the promised descent
+        that the next batch confirms: this is 1 for a batch of all data. Rates larger
+        than those that minimize the model gain more in the long run; from h = 2 on the
+        losses may rise. Without grad in `update` the factor is the lower one. None: 1.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. The optimizer
+        `hessopt.generalized_newton` measures it.
       update_every: number of steps from one measurement to the next. The steps in
         between reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of b and A, for
@@ -100,9 +112,9 @@ def scale_by_generalized_newton(
         which must change the objective by more than rounding.
       min_rate, max_rate: bounds on the rates; the safeguard and a probe that is not
         finite can reduce rates below min_rate.
-      max_change: largest factor, at least 1, by which a rate changes from one
-        measurement to the next, after the first one; by default 2 with the safeguard,
-        unlimited without.
+      max_change: largest factor, at least 1, by which a rate grows from one measurement
+        to the next, after the first one; it falls by at most 2, or this factor if it is
+        larger. By default `1.03**update_every` with the safeguard, unlimited without.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
         by more than 0.1%, or is not finite, the rates are halved, at most five times;
@@ -111,7 +123,7 @@ def scale_by_generalized_newton(
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
         so is a step that would lead uphill, if `update` receives grad.
-        (4) max_change is 2 by default.
+        (4) max_change is `1.03**update_every` by default.
         (5) With `"forward"` and `"central"`, a curvature below the rounding of the
         values is replaced by that rounding.
         False, with `curvature_decay=0`, is the published method. Numbers that are not
@@ -153,7 +165,7 @@ def scale_by_generalized_newton(
     2407.02772.
     """
     if max_change is None and safeguard:
-        max_change = MAX_CHANGE
+        max_change = MAX_GROWTH**update_every
     bounds = _Bounds(min_rate, max_rate, max_change)
     measure = choose("mode", mode, MODES)
     check_range("min_rate", min_rate, 0)
@@ -166,11 +178,14 @@ def scale_by_generalized_newton(
         blank=_blank,
         measure=measure,
         solve=functools.partial(_solve, bounds),
+        along=_along,
     )
     return scale_by_rates(
         rule,
         groups=groups,
         learning_rate=learning_rate,
+        horizon=horizon,
+        momentum=momentum,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -212,7 +227,8 @@ def _solve(
     # one noisy batch must not change a rate by orders of magnitude; the first solution
     # is not limited, since the initial rate is a guess
     if bounds.max_change is not None:
-        changed = jnp.clip(eta, rate / bounds.max_change, rate * bounds.max_change)
+        fall = jnp.maximum(bounds.max_change, LEAST_FALL)
+        changed = jnp.clip(eta, rate / fall, rate * bounds.max_change)
         eta = jnp.where(solved, changed, eta)
     eta = jnp.clip(eta, *_interval(bounds))
     facts = {
@@ -220,6 +236,11 @@ def _solve(
         StepStatus.NEGATIVE_CURVATURE: jnp.any(A < 0),
     }
     return RateSolution(eta, usable, facts)
+
+
+def _along(model: Parabola, rate: Vector) -> tuple[jax.Array, jax.Array]:
+    b, A = model
+    return jnp.sum(b * rate), jnp.sum(A * rate**2)
 
 
 def exact(problem: RateProblem, rate: Vector) -> Measurement:
@@ -292,4 +313,4 @@ def _parabola(
     known = (seen | (fall > 2 * noise)) & ~beyond
     bend = jnp.where(seen, bend, noise)
     model = zero_unless(known, Parabola(fall / rate, 2 * bend / rate**2))
-    return Measurement(start, model, known, beyond)
+    return Measurement(start, model, known, beyond, curved=seen)

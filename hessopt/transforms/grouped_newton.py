@@ -6,7 +6,8 @@ of the objective along their updates.
     eta = argmin  -g.eta + eta.H eta / 2 + (lambda / 6) |D eta|^3
 
 The cubic term restricts the rates to the region where phi is close to its quadratic
-model. The method is invariant to a change of the units of a group.
+model. The method is invariant to a change of the units of a group, but for the
+shrinkage towards one rate for all groups.
 
 Source: Wolinski, "Adapting Newton's Method to Neural Networks through a Summary of
 Higher-Order Derivatives", arXiv 2312.03885.
@@ -22,6 +23,7 @@ import optax
 from hessopt._checks import check_range, injectable
 from hessopt.kinds.protocol import scheduled
 from hessopt.kinds.rates import (
+    MAX_GROWTH,
     Measurement,
     Memory,
     RateInfo,
@@ -32,7 +34,7 @@ from hessopt.kinds.rates import (
     taylor_terms,
 )
 from hessopt.numerics.cubic import solve_cubic
-from hessopt.numerics.guards import matmul, or_one
+from hessopt.numerics.guards import divide, matmul, or_one
 from hessopt.trees.groups import Groups
 from hessopt.typing import Matrix, StepStatus, Vector
 
@@ -66,12 +68,15 @@ def scale_by_grouped_newton(
     groups: Groups = "leaf",
     cubic_damping: optax.ScalarOrSchedule = 1.0,
     learning_rate: optax.ScalarOrSchedule = 1.0,
+    horizon: optax.ScalarOrSchedule | None = None,
+    momentum: float | None = None,
     update_every: int = 2,
     curvature_decay: float = 0.9,
     rate_decay: float = 0.0,
     nonnegative: bool = False,
     cross_groups: bool = True,
     ridge: float = 0.0,
+    shrinkage: float = 0.0,
     initial_rate: float = 0.0,
     safeguard: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -87,6 +92,15 @@ def scale_by_grouped_newton(
         `jax.experimental.ode.odeint`.
       learning_rate: factor on the rates, or a schedule of it. Put a schedule here: one
         in the base optimizer would be cancelled by the rates.
+      horizon: number h >= 1, or a schedule of it. The rates that minimize the model are
+        multiplied by a factor between `1 / (1 + 1.5 m)`, with m the momentum, and `1 +
+        (1 - m) (h - 1)`. It is the larger, the larger the share of the promised descent
+        that the next batch confirms: this is 1 for a batch of all data. Rates larger
+        than those that minimize the model gain more in the long run; from h = 2 on the
+        losses may rise. Without grad in `update` the factor is the lower one. None: 1.
+      momentum: number m in [0, 1], the share of an update that is left of the update
+        before: 0.9 for `optax.sgd(1.0, momentum=0.9)`, b1 for Adam. The optimizer
+        `hessopt.grouped_newton` measures it.
       update_every: number of steps from one model to the next. The steps in between
         reuse the rates and cost nothing, except under vmap.
       curvature_decay: in [0, 1], weight of the past in the averages of g, H and d; 0
@@ -99,6 +113,9 @@ def scale_by_grouped_newton(
       cross_groups: whether H has entries between groups; otherwise it is diagonal.
       ridge: number >= 0; the absolute values of the diagonal of H, times ridge, are
         added to the diagonal.
+      shrinkage: number >= 0, weight of a term that draws the rates towards the one rate
+        that minimizes the model for all groups, in units of the diagonal of H. The
+        model of many rates follows the noise of a batch.
       initial_rate: rate of every group until the first solution.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
@@ -108,6 +125,8 @@ def scale_by_grouped_newton(
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
         so is a step that would lead uphill, if `update` receives grad.
+        (4) From one model to the next, the length of the step at the same updates grows
+        by at most `1.03**update_every`.
         False, with `curvature_decay=0`, is the published method. Models that are not
         finite, or have no minimizer, are treated alike in both.
 
@@ -167,19 +186,24 @@ def scale_by_grouped_newton(
     check_range("cubic_damping", cubic_damping, 0)
     check_range("ridge", ridge, 0)
     check_range("initial_rate", initial_rate, 0)
+    check_range("shrinkage", shrinkage, 0)
 
-    solver = _Solver(cubic_damping, nonnegative, cross_groups, ridge)
+    solver = _Solver(cubic_damping, nonnegative, cross_groups, ridge, shrinkage)
     rule = Rule(
         "scale_by_grouped_newton",
         State=GroupedNewtonState,
         blank=_blank,
         measure=functools.partial(_measure, 3 if solver.is_cubic else 2),
         solve=functools.partial(_solve, solver),
+        along=_along,
+        max_growth=MAX_GROWTH**update_every if safeguard else None,
     )
     return scale_by_rates(
         rule,
         groups=groups,
         learning_rate=learning_rate,
+        horizon=horizon,
+        momentum=momentum,
         update_every=update_every,
         curvature_decay=curvature_decay,
         rate_decay=rate_decay,
@@ -195,6 +219,7 @@ class _Solver(NamedTuple):
     nonnegative: bool
     cross_groups: bool
     ridge: jax.typing.ArrayLike
+    shrinkage: jax.typing.ArrayLike
 
     @property
     def is_cubic(self) -> bool:
@@ -225,6 +250,12 @@ def _solve(
     H = H if solver.cross_groups else jnp.diag(diagonal)
     H = H + solver.ridge * jnp.diag(jnp.abs(diagonal))
 
+    # sum_s w_s (eta_s - r)^2 / 2 draws the rates towards r, the minimum for one rate
+    w = solver.shrinkage * jnp.abs(diagonal)
+    b, A = jnp.sum(g), jnp.maximum(jnp.sum(H), jnp.mean(jnp.abs(diagonal)))
+    r = divide(b, A, (A > 0) & (b > 0), 0.0)
+    g, H = g + w * r, H + jnp.diag(w)
+
     # eta = argmin -g.eta + eta.H eta / 2 + (lambda / 6) |D eta|^3
     damping = scheduled(solver.cubic_damping, count)
     eta, _, status = solve_cubic(-g, H, d, damping)
@@ -237,6 +268,11 @@ def _solve(
     usable = ~facts[StepStatus.NONFINITE] & (~unbounded | jnp.any(H != 0, axis=1))
     eta = jnp.maximum(eta, 0) if solver.nonnegative else eta
     return RateSolution(eta, usable, facts)
+
+
+def _along(model: Cubic, rate: Vector) -> tuple[jax.Array, jax.Array]:
+    g, H, _ = model
+    return jnp.vdot(rate, g), jnp.vdot(rate, matmul(H, rate))
 
 
 def _bounded(g: Vector, H: Matrix) -> Vector:

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
+from sklearn.datasets import load_digits
 
 from hessopt import (
     StepStatus,
@@ -13,6 +14,7 @@ from hessopt import (
     grouped_newton,
     scale_by_grouped_newton,
 )
+from hessopt.kinds.agreement import lower_bound
 
 
 @pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
@@ -263,3 +265,184 @@ def test_without_safeguard_generalized_newton_is_the_published_algorithm(
     )
     renew = one_rate(measure, curvature_decay, rate_decay, 0.05)
     same_path(ours(tx), published(BASES[base], renew, 0.3))
+
+
+# Horizon, momentum and shrinkage
+
+
+def noisy(curvature, size):
+    """Return `f(x, noise)`, a parabola whose gradient has noise."""
+    return lambda x, noise: 0.5 * curvature * jnp.sum(x**2) + noise @ x, jnp.ones(size)
+
+
+def run_on_noise(tx, curvature=4.0, size=1000, steps=600, with_grad=True):
+    """Return the states after every step on the parabola with noise."""
+    f, x = noisy(curvature, size)
+
+    def step(carry, key):
+        x, state = carry
+        noise = jax.random.normal(key, (size,))
+        value, grad = jax.value_and_grad(f)(x, noise)
+        given = {"grad": grad} if with_grad else {}
+        updates, state = tx.update(
+            grad, state, x, value=value, value_fn=f, noise=noise, **given
+        )
+        return (x + updates, state), state
+
+    keys = jax.random.split(jax.random.key(0), steps)
+    return jax.jit(lambda: jax.lax.scan(step, (x, tx.init(x)), keys)[1])()
+
+
+@pytest.mark.parametrize("m", [0.0, 0.5, 0.9])
+def test_a_gradient_of_noise_leads_as_far_for_every_momentum(m):
+    curvature = 4.0
+    tx = generalized_newton(
+        optax.sgd(1.0, momentum=m), momentum=m, curvature_decay=0.98, safeguard=False
+    )
+    # without grad the agreement of batches is not known, and the factor the lower one
+    rates = run_on_noise(tx, curvature, with_grad=False).rate.info.rate[300:]
+    np.testing.assert_allclose(rates.mean(), (1 - m) / curvature, rtol=0.02)
+
+
+@pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
+@pytest.mark.parametrize("m", [0.0, 0.9])
+def test_batches_agree_by_half_of_the_factor_in_noise_and_wholly_without(method, m):
+    """In noise the losses are stationary: a step c b / A along u decreases the average
+    parabola by b' c b / A - c^2 b^2 / 2 A = 0, so b' / b = c / 2."""
+    base, low = optax.sgd(1.0, momentum=m), 1 / (1 + 1.5 * m)
+    state = run_on_noise(method(base)).rate.memory.agreement
+    np.testing.assert_allclose(np.mean(state.share[300:]), low / 2, rtol=0.25)
+    assert np.mean(lower_bound(state)[300:]) < low / 2 + 0.05
+
+    curvatures = jnp.logspace(0, -3, 8)
+    f, x = lambda x: 0.5 * curvatures @ x**2, jnp.ones(8)
+    tx = method(base)
+
+    @jax.jit
+    def step(x, state):
+        value, grad = jax.value_and_grad(f)(x)
+        updates, state = tx.update(grad, state, x, value=value, grad=grad, value_fn=f)
+        return x + updates, state
+
+    state = tx.init(x)
+    for _ in range(30):
+        x, state = step(x, state)
+    agreement = state.rate.memory.agreement
+    np.testing.assert_allclose(agreement.share, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(agreement.variance, 0.0, atol=1e-9)
+    assert lower_bound(agreement) > 0.85  # the steps assumed before the first one
+
+
+@pytest.mark.parametrize(
+    ("base", "low", "high"),
+    [
+        (optax.sgd(1.0), 0.0, 0.0),
+        (optax.sgd(1.0, momentum=0.9), 0.899, 0.901),
+        (optax.sgd(1.0, momentum=0.9, nesterov=True), 0.4, 0.9),
+        (optax.sgd(1.0, momentum=0.5), 0.499, 0.501),
+        (optax.adam(1.0), 0.87, 0.93),
+        (optax.rmsprop(1.0), 0.0, 0.0),
+        (optax.MultiSteps(optax.sgd(1.0), 3).gradient_transformation(), 0.0, 0.0),
+    ],
+    ids=["sgd", "momentum", "Nesterov", "half", "adam", "rmsprop", "MultiSteps"],
+)
+def test_the_momentum_of_a_base_is_measured(base, low, high):
+    found = run_on_noise(generalized_newton(base), steps=60).momentum[-1]
+    assert low <= found <= high
+
+
+def test_the_momentum_is_not_measured_without_safeguard_or_if_given():
+    base = optax.sgd(1.0, momentum=0.9)
+    for arguments, expected in (({"safeguard": False}, 0), ({"momentum": 0.3}, 0.3)):
+        state = run_on_noise(generalized_newton(base, **arguments), steps=10)
+        np.testing.assert_allclose(state.momentum[-1], expected)
+
+
+@pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
+def test_the_first_rates_are_multiplied_by_the_factor_of_momentum(method):
+    x, m = jnp.array([1.0, -2.0]), 0.9
+    f = lambda x: jnp.sum(jnp.cosh(x))
+
+    def first(**arguments):
+        tx = method(optax.sgd(1.0), safeguard=False, **arguments)
+        return tx.update(jax.grad(f)(x), tx.init(x), x, value_fn=f)[0]
+
+    c = 1 / (1 + 1.5 * m)  # without a second batch the factor is the lower one
+    for h in (1.0, 2.0):
+        found = first(horizon=h, momentum=m)
+        np.testing.assert_allclose(found, c * first(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 1.0, 1e9])
+def test_shrinkage_draws_the_rates_towards_the_best_rate_for_all(shrinkage):
+    H = jnp.array([[2.0, 0.5, 0.1], [0.5, 1.0, -0.3], [0.1, -0.3, 4.0]])
+    params = {"a": jnp.array(1.0), "b": jnp.array(-2.0), "c": jnp.array(0.5)}
+    f = lambda p: 0.5 * (x := jnp.array([p["a"], p["b"], p["c"]])) @ H @ x
+    tx = scale_by_grouped_newton(
+        cubic_damping=0.0, shrinkage=shrinkage, safeguard=False
+    )
+    grad = jax.grad(f)(params)
+    u = jax.tree.map(jnp.negative, grad)
+    _, state = jax.jit(lambda: tx.update(u, tx.init(params), params, value_fn=f))()
+
+    # phi(eta) = f(params + eta * u)
+    u, x = np.array([*u.values()]), np.array([*params.values()])
+    A, b = H * u * u[:, None], -u * (H @ x)
+    one = b.sum() / A.sum()
+    w = shrinkage * np.diag(A)
+    expected = np.linalg.solve(A + np.diag(w), b + w * one)
+    np.testing.assert_allclose(state.info.rate, expected, rtol=1e-5)
+    if shrinkage > 1e6:
+        np.testing.assert_allclose(state.info.rate, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
+@pytest.mark.parametrize(
+    "base",
+    [
+        optax.sgd(1.0, momentum=0.9),
+        pytest.param(optax.adam(1.0), marks=pytest.mark.slow),
+    ],
+    ids=["momentum", "adam"],
+)
+def test_a_plain_relu_network_trains_without_a_rise(base, method):
+    """With rates of 0.1 for momentum and 0.01 for Adam, the best of a grid, the losses
+    of the twelfth epoch are 0.034 and 0.036."""
+    digits = load_digits()
+    x = jnp.asarray((digits.data - digits.data.mean(0)) / (digits.data.std(0) + 1e-8))
+    x, y = x.astype(jnp.float32), jnp.asarray(digits.target)
+    sizes, keys = (64, 48, 48, 10), jax.random.split(jax.random.key(0), 15)
+    params = [
+        {"w": jax.random.normal(key, (m, n), jnp.float32) * (2 / m) ** 0.5}
+        | {"b": jnp.zeros(n, jnp.float32)}
+        for key, m, n in zip(keys, sizes[:-1], sizes[1:], strict=False)
+    ]
+
+    def loss(params, x, y):
+        for layer in params[:-1]:
+            x = jax.nn.relu(x @ layer["w"] + layer["b"])
+        z = x @ params[-1]["w"] + params[-1]["b"]
+        return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    tx = method(base)
+
+    def step(carry, rows):
+        params, state = carry
+        data = {"x": x[rows], "y": y[rows]}
+        value, grad = jax.value_and_grad(loss)(params, **data)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=loss, **data
+        )
+        return (optax.apply_updates(params, updates), state), value
+
+    @jax.jit
+    def epoch(carry, key):
+        rows = jax.random.permutation(key, len(x))[:1700].reshape(17, 100)
+        return jax.lax.scan(step, carry, rows)
+
+    carry, losses = (params, tx.init(params)), []
+    for key in keys[3:]:
+        carry, values = epoch(carry, key)
+        losses.append(float(values.mean()))
+    assert losses[-1] < 0.08
+    assert max(np.array(losses) / np.minimum.accumulate(losses)) < 1.5

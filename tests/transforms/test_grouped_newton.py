@@ -203,7 +203,9 @@ def test_a_converged_group_does_not_hold_the_others_when_the_model_has_no_minimi
 
 def test_a_model_that_is_not_finite_keeps_the_rates_and_says_so():
     tx = grouped_newton(
-        optax.sgd(1.0), cubic_damping=lambda count: jnp.where(count < 1, 0.0, jnp.nan)
+        optax.sgd(1.0),
+        learning_rate=0.5,
+        cubic_damping=lambda count: jnp.where(count < 1, 0.0, jnp.nan),
     )
     _, state, statuses = walk(
         tx, lambda p: 0.5 * jnp.sum(p**2) + jnp.sum(p), jnp.ones(2), 3
