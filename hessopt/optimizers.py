@@ -334,12 +334,13 @@ def generalized_newton(
         larger. By default `1.03**update_every` with the safeguard, unlimited without.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
-        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        by more than 0.1%, or is not finite, the step is halved, at most five times;
         if that does not suffice, no step is taken.
         (2) Between two measurements the step of a group is at most as long as at its
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
-        so is a step that would lead uphill, if `update` receives grad.
+        so is a step after a halved one, or one that would lead uphill, if `update`
+        receives grad.
         (4) max_change is `1.03**update_every` by default.
         (5) With `"forward"` and `"central"`, a curvature below the rounding of the
         values is replaced by that rounding.
@@ -456,12 +457,13 @@ def grouped_newton(
       initial_rate: rate of every group until the first solution.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
-        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        by more than 0.1%, or is not finite, the step is halved, at most five times;
         if that does not suffice, no step is taken.
         (2) Between two measurements the step of a group is at most as long as at its
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
-        so is a step that would lead uphill, if `update` receives grad.
+        so is a step after a halved one, or one that would lead uphill, if `update`
+        receives grad.
         (4) From one model to the next, the length of the step at the same updates grows
         by at most `1.03**update_every`.
         (5) shrinkage is 3 and horizon 1.8 by default, and momentum is measured.

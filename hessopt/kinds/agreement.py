@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from hessopt.numerics.guards import divide, select
+from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import inner
 from hessopt.typing import Params
 
@@ -45,8 +46,9 @@ class Agreement(NamedTuple):
 
 def no_agreement(params: Params, dtype: DTypeLike) -> Agreement:
     """Return the state before the first step."""
-    zero, none = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params)
-    return Agreement(none, zero, zero, jnp.zeros((), bool), zero, zero, zero, zero)
+    number, flag = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((), bool)
+    scalars = zeros((number, number, flag, number, number, number, number), params)
+    return Agreement(jax.tree.map(jnp.zeros_like, params), *scalars)
 
 
 def confirmed(old: Agreement, grad: Params) -> Agreement:

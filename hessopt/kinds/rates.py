@@ -31,10 +31,11 @@ behind the parameters of small curvature. With momentum an excess acts on for `1
 m)` steps, and is divided by that.
 
 The safeguard adds the following. If the objective rises at the step of newly measured
-rates, the step is halved. Rates grow by at most 3% per step. In the steps between two measurements the step of a group is at
-most as long as when its rate was measured: an update that grows, as with momentum,
-would overshoot the minimum along it. For the same reason every step of the first
-periods is measured, and so is a step that would lead uphill, if the gradient is given.
+rates, the step is halved. Rates grow by at most 3% per step. In the steps between two
+measurements the step of a group is at most as long as when its rate was measured: an
+update that grows, as with momentum, would overshoot the minimum along it. For the same
+reason every step of the first periods is measured, and so is a step after a halved one,
+or one that would lead uphill, if the gradient is given.
 """
 
 import functools
@@ -264,6 +265,7 @@ class _Situation(NamedTuple):
     factor: jax.Array  # scalar, learning rate times c
     length: Vector  # (S,), norm of the updates of a group
     moves: jax.Array  # bool (S,), whether length is not zero
+    halved: jax.Array  # bool scalar, whether the safeguard halved the last step
 
 
 class _Outcome(NamedTuple):
@@ -308,8 +310,11 @@ def _step(
     rate = jnp.where(represented, rate, 0)
     step = zero_unless(sound, scaled(call.updates, now.problem.labels, rate))
     if memory.agreement is not None:
-        remembered = select(sound, step, state.memory.agreement.step)
-        memory = memory._replace(agreement=memory.agreement._replace(step=remembered))
+        # after a step of zero the last one still ends here
+        taken = sound & jnp.any(rate * now.length != 0)
+        new = memory.agreement._replace(step=step)
+        old = select(sound, now.memory.agreement, state.memory.agreement)
+        memory = memory._replace(agreement=select(taken, new, old))
     return step, options.rule.State(
         jnp.asarray(optax.safe_increment(state.count)),
         memory,
@@ -344,6 +349,7 @@ def _begin(options: _Options, call: Call, state: _State) -> _Situation:
         _factor(options, memory, state.count).astype(dtype),
         length,
         moves=length > 0,
+        halved=state.info.halvings > 0,
     )
 
 
@@ -364,7 +370,7 @@ def _is_due(options: _Options, now: _Situation) -> jax.Array:
     problem, memory, every = now.problem, now.memory, options.update_every
     due = memory.age >= every
     if options.safeguard:
-        due |= now.count < MEASURED_PERIODS * every
+        due |= (now.count < MEASURED_PERIODS * every) | now.halved
     # phi'(0) > 0 along the last rates: the step would lead uphill
     if options.safeguard and problem.grad is not None:
         slopes = inner_by_group(
@@ -508,8 +514,8 @@ def _promise(
     # the model of this batch, not the average: the next batch is compared with it
     promise = (x.astype(rate.dtype) for x in options.rule.along(measured.model, rate))
     descent, curvature = promise
-    known = measured.finite & jnp.any(rate != 0)
-    known &= jnp.isfinite(descent) & jnp.isfinite(curvature)
+    known = measured.finite & jnp.isfinite(descent) & jnp.isfinite(curvature)
+    descent, curvature = zero_unless(known, (descent, curvature))
     return old._replace(descent=descent, curvature=curvature, measured=known)
 
 

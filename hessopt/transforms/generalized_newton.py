@@ -117,12 +117,13 @@ def scale_by_generalized_newton(
         larger. By default `1.03**update_every` with the safeguard, unlimited without.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
-        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        by more than 0.1%, or is not finite, the step is halved, at most five times;
         if that does not suffice, no step is taken.
         (2) Between two measurements the step of a group is at most as long as at its
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
-        so is a step that would lead uphill, if `update` receives grad.
+        so is a step after a halved one, or one that would lead uphill, if `update`
+        receives grad.
         (4) max_change is `1.03**update_every` by default.
         (5) With `"forward"` and `"central"`, a curvature below the rounding of the
         values is replaced by that rounding.
@@ -139,7 +140,7 @@ def scale_by_generalized_newton(
         (NEGATIVE_CURVATURE), its update points uphill (NOT_DESCENT), or the parabola
         cannot be distinguished from rounding. If only the curvature cannot be
         distinguished from rounding, the rate may grow.
-      SAFEGUARDED: the rates were halved because the objective rose. STEP_REJECTED: no
+      SAFEGUARDED: the step was halved because the objective rose. STEP_REJECTED: no
       step was taken. NONFINITE: a probe was not finite and the rate was halved; or the
       value or an update is not finite, and then the update is zero and the state is
       unchanged except count and info.

@@ -119,12 +119,13 @@ def scale_by_grouped_newton(
       initial_rate: rate of every group until the first solution.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
-        by more than 0.1%, or is not finite, the rates are halved, at most five times;
+        by more than 0.1%, or is not finite, the step is halved, at most five times;
         if that does not suffice, no step is taken.
         (2) Between two measurements the step of a group is at most as long as at its
         measurement.
         (3) Every step of the first two periods of `update_every` steps is measured, and
-        so is a step that would lead uphill, if `update` receives grad.
+        so is a step after a halved one, or one that would lead uphill, if `update`
+        receives grad.
         (4) From one model to the next, the length of the step at the same updates grows
         by at most `1.03**update_every`.
         False, with `curvature_decay=0`, is the published method. Models that are not
@@ -147,8 +148,8 @@ def scale_by_grouped_newton(
       group); the rates then minimize a parabola above the model, which decreases the
       model as well. RATE_KEPT: a group kept its last rate, since the model does not
       determine it or, with NONFINITE, is not finite. NEGATIVE_CURVATURE: H is not
-      positive definite, and the cubic term bounds the model. SAFEGUARDED: the rates
-      were halved because the objective rose. STEP_REJECTED: no step was taken.
+      positive definite, and the cubic term bounds the model. SAFEGUARDED: the step
+      was halved because the objective rose. STEP_REJECTED: no step was taken.
       NONFINITE is also reported if the value or an update is not finite; then the
       update is zero and the state is unchanged except count and info.
 

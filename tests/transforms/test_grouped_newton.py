@@ -178,7 +178,7 @@ def test_a_step_that_was_refused_is_not_taken_later():
     cliff = lambda p: jnp.where(p < 1.0, 0.5 * (p - 10.0) ** 2, jnp.nan)
     p, _, statuses = walk(grouped_newton(optax.sgd(1.0)), cliff, jnp.array(0.999), 8)
     assert any(status & StepStatus.STEP_REJECTED for status in statuses)
-    assert p == 0.999
+    assert 0.999 <= p < 1.0  # only shorter ones
 
 
 def test_a_converged_group_does_not_hold_the_others_when_the_model_has_no_minimiser():
