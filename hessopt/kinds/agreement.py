@@ -12,7 +12,7 @@ for steps of c times the length that minimizes the model. Since a few batches do
 determine it, its lower confidence bound is used.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,8 @@ class Agreement(NamedTuple):
 
 def no_agreement(params: Params, dtype: DTypeLike) -> Agreement:
     """Return the state before the first step."""
-    number, flag = jax.ShapeDtypeStruct((), dtype), jax.ShapeDtypeStruct((), bool)
+    shape: Any = jax.ShapeDtypeStruct
+    number, flag = shape((), dtype), shape((), bool)
     scalars = zeros((number, number, flag, number, number, number, number), params)
     return Agreement(jax.tree.map(jnp.zeros_like, params), *scalars)
 

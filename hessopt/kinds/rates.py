@@ -162,9 +162,7 @@ class Rule(NamedTuple):
     """The functions that define a method."""
 
     name: str  # of the public function, for error messages
-    State: Callable[
-        [jax.Array, Memory, RateInfo], optax.OptState
-    ]  # count, memory, info
+    State: Callable[[jax.Array, Memory, RateInfo], Any]  # count, memory, info
     # number of groups, dtype -> a model of zeros
     blank: Callable[[int, DTypeLike], Params]
     measure: Callable[[RateProblem, Vector], Measurement]  # with the rates so far
