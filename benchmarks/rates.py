@@ -27,8 +27,6 @@ from benchmarks.problems import real
 GRID = 10.0 ** np.arange(-4, 1.01, 0.25)
 """Constant rates, and peaks of the cosine schedule."""
 EPOCHS, SEEDS = (15, 60), 3
-L2 = 1e-4
-"""Weight of half the squared norm of the kernels."""
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "gelu": jax.nn.gelu}
 
 
@@ -39,12 +37,14 @@ class Task(NamedTuple):
     activation: str
     hidden: tuple[int, ...]
     batch: int
+    l2: float = 1e-4  # weight of half the squared norm of the kernels
 
     @property
     def name(self) -> str:
         """What tables call the task."""
         layers = "-".join(map(str, self.hidden))
-        return f"{self.data}, {self.activation} {layers}, batch {self.batch}"
+        regular = "" if self.l2 else ", no L2"
+        return f"{self.data}, {self.activation} {layers}, batch {self.batch}{regular}"
 
 
 DEVELOPING = (
@@ -53,6 +53,11 @@ DEVELOPING = (
     Task("digits", "relu", (100,), 500),
     Task("regression", "tanh", (32,), 32),
     Task("regression", "relu", (48, 48), 100),
+    Task("pixels", "tanh", (32,), 128, 0.0),
+    Task("wine", "tanh", (16,), 32, 0.0),
+    Task("digits", "relu", (48, 48), 100, 0.0),
+    Task("digits", "tanh", (48, 48), 2000, 0.0),
+    Task("regression", "gelu", (32, 32), 32, 0.0),
 )
 JUDGING = (
     Task("wine", "relu", (32,), 32),
@@ -61,6 +66,9 @@ JUDGING = (
     Task("diabetes", "relu", (32, 32), 100),
     Task("digits", "relu", (32, 32, 32, 32), 32),
     Task("digits", "tanh", (64,), 500),
+    Task("cancer", "gelu", (32,), 100, 0.0),
+    Task("pixels", "relu", (64,), 32, 0.0),
+    Task("diabetes", "tanh", (16, 16, 16), 64, 0.0),
 )
 BASES: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
@@ -87,12 +95,15 @@ QUICK = ((Task("wine", "relu", (8,), 100),), ("adam",), (3,))
 @functools.cache
 def load(name: str) -> tuple[np.ndarray, np.ndarray, int]:
     """Return standardized inputs, targets, and the number of classes, 0 for a
-    regression."""
+    regression. "pixels" is digits with inputs in [0, 1] instead."""
     if name == "regression":
         rng = np.random.default_rng(0)
         x, w = rng.normal(size=(2000, 10)), rng.normal(size=(10, 5))
         y = np.sin(x @ w).sum(1) + 0.1 * rng.normal(size=2000)
         return _single(x), _single(y), 0
+    if name == "pixels":
+        found = datasets.load_digits()
+        return (found.data / 16).astype(np.float32), found.target, 10
     found = {
         "digits": datasets.load_digits,
         "wine": datasets.load_wine,
@@ -131,7 +142,7 @@ def loss_of(task: Task) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
             loss = optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
         else:
             loss = 0.5 * jnp.mean((z[:, 0] - y) ** 2)
-        return loss + 0.5 * L2 * sum(jnp.sum(layer["w"] ** 2) for layer in params)
+        return loss + 0.5 * task.l2 * sum(jnp.sum(layer["w"] ** 2) for layer in params)
 
     return loss_fn
 

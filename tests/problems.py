@@ -55,3 +55,30 @@ def cross_entropy(
     """Mean softmax cross-entropy of `mlp`, with `l2/2 |params|^2`."""
     loss = optax.softmax_cross_entropy_with_integer_labels(mlp(params, x), y).mean()
     return loss + 0.5 * l2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+
+
+def run_on_noise(
+    tx: Any,
+    curvature: float = 4.0,
+    size: int = 1000,
+    steps: int = 600,
+    with_grad: bool = True,
+) -> Any:
+    """Minimize a parabola whose gradient has noise; return the states after every
+    step."""
+
+    def f(x: jax.Array, noise: jax.Array) -> jax.Array:
+        return 0.5 * curvature * jnp.sum(x**2) + noise @ x
+
+    def step(carry: Any, key: jax.Array) -> tuple[Any, Any]:
+        x, state = carry
+        noise = jax.random.normal(key, (size,))
+        value, grad = jax.value_and_grad(f)(x, noise)
+        given = {"grad": grad} if with_grad else {}
+        updates, state = tx.update(
+            grad, state, x, value=value, value_fn=f, noise=noise, **given
+        )
+        return (x + updates, state), state
+
+    x, keys = jnp.ones(size), jax.random.split(jax.random.key(0), steps)
+    return jax.jit(lambda: jax.lax.scan(step, (x, tx.init(x)), keys)[1])()

@@ -15,6 +15,7 @@ from hessopt import (
     scale_by_grouped_newton,
 )
 from hessopt.kinds.agreement import lower_bound
+from tests.problems import run_on_noise
 
 
 @pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
@@ -270,29 +271,6 @@ def test_without_safeguard_generalized_newton_is_the_published_algorithm(
 # Horizon, momentum and shrinkage
 
 
-def noisy(curvature, size):
-    """Return `f(x, noise)`, a parabola whose gradient has noise."""
-    return lambda x, noise: 0.5 * curvature * jnp.sum(x**2) + noise @ x, jnp.ones(size)
-
-
-def run_on_noise(tx, curvature=4.0, size=1000, steps=600, with_grad=True):
-    """Return the states after every step on the parabola with noise."""
-    f, x = noisy(curvature, size)
-
-    def step(carry, key):
-        x, state = carry
-        noise = jax.random.normal(key, (size,))
-        value, grad = jax.value_and_grad(f)(x, noise)
-        given = {"grad": grad} if with_grad else {}
-        updates, state = tx.update(
-            grad, state, x, value=value, value_fn=f, noise=noise, **given
-        )
-        return (x + updates, state), state
-
-    keys = jax.random.split(jax.random.key(0), steps)
-    return jax.jit(lambda: jax.lax.scan(step, (x, tx.init(x)), keys)[1])()
-
-
 @pytest.mark.parametrize("m", [0.0, 0.5, 0.9])
 def test_a_gradient_of_noise_leads_as_far_for_every_momentum(m):
     curvature = 4.0
@@ -331,31 +309,6 @@ def test_batches_agree_by_half_of_the_factor_in_noise_and_wholly_without(method,
     np.testing.assert_allclose(agreement.share, 1.0, rtol=1e-5)
     np.testing.assert_allclose(agreement.variance, 0.0, atol=1e-9)
     assert lower_bound(agreement) > 0.85  # the steps assumed before the first one
-
-
-@pytest.mark.parametrize(
-    ("base", "low", "high"),
-    [
-        (optax.sgd(1.0), 0.0, 0.0),
-        (optax.sgd(1.0, momentum=0.9), 0.899, 0.901),
-        (optax.sgd(1.0, momentum=0.9, nesterov=True), 0.4, 0.9),
-        (optax.sgd(1.0, momentum=0.5), 0.499, 0.501),
-        (optax.adam(1.0), 0.87, 0.93),
-        (optax.rmsprop(1.0), 0.0, 0.0),
-        (optax.MultiSteps(optax.sgd(1.0), 3).gradient_transformation(), 0.0, 0.0),
-    ],
-    ids=["sgd", "momentum", "Nesterov", "half", "adam", "rmsprop", "MultiSteps"],
-)
-def test_the_momentum_of_a_base_is_measured(base, low, high):
-    found = run_on_noise(generalized_newton(base), steps=60).momentum[-1]
-    assert low <= found <= high
-
-
-def test_the_momentum_is_not_measured_without_safeguard_or_if_given():
-    base = optax.sgd(1.0, momentum=0.9)
-    for arguments, expected in (({"safeguard": False}, 0), ({"momentum": 0.3}, 0.3)):
-        state = run_on_noise(generalized_newton(base, **arguments), steps=10)
-        np.testing.assert_allclose(state.momentum[-1], expected)
 
 
 @pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
