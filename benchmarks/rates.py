@@ -101,16 +101,16 @@ def load(name: str) -> tuple[np.ndarray, np.ndarray, int]:
         x, w = rng.normal(size=(2000, 10)), rng.normal(size=(10, 5))
         y = np.sin(x @ w).sum(1) + 0.1 * rng.normal(size=2000)
         return _single(x), _single(y), 0
-    if name == "pixels":
-        found = datasets.load_digits()
-        return (found.data / 16).astype(np.float32), found.target, 10
     found = {
         "digits": datasets.load_digits,
+        "pixels": datasets.load_digits,
         "wine": datasets.load_wine,
         "cancer": datasets.load_breast_cancer,
         "diabetes": datasets.load_diabetes,
     }[name]()
     x = _single(found.data)
+    if name == "pixels":
+        x = (found.data / 16).astype(np.float32)
     if name == "diabetes":
         return x, _single(found.target), 0
     return x, found.target, len(found.target_names)
