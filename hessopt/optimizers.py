@@ -488,7 +488,8 @@ def grouped_newton(
       >>> state = tx.init(params)
       >>> @jax.jit
       ... def step(params, state):
-      ...     updates, state = tx.update(jax.grad(loss)(params), state, params, value_fn=loss)
+      ...     grad = jax.grad(loss)(params)
+      ...     updates, state = tx.update(grad, state, params, grad=grad, value_fn=loss)
       ...     return optax.apply_updates(params, updates), state
       >>> for _ in range(20):
       ...     params, state = step(params, state)
