@@ -27,6 +27,7 @@ from benchmarks.problems import real
 GRID = 10.0 ** np.arange(-4, 1.01, 0.25)
 """Constant rates, and peaks of the cosine schedule."""
 EPOCHS, SEEDS = (15, 60), 3
+TINY = float(np.finfo(np.float32).tiny)
 ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "gelu": jax.nn.gelu}
 
 
@@ -202,7 +203,7 @@ def compare(task: Task, base: str, epochs: int, half: str) -> list[dict[str, Any
     alone = {name: _over(method, make) for name, method in OURS.items()}
     for name, method in (alone | PEERS.get(base, {})).items():
         found[name] = trained(task, _without_rate(method), epochs)[0]
-    best = np.median(constant[:, -1])
+    best = max(np.median(constant[:, -1]), TINY)
     return [common | {"method": name} | _row(x, best) for name, x in found.items()]
 
 
@@ -224,7 +225,8 @@ def _best(losses: np.ndarray) -> np.ndarray:
 
 def _row(losses: np.ndarray, best: float) -> dict[str, Any]:
     losses = np.where(np.isfinite(losses), losses, np.inf)
-    lowest = np.minimum.accumulate(losses, axis=1)
+    # in interpolation a loss can be zero in float32
+    lowest = np.maximum(np.minimum.accumulate(losses, axis=1), TINY)
     ends = losses[:, -1]
     return {
         "ratio": float(np.median(ends) / best),
