@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from hessopt.numerics.guards import divide, select
+from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import inner
 from hessopt.typing import Params
@@ -68,9 +68,7 @@ def confirmed(old: Agreement, grad: Params) -> Agreement:
     error = divide(found - share * b, promised, positive)
     variance = past**2 * old.variance + error**2
     steps = DECAY * old.steps + 1
-    sums = select(
-        positive, (steps, promised, share, variance), (jnp.zeros_like(b),) * 4
-    )
+    sums = zero_unless(positive, (steps, promised, share, variance))
     before = old.steps, old.promised, old.share, old.variance
     known = old.measured & jnp.isfinite(found)
     return Agreement(
