@@ -331,7 +331,8 @@ def generalized_newton(
         finite can reduce rates below min_rate.
       max_change: largest factor, at least 1, by which a rate grows from one measurement
         to the next, after the first one; it falls by at most 2, or this factor if it is
-        larger. By default `1.03**update_every` with the safeguard, unlimited without.
+        larger. By default `1.03**min(update_every, 300)` with the safeguard, unlimited
+        without.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
         by more than 0.1%, or is not finite, the step is halved, at most five times;
@@ -341,7 +342,7 @@ def generalized_newton(
         (3) Every step of the first two periods of `update_every` steps is measured, and
         so is a step after a halved one, or one that would lead uphill, if `update`
         receives grad.
-        (4) max_change is `1.03**update_every` by default.
+        (4) max_change is `1.03**min(update_every, 300)` by default.
         (5) With `"forward"` and `"central"`, a curvature below the rounding of the
         values is replaced by that rounding.
         (6) horizon is 1.8 by default, and momentum is measured.
@@ -465,7 +466,7 @@ def grouped_newton(
         so is a step after a halved one, or one that would lead uphill, if `update`
         receives grad.
         (4) From one model to the next, the length of the step at the same updates grows
-        by at most `1.03**update_every`.
+        by at most `1.03**min(update_every, 300)`.
         (5) shrinkage is 3 and horizon 1.8 by default, and momentum is measured.
         False, with `curvature_decay=0`, is the published method. Models that are not
         finite, or have no minimizer, are treated alike in both.

@@ -73,6 +73,9 @@ measured, with the safeguard."""
 MAX_GROWTH = 1.03
 """Largest factor by which rates grow per step, with the safeguard. Where the losses tend
 to zero the model of a batch is nearly flat, and its minimum too far away for the next."""
+LIMITED_STEPS = 300
+"""Number of steps over which that factor is compounded at most, to about 7000: a power
+with a longer period would overflow."""
 NOT_COUNTED = -1
 """Number of evaluations that is reported if it is not known."""
 
@@ -173,6 +176,12 @@ class Rule(NamedTuple):
     # largest factor by which the length of a step grows from one measurement to the
     # next at the same updates; None: unlimited
     max_growth: ArrayLike | None = None
+
+
+def largest_growth(update_every: int) -> float:
+    """Return the largest factor by which rates grow from one measurement to the next."""
+    check_count("update_every", update_every)
+    return MAX_GROWTH ** min(update_every, LIMITED_STEPS)
 
 
 def scale_by_rates(

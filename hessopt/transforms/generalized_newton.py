@@ -21,7 +21,6 @@ import optax
 
 from hessopt._checks import check_range, choose, injectable
 from hessopt.kinds.rates import (
-    MAX_GROWTH,
     Measurement,
     Memory,
     RateInfo,
@@ -29,6 +28,7 @@ from hessopt.kinds.rates import (
     RateSolution,
     Rule,
     inner_by_group,
+    largest_growth,
     scale_by_rates,
     scaled,
     taylor_terms,
@@ -114,7 +114,8 @@ def scale_by_generalized_newton(
         finite can reduce rates below min_rate.
       max_change: largest factor, at least 1, by which a rate grows from one measurement
         to the next, after the first one; it falls by at most 2, or this factor if it is
-        larger. By default `1.03**update_every` with the safeguard, unlimited without.
+        larger. By default `1.03**min(update_every, 300)` with the safeguard, unlimited
+        without.
       safeguard: whether to add the following to the published method.
         (1) The objective is evaluated at the step of newly measured rates. If it rises
         by more than 0.1%, or is not finite, the step is halved, at most five times;
@@ -124,7 +125,7 @@ def scale_by_generalized_newton(
         (3) Every step of the first two periods of `update_every` steps is measured, and
         so is a step after a halved one, or one that would lead uphill, if `update`
         receives grad.
-        (4) max_change is `1.03**update_every` by default.
+        (4) max_change is `1.03**min(update_every, 300)` by default.
         (5) With `"forward"` and `"central"`, a curvature below the rounding of the
         values is replaced by that rounding.
         False, with `curvature_decay=0`, is the published method. Numbers that are not
@@ -166,7 +167,7 @@ def scale_by_generalized_newton(
     2407.02772.
     """
     if max_change is None and safeguard:
-        max_change = MAX_GROWTH**update_every
+        max_change = largest_growth(update_every)
     bounds = _Bounds(min_rate, max_rate, max_change)
     measure = choose("mode", mode, MODES)
     check_range("min_rate", min_rate, 0)

@@ -23,13 +23,13 @@ import optax
 from hessopt._checks import check_range, injectable
 from hessopt.kinds.protocol import scheduled
 from hessopt.kinds.rates import (
-    MAX_GROWTH,
     Measurement,
     Memory,
     RateInfo,
     RateProblem,
     RateSolution,
     Rule,
+    largest_growth,
     scale_by_rates,
     taylor_terms,
 )
@@ -127,7 +127,7 @@ def scale_by_grouped_newton(
         so is a step after a halved one, or one that would lead uphill, if `update`
         receives grad.
         (4) From one model to the next, the length of the step at the same updates grows
-        by at most `1.03**update_every`.
+        by at most `1.03**min(update_every, 300)`.
         False, with `curvature_decay=0`, is the published method. Models that are not
         finite, or have no minimizer, are treated alike in both.
 
@@ -197,7 +197,7 @@ def scale_by_grouped_newton(
         measure=functools.partial(_measure, 3 if solver.is_cubic else 2),
         solve=functools.partial(_solve, solver),
         along=_along,
-        max_growth=MAX_GROWTH**update_every if safeguard else None,
+        max_growth=largest_growth(update_every) if safeguard else None,
     )
     return scale_by_rates(
         rule,

@@ -30,6 +30,13 @@ def test_evaluations_are_not_counted(method):
 
 
 @pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
+def test_a_model_that_is_measured_almost_never(method):
+    tx, x = method(optax.sgd(1.0), update_every=10**6), jnp.ones(2)
+    updates, _ = tx.update(2 * x, tx.init(x), x, value_fn=lambda x: jnp.sum(x**2))
+    np.testing.assert_allclose(x + updates, 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [generalized_newton, grouped_newton])
 def test_without_safeguard_trouble_gives_finite_updates_and_a_status(method):
     tx = method(optax.sgd(1.0), update_every=2, safeguard=False)
     x = jnp.ones(2)
