@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
+from jax.core import Tracer, eval_jaxpr
 
 from hessopt._checks import check_count, check_params, check_range, check_transformation
 from hessopt.calculus.curvature import block_hessians, hessian_product
@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 MAX_DENSE_SIZE = 512
 """Number of real parameters up to which derivatives are computed from the dense
 Hessian. Conjugate gradients would need as many products."""
+MAX_ENCLOSED_SIZE = 2**14
+"""Total size of a solution up to which its run is enclosed in a loop."""
 
 
 Names: TypeAlias = "str | list[Names]"
@@ -273,9 +275,43 @@ def _solve(
     data: Data,
     limits: Limits,
 ) -> Solution:
-    run = begin(problem, params, state, data, limits)
-    run = advance(problem, run, data, limits, limits.max_steps)
-    return _solution(problem, end(run, Termination.MAX_STEPS), data)
+    def whole(params: Params) -> Solution:
+        run = begin(problem, params, state, data, limits)
+        run = advance(problem, run, data, limits, limits.max_steps)
+        return _solution(problem, end(run, Termination.MAX_STEPS), data)
+
+    return _in_one_turn(whole, params, limits.max_steps < 0)
+
+
+def _in_one_turn(
+    whole: Callable[[Params], Solution], params: Params, never: jax.Array
+) -> Solution:
+    """Return `whole(params)`, computed in a loop of one turn if all arrays are small.
+
+    On CPUs XLA compiles a loop over small arrays to a single function. It runs the rest
+    of a program kernel by kernel on several threads, which would take longer than such
+    a run itself. `never` is False when the program runs; the turn depends on variables
+    of the loop, so that XLA can neither remove the loop nor move the turn out of it.
+    """
+    program, shapes = jax.make_jaxpr(whole, return_shape=True)(params)
+    leaves, treedef = jax.tree.flatten(shapes)
+
+    def run(params: Params) -> Solution:
+        found = eval_jaxpr(program.jaxpr, program.consts, *jax.tree.leaves(params))
+        return jax.tree.unflatten(treedef, found)
+
+    # keys have no zero, and the types of arrays on a mesh also name their sharding
+    is_plain = not any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves)
+    is_plain &= jax.sharding.get_abstract_mesh().empty
+    if sum(leaf.size for leaf in leaves) > MAX_ENCLOSED_SIZE or not is_plain:
+        return run(params)
+
+    def turn(carry: tuple[jax.Array, Solution]) -> tuple[jax.Array, Solution]:
+        return never, run(carry[1].params)
+
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    start = jnp.ones((), bool), blank._replace(params=params)
+    return jax.lax.while_loop(lambda carry: carry[0], turn, start)[1]
 
 
 @_solve.defjvp

@@ -78,11 +78,17 @@ def pack(bracket: Bracket) -> Vector:
     """Pack all scalars into one vector, since a loop runs a kernel for each array that
     it carries."""
     leaves = jax.tree.leaves(bracket)
-    index, packed = jnp.arange(len(leaves)), jnp.zeros(len(leaves), bracket.trial.dtype)
-    # unlike a concatenation, this is fused into one kernel
-    for i, leaf in enumerate(leaves):
-        packed = jnp.where(index == i, leaf.astype(packed.dtype), packed)
-    return packed
+    parts = [leaf.astype(bracket.trial.dtype) for leaf in leaves]
+    # selections by the bits of the index are fused into one kernel, unlike a
+    # concatenation; the noise is never negative, but XLA would move constant bits out of
+    # all loops, as kernels of their own
+    index, bit = jnp.arange(len(parts)) + (bracket.noise < 0), 1
+    while len(parts) > 1:
+        odd = parts[1::2] + parts[-1:] * (len(parts) % 2)
+        is_odd = index & bit != 0
+        parts = [jnp.where(is_odd, *pair) for pair in zip(odd, parts[::2], strict=True)]
+        bit *= 2
+    return parts[0]
 
 
 def unpack(packed: Vector) -> Bracket:

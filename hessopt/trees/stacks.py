@@ -58,11 +58,10 @@ def _leaf_products(rows: jax.Array, xs: Sequence[jax.Array]) -> Sequence[jax.Arr
     if jnp.finfo(rows.dtype).bits < jnp.finfo(wide).bits:
         axes = tuple(range(2, rows.ndim))
         return [jnp.sum(rows.astype(wide) * x, axis=axes) for x in xs]
-    if xs[0].size >= vectors.LARGE:
-        return [product(x) for x in xs]
-    # for small leaves one kernel computes all products, since launches cost more than
-    # memory traffic
-    return jnp.unstack(product(jnp.stack(xs)), axis=2)
+    if vectors.SMALL < xs[0].size < vectors.LARGE:
+        # one kernel computes all products, since launches cost more than memory traffic
+        return jnp.unstack(product(jnp.stack(xs)), axis=2)
+    return [product(x) for x in xs]
 
 
 def combination(stack: Params, weights: jax.Array) -> Params:

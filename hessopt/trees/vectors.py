@@ -1,6 +1,7 @@
 """Vector operations on pytrees of parameters; a complex leaf counts as its real and
 imaginary parts."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -81,9 +82,11 @@ def unravel(vector: Vector, like: Params) -> Params:
     return restore(pieces)
 
 
-LARGE = 2**16
-"""Number of entries of a leaf above which memory traffic costs more than additional
-kernels."""
+SMALL, LARGE = 2**9, 2**16
+"""Numbers of entries of a leaf between which inner products are computed as one product
+of matrices. Above, memory traffic costs more than additional kernels. Below, on CPUs,
+XLA compiles a loop without calls of a library, as this product is one, to a single
+function."""
 
 
 def inner_products(*vectors: Params) -> Matrix:
@@ -94,18 +97,14 @@ def inner_products(*vectors: Params) -> Matrix:
     def products(*xs: jax.Array) -> jax.Array:
         wide = jnp.promote_types(dtype, jnp.result_type(*xs))
         xs = tuple(jnp.asarray(x, wide) for x in xs)
-        if xs[0].size >= LARGE:
-            upper = {
-                (i, j): _dot(xs[i], xs[j], xs[i].ndim)
-                for i in range(k)
-                for j in range(i, k)
-            }
-            return jnp.stack(
-                [upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]
-            ).reshape(k, k)
-        # a matrix product compiles faster than sums of products
-        X = jnp.stack(xs)
-        return _dot(X, X, X.ndim - 1)
+        if SMALL < xs[0].size < LARGE:
+            X = jnp.stack(xs)
+            return _dot(X, X, X.ndim - 1)
+        pairs = itertools.combinations_with_replacement(range(k), 2)
+        upper = {(i, j): _dot(xs[i], xs[j], xs[i].ndim) for i, j in pairs}
+        return jnp.stack(
+            [upper[min(i, j), max(i, j)] for i in range(k) for j in range(k)]
+        ).reshape(k, k)
 
     return sum(
         jax.tree.leaves(jax.tree.map(products, *vectors)), jnp.zeros((k, k), dtype)
