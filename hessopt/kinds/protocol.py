@@ -18,7 +18,7 @@ import optax
 
 from hessopt._checks import check_params
 from hessopt.objective.binding import Objective, bind, require_given, require_params
-from hessopt.trees.vectors import unit_factor
+from hessopt.trees.vectors import LARGE, unit_factor
 from hessopt.typing import Params, ValueFn
 
 
@@ -60,11 +60,16 @@ def in_own_unit(call: Call, factor: jax.Array) -> tuple[Call, jax.Array]:
     the largest entry of the gradient near 1. Inner products of gradients then neither
     overflow nor underflow, whatever the unit of the objective is.
     """
-    factor = jax.lax.cond(
-        factor > 0,
-        lambda: factor,
-        lambda: unit_factor(call.gradient).astype(factor.dtype),
-    )
+
+    def first() -> jax.Array:
+        return unit_factor(call.gradient).astype(factor.dtype)
+
+    known = factor > 0
+    if sum(map(jnp.size, jax.tree.leaves(call.gradient))) <= LARGE:
+        # a branch costs more than the maximum of a small gradient
+        factor = jnp.where(known, factor, first())
+    else:
+        factor = jax.lax.cond(known, lambda factor: factor, lambda _: first(), factor)
 
     def scaled(tree: Params) -> Params:
         return jax.tree.map(lambda x: (x * factor).astype(jnp.result_type(x)), tree)

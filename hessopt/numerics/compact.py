@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.numerics.guards import divide
+from hessopt.numerics.guards import divide, matmul
 from hessopt.typing import Matrix, Vector
 
 
@@ -54,7 +54,7 @@ def append(compact: Compact, S_y: Vector, Y_y: Vector) -> Compact:
     # the last column of R^-1 is -R^-1 S'y / s'y above 1 / s'y, the last row zero to its
     # left; both take the place of the oldest pair's
     inverse = divide(1.0, sy, sy > 0)
-    above = -(R_inv * jnp.where(used & ~new, S_y, 0.0)).sum(1)
+    above = -matmul(R_inv, jnp.where(used & ~new, S_y, 0.0))
     column = jnp.where(new, 1.0, above) * inverse
     return Compact(
         slot=jnp.where(k + 1 == len(used), 0, k + 1),
@@ -77,10 +77,10 @@ def coefficients(
 ) -> tuple[Vector, Vector]:
     """Compute v and w of `H g = gamma g + S v + Y w`, given `S'g` and `Y'g`."""
     used, R_inv, YY = compact.used, compact.R_inv, compact.YY
-    u = jnp.where(used, (R_inv * jnp.where(used, S_g, 0.0)).sum(1), 0.0)
+    u = jnp.where(used, matmul(R_inv, jnp.where(used, S_g, 0.0)), 0.0)
     D = divide(1.0, jnp.diagonal(R_inv), used)
-    inner = jnp.where(used, D * u + gamma * ((YY * u).sum(1) - Y_g), 0.0)
-    return jnp.where(used, (R_inv * inner[:, None]).sum(0), 0.0), -gamma * u
+    inner = jnp.where(used, D * u + gamma * (matmul(YY, u) - Y_g), 0.0)
+    return jnp.where(used, matmul(inner, R_inv), 0.0), -gamma * u
 
 
 def emptied(compact: Compact) -> Compact:

@@ -24,7 +24,7 @@ from hessopt.numerics.broyden import FORMULAS, Formula
 from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.numerics.secant import accepts, first_scale
 from hessopt.trees.sharding import zeros
-from hessopt.trees.vectors import all_finite, eps, inner, inner_products, ravel, unravel
+from hessopt.trees.vectors import eps, inner, inner_products, ravel, unravel
 from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
 
 FOLD_PERIOD = 16
@@ -297,9 +297,11 @@ def _measure(call: Call, state: BfgsState) -> _Measured:
         vectors=vectors,
         dot=dot,
         vv=vv,
-        # the first four vectors are formed without H
-        finite=call.finite & jnp.isfinite(vv) & all_finite(products[:4, :4]),
-        image_finite=all_finite(products[:, 4:]),
+        # products of two vectors are finite if their squares are; the first four vectors
+        # are formed without H
+        finite=call.finite
+        & jnp.isfinite(vv + dot.s.s + dot.y.y + dot.g.g + dot.g_old.g_old),
+        image_finite=jnp.isfinite(dot.p_old.p_old + dot.u.u),
     )
 
 

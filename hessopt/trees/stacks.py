@@ -58,10 +58,16 @@ def _leaf_products(rows: jax.Array, xs: Sequence[jax.Array]) -> Sequence[jax.Arr
     if jnp.finfo(rows.dtype).bits < jnp.finfo(wide).bits:
         axes = tuple(range(2, rows.ndim))
         return [jnp.sum(rows.astype(wide) * x, axis=axes) for x in xs]
-    if vectors.SMALL < xs[0].size < vectors.LARGE:
-        # one kernel computes all products, since launches cost more than memory traffic
+    if _has_few_kernels(xs[0].size):
         return jnp.unstack(product(jnp.stack(xs)), axis=2)
     return [product(x) for x in xs]
+
+
+def _has_few_kernels(size: int) -> bool:
+    """Return whether a leaf of this size is read by as few kernels as possible, on
+    accelerators, where launches cost more than memory traffic. On CPUs products with
+    one vector and unrolled sums are several times faster than other forms."""
+    return size < vectors.LARGE and not vectors.on_cpu()
 
 
 def combination(stack: Params, weights: jax.Array) -> Params:
@@ -69,7 +75,7 @@ def combination(stack: Params, weights: jax.Array) -> Params:
 
     def combined(rows: jax.Array) -> jax.Array:
         wide = jnp.promote_types(rows.dtype, weights.dtype)
-        if rows[0, 0].size < vectors.LARGE:
+        if _has_few_kernels(rows[0, 0].size):
             spread = jnp.expand_dims(weights, range(2, rows.ndim))
             return jnp.sum(spread * rows.astype(wide), axis=(0, 1))
         # an unrolled sum is one elementwise pass over the memory

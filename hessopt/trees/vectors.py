@@ -82,11 +82,18 @@ def unravel(vector: Vector, like: Params) -> Params:
     return restore(pieces)
 
 
-SMALL, LARGE = 2**9, 2**16
-"""Numbers of entries of a leaf between which inner products are computed as one product
-of matrices. Above, memory traffic costs more than additional kernels. Below, on CPUs,
-XLA compiles a loop without calls of a library, as this product is one, to a single
-function."""
+LARGE = 2**16
+"""Number of entries of a leaf above which memory traffic costs more than additional
+kernels."""
+MAX_ROWWISE_SIZE = 2**9
+"""Number of entries of a leaf up to which inner products are computed as products with
+one vector on CPUs. A product of two matrices is a call of a library, and XLA compiles a
+loop over small arrays to a single function only without such calls."""
+
+
+def on_cpu() -> bool:
+    """Return whether programs run on CPUs by default."""
+    return jax.default_backend() == "cpu"
 
 
 def inner_products(*vectors: Params) -> Matrix:
@@ -97,8 +104,11 @@ def inner_products(*vectors: Params) -> Matrix:
     def products(*xs: jax.Array) -> jax.Array:
         wide = jnp.promote_types(dtype, jnp.result_type(*xs))
         xs = tuple(jnp.asarray(x, wide) for x in xs)
-        if SMALL < xs[0].size < LARGE:
+        if xs[0].size < LARGE:
             X = jnp.stack(xs)
+            if xs[0].size <= MAX_ROWWISE_SIZE and on_cpu():
+                return jnp.stack([_dot(X, x, x.ndim) for x in xs], axis=1)
+            # a matrix product compiles faster than sums of products
             return _dot(X, X, X.ndim - 1)
         pairs = itertools.combinations_with_replacement(range(k), 2)
         upper = {(i, j): _dot(xs[i], xs[j], xs[i].ndim) for i, j in pairs}
