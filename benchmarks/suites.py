@@ -13,6 +13,7 @@ from benchmarks import (
     multistart,
     nist,
     pinn,
+    programs,
     rates,
     training,
     validation,
@@ -32,6 +33,7 @@ SUITES = {
     "kernels": Suite(
         lambda quick: harness.record(kernels.tables(quick)), harness.markdown
     ),
+    "programs": Suite(programs.measure, programs.markdown),
     "cutest": Suite(cutest.measure, cutest.markdown),
     "validation": Suite(validation.measure, validation.markdown),
     "nist": Suite(nist.measure, nist.markdown),
