@@ -17,7 +17,7 @@ from hessopt._checks import check_params, check_transformation
 from hessopt.numerics.guards import divide, select
 from hessopt.objective.binding import require_params
 from hessopt.trees.sharding import beside
-from hessopt.trees.vectors import all_finite, solve_dtype, tree_norm
+from hessopt.trees.vectors import all_finite, inner, solve_dtype, tree_norm
 from hessopt.typing import Params
 
 MOMENTUM_STEPS = 50
@@ -64,8 +64,10 @@ def over_base(
         require_params(params, caller=name)
         check_params(name, params)
         u, new = base.update(updates, state.base, params, **keywords)
-        sound = all_finite((u, keywords.get("value")))
         m, before = state.momentum, state.length
+        # the rate computes these products as well
+        length = jnp.sqrt(inner(u, u)).astype(before.dtype)
+        sound = jnp.isfinite(length) & all_finite(keywords.get("value"))
 
         def measured() -> jax.Array:
             none = jax.tree.map(jnp.zeros_like, updates)
@@ -78,8 +80,7 @@ def over_base(
             early = sound & (state.rate.count < MOMENTUM_STEPS)
             m = jax.lax.cond(early, measured, lambda: m)
         step, own = rate_for(m).update(u, state.rate, params, **keywords)
-        length = jnp.where(sound, tree_norm(u).astype(before.dtype), before)
-        kept = select(sound, new, state.base)
+        kept, length = select(sound, (new, length), (state.base, before))
         return step, RatedState(kept, own, m, length)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.platform import on_cpu
 from hessopt.trees import vectors
 from hessopt.trees.sharding import contract
 from hessopt.typing import Params
@@ -67,7 +68,7 @@ def _has_few_kernels(size: int) -> bool:
     """Return whether a leaf of this size is read by as few kernels as possible, on
     accelerators, where launches cost more than memory traffic. On CPUs products with
     one vector and unrolled sums are several times faster than other forms."""
-    return size < vectors.LARGE and not vectors.on_cpu()
+    return size < vectors.LARGE and not on_cpu()
 
 
 def combination(stack: Params, weights: jax.Array) -> Params:

@@ -11,6 +11,7 @@ import optax
 
 from hessopt.numerics.equilibration import unit_power
 from hessopt.numerics.norms import unit_scale
+from hessopt.numerics.platform import on_cpu
 from hessopt.trees.sharding import contract, gathered, split_like
 from hessopt.typing import Matrix, Params, Tree, Vector
 
@@ -86,14 +87,8 @@ LARGE = 2**16
 """Number of entries of a leaf above which memory traffic costs more than additional
 kernels."""
 MAX_ROWWISE_SIZE = 2**9
-"""Number of entries of a leaf up to which inner products are computed as products with
-one vector on CPUs. A product of two matrices is a call of a library, and XLA compiles a
-loop over small arrays to a single function only without such calls."""
-
-
-def on_cpu() -> bool:
-    """Return whether programs run on CPUs by default."""
-    return jax.default_backend() == "cpu"
+"""Number of entries of a leaf up to which inner products on CPUs are computed as
+products with one vector, since a product of two matrices is a call of a library."""
 
 
 def inner_products(*vectors: Params) -> Matrix:
