@@ -86,6 +86,11 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
+CACHE_STRIDE = 2**10
+"""Distance in bytes at which the rows of an array compete for the same few lines of a
+cache."""
+
+
 class InverseHessian(NamedTuple):
     """`a I + b base + sum_j t_j c_j c_j'`, with storage for 2k such terms; with k = 0
     every update writes the base."""
@@ -178,9 +183,11 @@ def folded(H: InverseHessian) -> InverseHessian:
     # symmetric. With the added zero all entries round their products alike, even if
     # the compiler fuses some products with the sum
     zero = (a > jnp.inf).astype(base.dtype)
-    for sign, column in zip(
-        jnp.sign(H.terms), jnp.sqrt(jnp.abs(H.terms))[:, None] * H.columns, strict=True
-    ):
+    n, terms = len(base), H.terms
+    columns = jnp.sqrt(jnp.abs(terms))[:, None] * H.columns
+    if n * base.dtype.itemsize % CACHE_STRIDE == 0:
+        columns = jax.lax.optimization_barrier(jnp.pad(columns, ((0, 0), (0, 24))))
+    for sign, column in zip(jnp.sign(terms), columns[:, :n], strict=True):
         base = base + ((sign * column)[:, None] * column + zero)
     return H._replace(
         weights=jnp.array([0.0, 1.0], H.weights.dtype),
