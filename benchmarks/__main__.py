@@ -7,6 +7,8 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+
 from benchmarks import harness, report
 from benchmarks.suites import SUITES
 
@@ -31,6 +33,8 @@ def main() -> None:
     if options.suite == "all":
         for name in SUITES:
             if name == "torch" and not importlib.util.find_spec("torch"):
+                continue
+            if name == "gpu" and jax.default_backend() == "cpu" and not options.quick:
                 continue
             more = ["--quick"] if options.quick else []
             command = [

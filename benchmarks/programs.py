@@ -208,7 +208,9 @@ def trained(make: Callable[[], optax.GradientTransformation]) -> dict[str, Any]:
 def _row(
     fun: Callable[[Any], Any], argument: Any, traces: list[None]
 ) -> dict[str, Any]:
-    program = parsed(jax.jit(fun).lower(argument).compile().as_text())
+    text = jax.jit(fun).lower(argument).compile().as_text()
+    assert text is not None, "the backend does not show its programs"
+    program = parsed(text)
     return step(program)._asdict() | {
         "traces": len(traces),
         "kilobytes": round(len(program.text) / 1000),

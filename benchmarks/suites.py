@@ -8,6 +8,7 @@ from benchmarks import (
     cutest,
     features,
     gauss_newton,
+    gpu,
     harness,
     kernels,
     multistart,
@@ -15,6 +16,7 @@ from benchmarks import (
     pinn,
     programs,
     rates,
+    sizes,
     training,
     validation,
 )
@@ -33,6 +35,8 @@ SUITES = {
     "kernels": Suite(
         lambda quick: harness.record(kernels.tables(quick)), harness.markdown
     ),
+    "sizes": Suite(lambda quick: harness.record(sizes.tables(quick)), harness.markdown),
+    "gpu": Suite(gpu.measure, harness.markdown),
     "programs": Suite(programs.measure, programs.markdown),
     "cutest": Suite(cutest.measure, cutest.markdown),
     "validation": Suite(validation.measure, validation.markdown),
