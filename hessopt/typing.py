@@ -168,7 +168,8 @@ class Termination(enum.IntEnum):
     UNBOUNDED = enum.auto()
     """The objective decreased without bound."""
     NONFINITE = enum.auto()
-    """The objective or its gradient was inf or NaN, at the start or after a step."""
+    """The objective or its gradient was inf or NaN, at the start or after a step; or no
+    step could be taken since a derivative that the method needs was."""
     INTERRUPTED = enum.auto()
     """Ctrl-C or a callback ended the run."""
 

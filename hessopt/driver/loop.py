@@ -104,6 +104,8 @@ class Step(NamedTuple):
     predicted: jax.Array
     length: jax.Array  # largest magnitude in p; inf if not known
     has_model: bool  # whether the method has a model; otherwise p is the step
+    # bool, whether no step was taken because a derivative was not finite
+    nonfinite: jax.Array
 
 
 class Problem(NamedTuple):
@@ -168,7 +170,14 @@ def begin(
         termination=jnp.zeros((), jnp.int32),
     )
     zero, unknown = (jnp.full((), x, here.value.dtype) for x in (0.0, jnp.inf))
-    step = Step(zero, zero, predicted=unknown, length=unknown, has_model=True)
+    step = Step(
+        change=zero,
+        move=zero,
+        predicted=unknown,
+        length=unknown,
+        has_model=True,
+        nonfinite=jnp.zeros((), bool),
+    )
     return run._replace(termination=_judge(run, step, limits))
 
 
@@ -213,7 +222,9 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
 
     # the sizes of the step, and the best point so far
     direction = _direction(found, old.grad, updates)
-    step = Step(jnp.abs(here.value - old.value), move, *direction)
+    rests = largest(updates) == 0
+    nonfinite = rests & jnp.any(jnp.array([report.nonfinite for report in found]))
+    step = Step(jnp.abs(here.value - old.value), move, *direction, nonfinite)
     better = _is_better(here, run.best) & jnp.isfinite(move)
 
     # the steps since f or |g| was smaller than before by more than rounding
@@ -222,7 +233,7 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
     at_floor = _is_at_floor(run._replace(here=here), step)
     of_step = jnp.where(at_floor, FLOOR_STEP, level)
     of_zero = jnp.where(has_failed, FAILED_STEP, 0)
-    counts = jnp.where(largest(updates) == 0, of_zero, of_step)
+    counts = jnp.where(rests, of_zero, of_step)
     counts = jnp.where(at_floor & has_failed, PATIENCE, counts)
     new = run._replace(
         here=here,
@@ -409,6 +420,7 @@ def _judge(run: Run, step: Step, limits: Limits) -> jax.Array:
             & (limits.xtol > 0)
             & (move <= limits.xtol * largest(run.here.params)),
         ),
+        (Termination.NONFINITE, (run.waited >= PATIENCE) & step.nonfinite),
         (Termination.STALLED_AT_NOISE, run.waited >= PATIENCE),
     )
     termination = jnp.asarray(Termination.RUNNING, jnp.int32)

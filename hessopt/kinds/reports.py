@@ -27,6 +27,8 @@ class Report(NamedTuple):
     predicted: jax.Array | None = None
     # scalar, share of the direction that a line search accepted; None for other methods
     rate: jax.Array | None = None
+    # bool scalar, whether a value or a derivative was not finite
+    nonfinite: jax.Array | bool = False
 
 
 def reports(state: optax.OptState, old: optax.OptState) -> list[Report]:
@@ -75,4 +77,5 @@ def _report(new: Any, old: Any) -> Report:
         jnp.where(updated, new.info.evaluations, 0),
         None if predicted is None else jnp.where(updated, predicted, jnp.inf),
         new.info.rate if isinstance(new, LinesearchState) else None,
+        nonfinite,
     )

@@ -129,3 +129,15 @@ def test_a_method_without_a_model_ends_by_the_size_of_its_updates():
     assert solution.reason == "GRADIENT"
     np.testing.assert_allclose(solution.params, 2.0, atol=1e-5)
     assert jax.tree.leaves(solution.state) == []
+
+
+@pytest.mark.parametrize(
+    "tx", [hessopt.newton(), hessopt.trust_region_newton()], ids=["newton", "trust"]
+)
+def test_a_start_without_a_finite_hessian_is_no_noise(tx):
+    # the second derivative of x^1.5 is infinite at 0
+    solution = hessopt.minimize(
+        lambda x: jnp.sum((x - 1.0) ** 2 + x**1.5), jnp.zeros(2), tx
+    )
+    assert solution.reason == "NONFINITE"
+    np.testing.assert_array_equal(solution.params, 0.0)
