@@ -34,7 +34,7 @@ STANDARD_ERRORS = 2.0
 class Agreement(NamedTuple):
     """The last step with its promise, and the sums over the steps before."""
 
-    step: Params  # p, tree like params
+    step: Params  # p, tree like params; None where only the sums are needed
     descent: jax.Array  # scalar, b of p
     curvature: jax.Array  # scalar, p.H p
     measured: jax.Array  # bool scalar, whether these two belong to p

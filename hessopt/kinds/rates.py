@@ -267,7 +267,8 @@ class _Situation(NamedTuple):
     """The inputs of an update, used by all of its phases."""
 
     problem: RateProblem
-    memory: Memory  # of the previous step, with the agreement of this batch
+    # of the previous step, with the agreement of this batch; without the step itself
+    memory: Memory
     count: jax.Array  # int32 scalar, updates so far
     factor: jax.Array  # scalar, learning rate times c
     length: Vector  # (S,), norm of the updates of a group
@@ -308,7 +309,8 @@ def _step(
     sound = call.finite & all_finite(now.length)
     zero = jnp.zeros((), jnp.int32)
     nonfinite = jnp.int32(StepStatus.NONFINITE)
-    untouched = _Outcome(state.memory, nonfinite, jnp.zeros_like(now.length), zero)
+    before = _without_step(state.memory)
+    untouched = _Outcome(before, nonfinite, jnp.zeros_like(now.length), zero)
     memory, status, rate, halvings = select(sound, outcome, untouched)
 
     # eta_s u_s; a group whose step cannot be represented takes none
@@ -316,12 +318,14 @@ def _step(
     status |= jnp.where(jnp.all(represented), 0, nonfinite)
     rate = jnp.where(represented, rate, 0)
     step = zero_unless(sound, scaled(call.updates, now.problem.labels, rate))
-    if memory.agreement is not None:
+    if state.memory.agreement is not None:
+        assert memory.agreement is not None
         # after a step of zero the last one still ends here
         taken = sound & jnp.any(rate * now.length != 0)
-        new = memory.agreement._replace(step=step)
-        old = select(sound, now.memory.agreement, state.memory.agreement)
-        memory = memory._replace(agreement=select(taken, new, old))
+        sums = select(sound, now.memory.agreement, before.agreement)
+        agreement: Agreement = select(taken, memory.agreement, sums)
+        last = select(taken, step, state.memory.agreement.step)
+        memory = memory._replace(agreement=agreement._replace(step=last))
     return step, options.rule.State(
         jnp.asarray(optax.safe_increment(state.count)),
         memory,
@@ -329,11 +333,20 @@ def _step(
     )
 
 
+def _without_step(memory: Memory) -> Memory:
+    """Return the memory without the last step, a tree like params, which a condition
+    would copy."""
+    if memory.agreement is None:
+        return memory
+    return memory._replace(agreement=memory.agreement._replace(step=None))
+
+
 def _begin(options: _Options, call: Call, state: _State) -> _Situation:
     """Set up the restriction of the objective to the updates, and their lengths."""
     memory = state.memory
     if memory.agreement is not None and call.grad is not None:
         memory = memory._replace(agreement=confirmed(memory.agreement, call.grad))
+    memory = _without_step(memory)
     dtype = memory.rate.dtype
     labels, _ = group_labels(call.params, options.groups)
     value = call.value
