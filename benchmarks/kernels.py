@@ -164,12 +164,12 @@ def spectra(problem: mlp.Problem) -> list[Contender]:
     ]
 
 
-def lbfgs_directions(size: int) -> list[Contender]:
+def lbfgs_directions(size: int, dtype: Any = jnp.float32) -> list[Contender]:
     """One update with its state donated: optax's, then ours; and what the memory takes
     to read twice."""
     keys = jax.random.split(jax.random.key(0), 8)
-    points = [jax.random.normal(key, (size,)) for key in keys]
-    curvature = jnp.linspace(1.0, 10.0, size)
+    points = [jax.random.normal(key, (size,), dtype) for key in keys]
+    curvature = jnp.linspace(1.0, 10.0, size, dtype=dtype)
 
     def updates(name: str, tx: optax.GradientTransformation) -> Contender:
         # optax's fresh leaves share a buffer

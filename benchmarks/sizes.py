@@ -10,6 +10,7 @@ import optax
 
 import hessopt
 from benchmarks.harness import Contender, Table, compare, compiled
+from benchmarks.kernels import lbfgs_directions
 
 ITERATIONS = 20
 """Updates of a compiled loop."""
@@ -29,7 +30,7 @@ def tables(quick: bool) -> list[Table]:
             _of_sizes(
                 "L-BFGS direction, m = 10: ratios to that of optax",
                 lambda size, dtype: [
-                    ("from Python", _dispatched(size, dtype)),
+                    ("from Python", lbfgs_directions(size, dtype)[:2]),
                     ("in a loop", _looped(size, dtype)),
                 ],
                 lbfgs,
@@ -57,45 +58,10 @@ def _of_sizes(
         for dtype in (jnp.float32, jnp.float64):
             for how, contenders in make(size, dtype):
                 table = compare("", contenders, rounds, 0.0)
-                own, *more = f"n = {size:.0e}", jnp.dtype(dtype).name, how
-                if size % 10:
-                    own = f"n = {size}"
-                name = ", ".join(part for part in (own, *more) if part)
+                parts = f"n = {size}", jnp.dtype(dtype).name, how
+                name = ", ".join(part for part in parts if part)
                 timings.append(table.timings[1]._replace(name=name))
     return Table(title, timings)
-
-
-def _lbfgs() -> dict[str, optax.GradientTransformation]:
-    return {
-        "optax": optax.scale_by_lbfgs(10),
-        "hessopt": hessopt.scale_by_lbfgs(10),
-    }
-
-
-def _dispatched(size: int, dtype: Any) -> list[Contender]:
-    """One update with its state donated."""
-    points = jax.random.normal(jax.random.key(0), (8, size), dtype)
-    curvature = jnp.linspace(1.0, 10.0, size, dtype=dtype)
-
-    def contender(name: str, tx: optax.GradientTransformation) -> Contender:
-        # optax's fresh leaves share a buffer
-        carry = [jax.tree.map(jnp.copy, tx.init(points[0])), 0]
-
-        def update(state: Any, x: Any) -> Any:
-            direction, state = tx.update(curvature * x, state, x)
-            return state, direction
-
-        step, rows = jax.jit(update, donate_argnums=0), list(points)
-        found = compiled(name, update, carry[0], rows[0])
-
-        def run() -> Any:
-            carry[1] += 1
-            carry[0], direction = step(carry[0], rows[carry[1] % len(rows)])
-            return direction
-
-        return found._replace(run=run)
-
-    return [contender(name, tx) for name, tx in _lbfgs().items()]
 
 
 def _looped(size: int, dtype: Any) -> list[Contender]:
@@ -106,15 +72,18 @@ def _looped(size: int, dtype: Any) -> list[Contender]:
         def step(_: Any, carry: Any) -> Any:
             x, state = carry
             direction, state = tx.update(curvature * x, state, x)
-            step = optax.tree.scale(-0.3, direction)
-            return optax.apply_updates(x, step), state
+            shorter = optax.tree.scale(-0.3, direction)
+            return optax.apply_updates(x, shorter), state
 
         def steps(x: Any) -> Any:
             return jax.lax.fori_loop(0, ITERATIONS, step, (x, tx.init(x)))[0]
 
         return compiled(name, steps, jnp.ones(size, dtype))
 
-    return [contender(name, tx) for name, tx in _lbfgs().items()]
+    return [
+        contender("optax", optax.scale_by_lbfgs(10)),
+        contender("hessopt", hessopt.scale_by_lbfgs(10)),
+    ]
 
 
 def _products(size: int, dtype: Any) -> list[Contender]:
