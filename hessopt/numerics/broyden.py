@@ -86,9 +86,9 @@ FORMULAS: dict[str, Formula] = {
 }
 
 
-CACHE_STRIDE = 2**10
-"""Distance in bytes at which the rows of an array compete for the same few lines of a
-cache."""
+CACHE_STRIDE, PADDING = 2**10, 24
+"""Distance in bytes, and its multiples, at which rows that are read together compete for
+the same few lines of a cache; and the number of entries by which it is enlarged then."""
 
 
 class InverseHessian(NamedTuple):
@@ -186,7 +186,9 @@ def folded(H: InverseHessian) -> InverseHessian:
     n, terms = len(base), H.terms
     columns = jnp.sqrt(jnp.abs(terms))[:, None] * H.columns
     if n * base.dtype.itemsize % CACHE_STRIDE == 0:
-        columns = jax.lax.optimization_barrier(jnp.pad(columns, ((0, 0), (0, 24))))
+        padded = jnp.pad(columns, ((0, 0), (0, PADDING)))
+        # XLA would read the columns where they were
+        columns = jax.lax.optimization_barrier(padded)
     for sign, column in zip(jnp.sign(terms), columns[:, :n], strict=True):
         base = base + ((sign * column)[:, None] * column + zero)
     return H._replace(

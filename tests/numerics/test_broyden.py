@@ -201,3 +201,17 @@ def test_a_compiled_fold_keeps_the_matrix_exactly_symmetric(n):
         base = jax.jit(broyden.folded)(H).base
         np.testing.assert_array_equal(base, base.T)
         H = H._replace(weights=jnp.array([0.3, 0.7]), base=base)
+
+
+@pytest.mark.parametrize("n", [127, 128])  # columns as they are, and copied
+def test_stored_terms_are_folded_into_the_base(n):
+    rng = np.random.default_rng(n)
+    base, columns = spd(rng, n), rng.normal(size=(8, n))
+    terms = rng.normal(size=8)
+    H = broyden.InverseHessian(
+        *map(jnp.asarray, (np.array([0.5, 2.0]), base, columns, terms))
+    )
+    expected = 0.5 * np.eye(n) + 2.0 * base + (columns.T * terms) @ columns
+    found = broyden.dense(H)
+    np.testing.assert_allclose(found, expected, atol=1e-11 * np.abs(expected).max())
+    np.testing.assert_array_equal(found, found.T)
