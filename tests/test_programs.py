@@ -5,8 +5,10 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+import hessopt
 from benchmarks import programs
 
 RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results"
@@ -57,6 +59,18 @@ def test_a_training_step(name):
     with jax.enable_x64(False):
         found = programs.trained(programs.RATES[name])
     _check(f"training, {name}", found)
+
+
+@pytest.mark.parametrize("method", [hessopt.lbfgs, hessopt.bfgs, hessopt.newton_cg])
+def test_a_small_run_is_one_function(method):
+    params, tx = jnp.full(programs.SIZE, -1.2), method()
+    run = jax.jit(lambda x: hessopt.minimize(programs.rosenbrock, x, tx).params)
+    text = run.lower(params).compile().as_text() or ""
+    program = programs.parsed(text)
+    entry = program.computations[program.entry]
+    assert any("xla_cpu_small_call" in line for _, line in entry)
+    # XLA runs more than 8 kernels on several threads
+    assert sum(kind not in programs.FREE for kind, _ in entry) <= 8
 
 
 PROGRAM = """HloModule jit_f
