@@ -16,6 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # the backend comes first
 
 import hessopt
+from benchmarks.programs import rosenbrock
 
 
 class Library(NamedTuple):
@@ -104,11 +105,6 @@ LIBRARIES = (
         lambda: importlib.import_module("optimistix").LBFGS(rtol=1e-6, atol=1e-6),
     ),
 )
-
-
-def rosenbrock(x: jax.Array) -> jax.Array:
-    """Of two variables, the minimum at (1, 1)."""
-    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
 
 
 def transformation(library: Library) -> bool:

@@ -14,7 +14,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import hessopt
-from benchmarks import harness, multistart, programs
+from benchmarks import multistart, programs
 from benchmarks.harness import Contender, Table, compare, compiled
 from benchmarks.problems import mlp, poisson
 
@@ -164,18 +164,13 @@ def training(problem: mlp.Problem, make: Make) -> list[Contender]:
     """Steps of plain SGD in one program, then with rates from curvature."""
 
     def contender(name: str, tx: optax.GradientTransformation) -> Contender:
-        tx = optax.with_extra_args_support(tx)
-
-        def step(carry: Any, _: None) -> Any:
-            params, state = carry
-            value, grad = jax.value_and_grad(problem.value_fn)(params)
-            given = {"value": value, "grad": grad, "value_fn": problem.value_fn}
-            updates, state = tx.update(grad, state, params, **given)
-            return (optax.apply_updates(params, updates), state), None
+        step = mlp.stepper(tx, problem.value_fn)
 
         def scan(params: Any) -> Any:
             carry = params, tx.init(params)
-            return jax.lax.scan(step, carry, length=TRAINING_STEPS)[0]
+            return jax.lax.scan(
+                lambda carry, _: (step(carry), None), carry, length=TRAINING_STEPS
+            )[0]
 
         return compiled(name, scan, problem.params)
 
@@ -233,8 +228,3 @@ def smoke(every: Make) -> list[Contender]:
         works = bool(jnp.isfinite(value) & (value < start))
         contenders.append(found._replace(facts=found.facts | {"works": float(works)}))
     return contenders
-
-
-def measure(quick: bool) -> tuple[dict[str, Any], Any]:
-    """Run the suite; return the record and the figure."""
-    return harness.record(tables(quick))

@@ -366,28 +366,17 @@ def rated_steps(problem: mlp.Problem) -> list[Contender]:
     def stepped(
         name: str, tx: optax.GradientTransformation, count: int = 0
     ) -> Contender:
-        tx = optax.with_extra_args_support(tx)
-
-        def step(params: Any, state: Any) -> Any:
-            value, grad = jax.value_and_grad(problem.value_fn)(params)
-            updates, state = tx.update(
-                grad, state, params, value=value, grad=grad, value_fn=problem.value_fn
-            )
-            return optax.apply_updates(params, updates), state
-
-        run_step = jax.jit(step)
-        state = tx.init(problem.params)
-        carry = [
-            problem.params,
-            optax.tree.set(state, count=jnp.int32(count)) if count else state,
-        ]
+        step, state = mlp.stepper(tx, problem.value_fn), tx.init(problem.params)
+        if count:
+            state = optax.tree.set(state, count=jnp.int32(count))
+        run_step, carry = jax.jit(step), [(problem.params, state)]
 
         def run() -> Any:
             for _ in range(RATED):
-                carry[:] = run_step(*carry)
-            return carry[0]
+                carry[0] = run_step(carry[0])
+            return carry[0][0]
 
-        return compiled(name, step, *carry)._replace(run=run)
+        return compiled(name, step, carry[0])._replace(run=run)
 
     generalized, grouped, sgd = (
         hessopt.generalized_newton,

@@ -61,7 +61,6 @@ class Program(NamedTuple):
 
     computations: dict[str, list[Instruction]]
     entry: str
-    text: str
 
 
 class Size(NamedTuple):
@@ -92,7 +91,7 @@ def parsed(text: str) -> Program:
             computations[name] = []
         elif part and name:
             computations[name].append(Instruction(part[1], line))
-    return Program(computations, entry, text)
+    return Program(computations, entry)
 
 
 def _called(line: str, *roles: str) -> list[str]:
@@ -117,8 +116,8 @@ def size(program: Program, name: str) -> Size:
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
             turns = int(known[1]) if known else 1
             (body,), (condition,) = _called(line, "body"), _called(line, "condition")
-            turn = Size(turns=1).plus(size(program, body))
-            total = total.plus(turn.plus(size(program, condition)), turns)
+            once = Size(turns=1).plus(size(program, body))
+            total = total.plus(once.plus(size(program, condition)), turns)
         if kind == "conditional":
             roles = "branch_computations", "true_computation", "false_computation"
             branches = [size(program, branch) for branch in _called(line, *roles)]
@@ -136,7 +135,7 @@ def _loops(program: Program, name: str) -> Iterator[str]:
             yield from _loops(program, callee)
 
 
-def step(program: Program) -> Size:
+def turn(program: Program) -> Size:
     """Count one turn of the largest loop."""
     return max(size(program, body) for body in _loops(program, program.entry))
 
@@ -189,17 +188,11 @@ def trained(make: Callable[[], optax.GradientTransformation]) -> dict[str, Any]:
     """The row of a training step on a network of two hidden layers."""
     problem = mlp.noise((8, 8, 8, 2), 16)
     value_fn, traces = counted(problem.value_fn)
-    tx = optax.with_extra_args_support(make())
-
-    def training_step(_: Any, carry: Any) -> Any:
-        params, state = carry
-        value, grad = jax.value_and_grad(value_fn)(params)
-        given = {"value": value, "grad": grad, "value_fn": value_fn}
-        updates, state = tx.update(grad, state, params, **given)
-        return optax.apply_updates(params, updates), state
+    tx = make()
+    step = mlp.stepper(tx, value_fn)
 
     def epoch(count: jax.Array, carry: Any) -> Any:
-        return jax.lax.fori_loop(0, count, training_step, carry)
+        return jax.lax.fori_loop(0, count, lambda _, carry: step(carry), carry)
 
     carry = problem.params, tx.init(problem.params)
     return _row(functools.partial(epoch, jnp.int32(10)), carry, traces)
@@ -211,16 +204,18 @@ def _row(
     text = jax.jit(fun).lower(argument).compile().as_text()
     assert text is not None, "the backend does not show its programs"
     program = parsed(text)
-    return step(program)._asdict() | {
+    return turn(program)._asdict() | {
         "traces": len(traces),
-        "kilobytes": round(len(program.text) / 1000),
-        # XLA's mark of a loop that it compiles to a single function, on CPUs
-        "one function": "xla_cpu_small_call" in _entry(program),
+        "kilobytes": round(len(text) / 1000),
+        "one function": is_one_function(program),
     }
 
 
-def _entry(program: Program) -> str:
-    return "".join(line for _, line in program.computations[program.entry])
+def is_one_function(program: Program) -> bool:
+    """Return whether XLA compiles the loop of a program to a single function, by the
+    mark that it has on CPUs."""
+    entry = program.computations[program.entry]
+    return any("xla_cpu_small_call" in line for _, line in entry)
 
 
 def measure(quick: bool) -> tuple[dict[str, Any], Any]:

@@ -36,7 +36,7 @@ SUITES = {
         lambda quick: harness.record(kernels.tables(quick)), harness.markdown
     ),
     "sizes": Suite(lambda quick: harness.record(sizes.tables(quick)), harness.markdown),
-    "gpu": Suite(gpu.measure, harness.markdown),
+    "gpu": Suite(lambda quick: harness.record(gpu.tables(quick)), harness.markdown),
     "programs": Suite(programs.measure, programs.markdown),
     "cutest": Suite(cutest.measure, cutest.markdown),
     "validation": Suite(validation.measure, validation.markdown),

@@ -90,5 +90,22 @@ def regression(sizes: tuple[int, ...], batch: int) -> Problem:
     )
 
 
+def stepper(
+    tx: optax.GradientTransformation, value_fn: Callable[[Any], jax.Array]
+) -> Callable[[Any], Any]:
+    """Return the training step `(params, state) -> (params, state)` on all data."""
+    tx = optax.with_extra_args_support(tx)
+
+    def step(carry: Any) -> Any:
+        params, state = carry
+        value, grad = jax.value_and_grad(value_fn)(params)
+        updates, state = tx.update(
+            grad, state, params, value=value, grad=grad, value_fn=value_fn
+        )
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def _name(sizes: tuple[int, ...], batch: int) -> str:
     return f"{'-'.join(map(str, sizes))}, batch {batch}"
