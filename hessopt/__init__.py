@@ -16,7 +16,9 @@ from hessopt.numerics.cubic import solve_cubic as solve_cubic
 from hessopt.objective.binding import composite as composite
 from hessopt.objective.microbatching import microbatched as microbatched
 from hessopt.objective.restriction import restriction as restriction
+from hessopt.objective.rowwise import rowwise as rowwise
 from hessopt.optimizers import bfgs as bfgs
+from hessopt.optimizers import gauss_newton as gauss_newton
 from hessopt.optimizers import generalized_newton as generalized_newton
 from hessopt.optimizers import grouped_newton as grouped_newton
 from hessopt.optimizers import lbfgs as lbfgs
@@ -24,8 +26,14 @@ from hessopt.optimizers import newton as newton
 from hessopt.optimizers import newton_cg as newton_cg
 from hessopt.transforms.bfgs import inverse_hessian as inverse_hessian
 from hessopt.transforms.bfgs import scale_by_bfgs as scale_by_bfgs
+from hessopt.transforms.gauss_newton import (
+    scale_by_gauss_newton as scale_by_gauss_newton,
+)
 from hessopt.transforms.generalized_newton import (
     scale_by_generalized_newton as scale_by_generalized_newton,
+)
+from hessopt.transforms.grid_linesearch import (
+    scale_by_grid_linesearch as scale_by_grid_linesearch,
 )
 from hessopt.transforms.grouped_newton import (
     scale_by_grouped_newton as scale_by_grouped_newton,

@@ -17,6 +17,7 @@ from hessopt.kinds.bases import over_base
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.indefiniteness import IndefiniteTreatment
 from hessopt.transforms.bfgs import scale_by_bfgs
+from hessopt.transforms.gauss_newton import DampingRule, scale_by_gauss_newton
 from hessopt.transforms.generalized_newton import Mode, scale_by_generalized_newton
 from hessopt.transforms.grouped_newton import scale_by_grouped_newton
 from hessopt.transforms.lbfgs import scale_by_lbfgs
@@ -108,6 +109,73 @@ def newton(
         blocks=blocks,
         update_every=update_every,
         curvature=curvature,
+    )
+    return _descend(direction, learning_rate, linesearch)
+
+
+@injectable
+def gauss_newton(
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    damping: optax.ScalarOrSchedule = 1e-5,
+    damping_rule: str | DampingRule = "value",
+    momentum: float = 0.0,
+    space: str = "auto",
+    centered: bool = False,
+    linesearch: optax.GradientTransformation | None = CAPPED_LINESEARCH,
+) -> optax.GradientTransformationExtraArgs:
+    """Damped Gauss-Newton method for stochastic training, with a line search.
+
+    For fixed data and few parameters,
+    `trust_region_newton(curvature="gauss_newton")` is more accurate.
+
+    Args:
+      learning_rate: factor on the step before the line search, or a schedule of it;
+        None means 1.
+      damping: a factor >= 0, or a schedule of it.
+      damping_rule: `"value"` for lambda = damping times |value|, which does not depend
+        on the unit of the objective; `"constant"` for lambda = damping; or a callable
+        `(damping, value) -> lambda`.
+      momentum: mu in [0, 1), the factor of the last direction (SPRING).
+      space: `"parameters"` solves a system of n equations for n parameters, `"samples"`
+        one of M equations for M outputs of all samples; `"auto"` chooses the smaller.
+      centered: whether the mean over the samples of each `rowwise` model is subtracted
+        from its rows, for stochastic reconfiguration.
+      linesearch: a line search that takes the additive update, or None.
+        `scale_by_grid_linesearch` evaluates values only.
+
+    Returns:
+      An optimizer whose `update(grads, state, params, *, value, grad, value_fn,
+      **data)` requires `value_fn=hessopt.composite(model_fn, loss_fn)`, and with a line
+      search also the value and the gradient at `params`.
+
+    Raises:
+      ValueError, TypeError: as in `scale_by_gauss_newton`; TypeError also if value or
+        grad is missing for a line search.
+
+    Cost per step: that of `scale_by_gauss_newton`, and that of the line search.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hessopt
+      >>> def model_fn(params, x):
+      ...     return jnp.tanh(x @ params)
+      >>> value_fn = hessopt.composite(
+      ...     hessopt.rowwise(model_fn, over=["x"]), lambda u, y: jnp.mean((u - y) ** 2)
+      ... )
+      >>> x = jax.random.normal(jax.random.key(0), (50, 3))
+      >>> data = {"x": x, "y": jnp.tanh(x @ jnp.array([1.0, -1.0, 0.5]))}
+      >>> solution = hessopt.minimize(value_fn, jnp.zeros(3), gauss_newton(), data=data)
+      >>> jnp.round(solution.params, 3).tolist()
+      [1.0, -1.0, 0.5]
+
+    Source: see `scale_by_gauss_newton`.
+    """
+    direction = scale_by_gauss_newton(
+        damping,
+        damping_rule=damping_rule,
+        momentum=momentum,
+        space=space,
+        centered=centered,
     )
     return _descend(direction, learning_rate, linesearch)
 

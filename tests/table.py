@@ -234,6 +234,32 @@ HESSOPT += (
         scaled=True,
         composite=True,
     ),
+    Case(
+        "gauss_newton",
+        hessopt.gauss_newton,
+        needs=SEARCHED,
+        injectable=("damping",),
+        unitless=True,
+        composite=True,
+    ),
+    Case(
+        "scale_by_gauss_newton, samples, momentum",
+        hessopt.scale_by_gauss_newton,
+        {"space": "samples", "momentum": 0.5, "damping_rule": "constant"}
+        | {"damping": 0.1},
+        kind="direction",
+        needs=("value_fn",),
+        injectable=("damping", "momentum"),
+        composite=True,
+    ),
+    Case(
+        "scale_by_grid_linesearch",
+        hessopt.scale_by_grid_linesearch,
+        {"max_rate": 2.0},
+        kind="rate",
+        needs=("value", "value_fn"),
+        injectable=("max_rate", "factor"),
+    ),
     Case("newton_cg", hessopt.newton_cg, needs=SEARCHED, unitless=True),
     Case(
         "scale_by_newton_cg, Gauss-Newton, warm",

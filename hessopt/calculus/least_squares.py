@@ -12,40 +12,30 @@ loses all of those below sqrt(eps) of the largest one.
 Source: Bjorck, "Numerical Methods for Least Squares Problems", 1996, section 9.2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hessopt.calculus.batching import fill_rows
-from hessopt.calculus.jaxprs import Equation, interpret
-from hessopt.calculus.linearization import linearize, linearize_gradient
-from hessopt.numerics.guards import divide, matmul
-from hessopt.objective.binding import as_objective
+from hessopt.calculus.linearization import linearize_gradient
+from hessopt.calculus.rows import (
+    Leaves,
+    Term,
+    in_pieces,
+    jacobian,
+    join_outputs,
+    pieces_of,
+    row_bytes,
+    split_outputs,
+    terms_of,
+    weigh,
+)
+from hessopt.calculus.separability import is_diagonal, is_samplewise
+from hessopt.numerics.guards import divide
+from hessopt.objective.binding import Objective, as_objective
 from hessopt.trees.vectors import ravel, solve_dtype
 from hessopt.typing import Matrix, Vector
-
-CHUNK_SIZE = 4
-"""Number of tangents that are computed at once. There are usually many outputs, and
-more tangents would not fit into the cache."""
-
-MIXED = -1
-"""Source of a result that depends on several inputs, or not entry by entry."""
-
-_ENTRYWISE = frozenset(
-    [
-        "neg",
-        "convert_element_type",
-        "copy",
-        "mul",
-        "div",
-        "add_any",
-        "add",
-        "sub",
-        "select_n",
-    ]
-)
 
 
 class Root(NamedTuple):
@@ -59,85 +49,107 @@ class Root(NamedTuple):
     rest: Vector
 
 
+class SampleLoss(NamedTuple):
+    """Slopes and curvatures of a loss in the outputs of a term, in coordinates `V'y` of
+    each sample in which its Hessian is diagonal."""
+
+    slopes: jax.Array  # (m, k), `V'l` with the gradient l
+    weights: jax.Array  # (m, k), at least 0; negative curvature is replaced by 0
+    basis: jax.Array | None  # (m, k, k), V; None for the identity
+
+    def factors(self, roots: jax.Array) -> jax.Array:
+        """Return `diag(roots) V'`, which multiplies the rows of each sample."""
+        if self.basis is None:
+            return roots
+        return roots[..., None] * jnp.swapaxes(self.basis, 1, 2)
+
+    def of_outputs(self, coordinates: jax.Array) -> jax.Array:
+        """Return `V coordinates`, like the outputs."""
+        return coordinates if self.basis is None else weigh(self.basis, coordinates)
+
+
+def sample_losses(
+    objective: Objective, terms: Sequence[Term], parts: Leaves
+) -> list[SampleLoss] | None:
+    """Return the loss in the outputs of each term; None if its Hessian is not recognized
+    as a matrix for each sample.
+
+    Cost: one gradient of the loss and one product with its Hessian; if that is not
+    diagonal, k products, and an eigendecomposition per sample.
+    """
+
+    outputs = objective.model_fn(parts)
+    if not any(map(jnp.iscomplexobj, jax.tree.leaves(outputs))):
+        slopes, hessian = linearize_gradient(objective.loss_fn, outputs)
+        if is_diagonal(hessian, outputs):
+            weights = hessian(jax.tree.map(jnp.ones_like, outputs))
+            each = split_outputs(objective.model_fn, (slopes, weights))
+            flat = [
+                [term.flatten(tree) for tree in pair]
+                for term, pair in zip(terms, each, strict=True)
+            ]
+            return [SampleLoss(g, jnp.maximum(w, 0.0), None) for g, w in flat]
+    if not all(term.is_rowwise for term in terms):
+        return None
+
+    def loss_fn(outputs: Any) -> jax.Array:
+        found = [term.restore(y) for term, y in zip(terms, outputs, strict=True)]
+        return objective.loss_fn(join_outputs(objective.model_fn, found))
+
+    outputs = [
+        term.flatten(tree)
+        for term, (tree,) in zip(
+            terms, split_outputs(objective.model_fn, (outputs,)), strict=True
+        )
+    ]
+    slopes, hessian = linearize_gradient(loss_fn, outputs)
+    if not is_samplewise(hessian, outputs):
+        return None
+    columns = [
+        hessian([jnp.zeros_like(y).at[:, j : j + 1].set(1.0) for y in outputs])
+        for j in range(max(term.width for term in terms))
+    ]
+    found = []
+    for i, (term, slope) in enumerate(zip(terms, slopes, strict=True)):
+        L = jnp.stack([column[i] for column in columns[: term.width]], axis=2)
+        w, V = jnp.linalg.eigh(L)
+        turned = weigh(jnp.swapaxes(V, 1, 2), slope)
+        found.append(SampleLoss(turned, jnp.maximum(w, 0.0), V))
+    return found
+
+
 def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     """Return the root of the Gauss-Newton matrix at real leaves, or None if the Hessian
-    of the loss is not recognized as diagonal.
+    of the loss is not recognized as diagonal, or for `rowwise` models as a matrix for
+    each sample.
 
     Negative curvature of the loss is replaced by zero. Values that are not finite make
     the result not finite.
 
-    Cost: n tangents of the model, in chunks, and `2 m n^2` multiplications for m
-    outputs; memory `m n`.
+    Cost: one reverse pass per output of `rowwise` models, else n tangents of the model,
+    both in chunks; and `2 m n^2` multiplications for m outputs; memory `m n`.
     """
     objective = as_objective(objective)
     if not objective.is_composite:
         return None
-    outputs = objective.model_fn(parts)
-    slopes, loss_hessian = linearize_gradient(objective.loss_fn, outputs)
-    if not is_diagonal(loss_hessian, outputs):
-        return None
     dtype = solve_dtype(parts)
-    weights = ravel(loss_hessian(jax.tree.map(jnp.ones_like, outputs))).astype(dtype)
-    slopes = ravel(slopes).astype(dtype)
-    roots = jnp.maximum(weights, 0.0) ** 0.5
-    curved = weights > jnp.finfo(dtype).eps * jnp.max(weights, initial=0.0)
-    r = divide(slopes, roots, curved)
-
-    # J', (n, m)
-    transposed = _transposed_jacobian(objective.model_fn, parts, outputs, dtype)
-    K = transposed * roots
-    R = jnp.linalg.qr(jnp.concatenate([K, r[None]]).T, mode="r")
-    n, m = K.shape
-    rest = matmul(transposed, jnp.where(curved, 0.0, slopes))
-    return Root(R[: min(m, n), :n], R[: min(m, n), n], rest)
-
-
-def _transposed_jacobian(
-    model_fn: Any, parts: Sequence[jax.Array], outputs: Any, dtype: Any
-) -> jax.Array:
-    """Return J', with a row for every parameter. The tangents of a leaf are computed
-    only for operations that depend on it."""
-    sizes = [leaf.size for leaf in jax.tree.leaves(outputs)]
-    columns = [sum(sizes[:i]) for i in range(len(sizes))]
-    rows = jnp.zeros((sum(part.size for part in parts), sum(sizes)), dtype)
-    offset = 0
-    for i, part in enumerate(parts):
-        if part.size:
-            along = linearize(
-                lambda p, i=i: jax.tree.leaves(
-                    model_fn([*parts[:i], p, *parts[i + 1 :]])
-                ),
-                part,
-            )[1]
-            rows = fill_rows(rows, along, part, offset, columns, CHUNK_SIZE)
-        offset += part.size
-    return rows
-
-
-def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
-    """Return whether each entry of a linear function's result is recognized to depend
-    only on the same entry of its argument."""
-    leaves, treedef = jax.tree.flatten(example)
-    program = jax.make_jaxpr(
-        lambda leaves: jax.tree.leaves(linear(jax.tree.unflatten(treedef, leaves)))
-    )(leaves)
-    sources = interpret(program, range(len(leaves)), _source, constant=lambda _: None)
-    return all(source in (None, i) for i, source in enumerate(sources))
-
-
-def _source(equation: Equation, sources: list[int | None]) -> list[int | None]:
-    """Return the one input on which the results depend entry by entry, None if there is
-    no such input, else MIXED."""
-    inputs = {source for source in sources if source is not None}
-    # operands that depend on an input must have the shape of the result: a broadcast is
-    # not entry by entry
-    shapes = {
-        aval.shape
-        for aval, source in zip(equation.operands, sources, strict=True)
-        if source is not None
-    }
-    entrywise = equation.name in _ENTRYWISE and shapes == {equation.results[0].shape}
-    found = None
-    if inputs:
-        found = inputs.pop() if len(inputs) == 1 and entrywise else MIXED
-    return [found] * len(equation.results)
+    terms = terms_of(objective.model_fn, parts)
+    losses = sample_losses(objective, terms, parts)
+    if losses is None:
+        return None
+    weights = [jnp.max(loss.weights, initial=0.0) for loss in losses]
+    largest = jnp.max(jnp.array(weights))
+    K, r, rest = [], [], []
+    for term, loss in zip(terms, losses, strict=True):
+        roots = loss.weights**0.5
+        curved = loss.weights > jnp.finfo(dtype).eps * largest
+        factors = loss.factors(roots)
+        pieces = pieces_of(term, parts, factors, row_bytes())
+        K.append(jacobian(pieces, parts))
+        r += in_pieces(divide(loss.slopes, roots, curved), pieces)
+        rest.append(loss.of_outputs(jnp.where(curved, 0.0, loss.slopes)))
+    stacked = jnp.concatenate([jnp.concatenate(K), jnp.concatenate(r)[:, None]], axis=1)
+    R = jnp.linalg.qr(stacked, mode="r")
+    m, n = len(stacked), stacked.shape[1] - 1
+    _, pull = jax.vjp(lambda parts: [term.outputs(parts) for term in terms], parts)
+    return Root(R[: min(m, n), :n], R[: min(m, n), n], ravel(pull(rest)[0]))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.kinds.line_searches import OPTAX_SEARCH_STATES, LinesearchState
+from hessopt.kinds.line_searches import OPTAX_SEARCH_STATES, LinesearchInfo
 from hessopt.typing import StepStatus
 
 
@@ -76,6 +76,6 @@ def _report(new: Any, old: Any) -> Report:
         nonfinite | (updated & failure),
         jnp.where(updated, new.info.evaluations, 0),
         None if predicted is None else jnp.where(updated, predicted, jnp.inf),
-        new.info.rate if isinstance(new, LinesearchState) else None,
+        new.info.rate if isinstance(new.info, LinesearchInfo) else None,
         nonfinite,
     )

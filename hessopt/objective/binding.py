@@ -4,13 +4,14 @@ missing ones."""
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from hessopt.objective.rowwise import Rows, Rowwise, Several
 from hessopt.trees.groups import combine, take
 from hessopt.typing import Aux, Labels, ObjectiveFn, Params, ValueFn
 
@@ -91,7 +92,8 @@ def as_objective(value_fn: ObjectiveFn) -> Objective:
 
 
 def composite(
-    model_fn: Callable[..., Params], loss_fn: Callable[..., jax.Array]
+    model_fn: Callable[..., Params] | Sequence[Callable[..., Params]],
+    loss_fn: Callable[..., jax.Array],
 ) -> Objective:
     """Compose an objective of a model and a loss, as the Gauss-Newton matrix requires.
 
@@ -102,7 +104,9 @@ def composite(
     parameters along with its outputs.
 
     Args:
-      model_fn: `model_fn(params, ...)`, returning any pytree of floating arrays.
+      model_fn: `model_fn(params, ...)`, returning any pytree of floating arrays; or
+        several such functions, with the tuple of their results for outputs. See
+        `rowwise` for models of one sample.
       loss_fn: `loss_fn(outputs, ...)`, returning a real scalar; convex in the outputs.
 
     Returns:
@@ -126,7 +130,8 @@ def composite(
     Source: Schraudolph, "Fast curvature matrix-vector products for second-order
     gradient descent", 2002.
     """
-    return Objective((model_fn, loss_fn))
+    several = model_fn if callable(model_fn) else Several(tuple(model_fn))
+    return Objective((several, loss_fn))
 
 
 def bind(
@@ -203,7 +208,16 @@ def informed_update(tx: optax.GradientTransformation) -> UpdateFn:
 def precompose(value_fn: ObjectiveFn, inner: Callable[..., Params]) -> Objective:
     """Return `value_fn(inner(.))`; the parts of a `composite` stay separate."""
     first, *rest = as_objective(value_fn).parts
-    return Objective((lambda x: first(inner(x)), *rest))
+    return Objective((_composed(first, inner), *rest))
+
+
+def _composed(
+    fn: Callable[..., Params], inner: Callable[..., Params]
+) -> Callable[..., Params]:
+    """Return `fn(inner(.))`; rows stay rows."""
+    if isinstance(fn, Several):
+        return Several(tuple(_composed(each, inner) for each in fn.fns))
+    return fn.precompose(inner) if isinstance(fn, Rows) else lambda x: fn(inner(x))
 
 
 def without_aux(value_fn: ObjectiveFn) -> Objective:
@@ -259,9 +273,13 @@ def _data_names(fn: Callable[..., object]) -> dict[str, inspect.Parameter]:
 def _bind(
     fn: Callable[..., Params], data: Mapping[str, object], caller: str, call: str
 ) -> Callable[[Params], Params]:
+    if isinstance(fn, Rows):
+        return fn
+    if isinstance(fn, Several):
+        return Several(tuple(_bind(each, data, caller, call) for each in fn.fns))
     names = _data_names(fn)
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        return functools.partial(fn, **data)
+        return _given(fn, data)
     missing = [
         p.name for p in names.values() if p.default is p.empty and p.name not in data
     ]
@@ -272,7 +290,11 @@ def _bind(
         raise TypeError(
             f"{caller} cannot evaluate {name}: it requires {missing}; call `{call}`"
         )
-    return functools.partial(fn, **{name: data[name] for name in names if name in data})
+    return _given(fn, {name: data[name] for name in names if name in data})
+
+
+def _given(fn: Callable[..., Params], data: Mapping[str, Any]) -> Callable[..., Params]:
+    return fn.bind(data) if isinstance(fn, Rowwise) else functools.partial(fn, **data)
 
 
 def _scalar(fn: Callable[[Params], Params], caller: str) -> ValueFn:

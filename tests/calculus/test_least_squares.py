@@ -6,7 +6,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from hessopt import composite, hessian
-from hessopt.calculus.least_squares import is_diagonal, root
+from hessopt.calculus.least_squares import root
+from hessopt.calculus.separability import is_diagonal
 from hessopt.trees.vectors import real_leaves
 from tests.problems import init_mlp, mlp
 

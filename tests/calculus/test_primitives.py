@@ -12,7 +12,8 @@ from jax.flatten_util import ravel_pytree
 import hessopt
 from hessopt import composite
 from hessopt.calculus.curvature import curvature_product
-from hessopt.calculus.least_squares import is_diagonal, root
+from hessopt.calculus.least_squares import root
+from hessopt.calculus.separability import is_diagonal
 from hessopt.trees.vectors import real_leaves
 from tests.marks import slow_if
 

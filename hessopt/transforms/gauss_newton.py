@@ -1,0 +1,402 @@
+"""Damped Gauss-Newton directions for least squares, in parameter or sample space.
+
+With J the Jacobian of the outputs, l the gradient of the loss in the outputs and
+L = S S' its Hessian there, K = S'J and S r = l, the direction is
+
+    p = (K'K + lambda I)^-1 K' r = K' (K K' + lambda I)^-1 r,
+
+a system of the size of the parameters, or of the outputs of all samples. Its momentum is
+that of SPRING: with the last direction p_0 and a factor mu,
+
+    p = mu p_0 + K' (K K' + lambda I)^-1 (r - mu K p_0)
+
+minimizes `|K p - r|^2 + lambda |p - mu p_0|^2`. Neither K nor a matrix of the size of
+the other space is formed as a whole.
+
+Source: Martens, arXiv 1412.1193; Dangel, Mucsanyi, Weber and Eschenhagen, "Kronecker-
+factored approximate curvature for physics-informed networks", 2024, and arXiv
+2505.12149, for sample space; Goldshlager, Abrahamsen and Lin, arXiv 2401.10190, for the
+momentum.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hessopt._checks import check_range, check_word, choose, injectable
+from hessopt.calculus.least_squares import SampleLoss, sample_losses
+from hessopt.calculus.linearization import linearize
+from hessopt.calculus.rows import (
+    KERNEL_BYTES,
+    Leaves,
+    Piece,
+    Term,
+    from_pieces,
+    in_pieces,
+    kernel,
+    normal_matrix,
+    pieces_of,
+    row_bytes,
+    terms_of,
+    weigh,
+)
+from hessopt.kinds.protocol import Call, scheduled, transformation
+from hessopt.numerics.equilibration import unit_power
+from hessopt.numerics.guards import divide, select, zero_unless
+from hessopt.numerics.semidefinite import solve_semidefinite
+from hessopt.objective.binding import precompose
+from hessopt.trees.sharding import beside
+from hessopt.trees.vectors import (
+    all_finite,
+    inner,
+    ravel,
+    real_leaves,
+    solve_dtype,
+    tree_norm,
+    unravel,
+)
+from hessopt.typing import Params, StepStatus, Vector, step_status
+
+DampingRule = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(damping, value) -> lambda`, in units of f / params^2."""
+
+DAMPING_RULES: dict[str, DampingRule] = {
+    "value": lambda damping, value: damping * jnp.abs(value),
+    "constant": lambda damping, value: damping,
+}
+
+SPACES = ("auto", "parameters", "samples")
+
+
+class GaussNewtonInfo(NamedTuple):
+    """Report of the last update."""
+
+    status: jax.Array  # int32 scalar, StepStatus
+    damping: jax.Array  # scalar, lambda, in units of f / params^2
+    # scalar, decrease of the objective that the quadratic model predicts, g.p / 2, in
+    # units of f
+    predicted: jax.Array
+    # int32 scalar, evaluations of the value: 1 if it is needed and was not given
+    evaluations: jax.Array
+
+
+class GaussNewtonState(NamedTuple):
+    """State of `scale_by_gauss_newton`."""
+
+    count: jax.Array  # int32 scalar, updates so far
+    direction: Params  # last direction, a tree like params; None without momentum
+    info: GaussNewtonInfo
+
+
+@injectable
+def scale_by_gauss_newton(
+    damping: optax.ScalarOrSchedule = 1e-5,
+    *,
+    damping_rule: str | DampingRule = "value",
+    momentum: float = 0.0,
+    space: str = "auto",
+    centered: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Compute the damped Gauss-Newton direction of a composite objective.
+
+    `p = (J'LJ + lambda I)^-1 J'l`, with J the Jacobian of the outputs, and l and L the
+    gradient and the Hessian of the loss in the outputs. The rows of J are computed by
+    reverse passes of single samples for `hessopt.rowwise` models.
+
+    Args:
+      damping: a factor >= 0, or a schedule of it.
+      damping_rule: `"value"` for lambda = damping times |value|, in the manner of
+        Levenberg and Marquardt: steps become full Gauss-Newton steps as the loss tends
+        to zero, and do not depend on the unit of the objective; `"constant"` for lambda
+        = damping; or a callable `(damping, value) -> lambda`.
+      momentum: mu in [0, 1), the factor of the last direction; see the source. It keeps
+        what earlier batches determined, where the samples of one batch do not determine
+        all parameters.
+      space: `"parameters"` solves a system of n equations for n parameters, `"samples"`
+        one of M equations for M outputs of all samples; `"auto"` chooses the smaller.
+      centered: whether the mean over the samples of each `rowwise` model is subtracted
+        from its rows. J'LJ is then the Fisher matrix of unnormalized log-likelihoods or
+        of logarithms of wave functions, and the direction that of stochastic
+        reconfiguration.
+
+    Returns:
+      A transformation whose `update(grads, state, params, *, value_fn, **data)`
+      requires `value_fn=hessopt.composite(model_fn, loss_fn)`. The direction is
+      computed from value_fn; `grads` are only tested to be finite. Its status is
+      `state.info.status`.
+
+      A value, gradient, output or row that is not finite gives a direction of zero
+      (NONFINITE); the state is then unchanged except count and info. If the system is
+      singular, which requires damping = 0 or a damping below rounding, p is the
+      solution of least length. If L is zero, p is the gradient divided by lambda, or
+      with damping = 0 by its length (NO_CURVATURE).
+
+    Raises:
+      ValueError: for damping < 0, momentum outside of [0, 1), or an unknown word.
+      TypeError: in `update`, if params, value_fn, or data that value_fn requires is
+        missing; if value_fn is not a composite; if L is not recognized as diagonal, or
+        for `rowwise` models as one matrix for each sample.
+
+    Cost per update: the rows (see `rowwise`) and `M n min(M, n)` multiplications for
+    their products, `min(M, n)^3 / 3` for the solution, and one product with each of J
+    and J'. In sample space rows are kept for up to 2^29 bytes, else computed in c chunks
+    of that size, c/2 times each. Memory: min(M, n)^2, and two chunks of rows.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, hessopt
+      >>> def residual(params, x, y):
+      ...     return params["a"] * jnp.exp(params["b"] * x) - y
+      >>> value_fn = hessopt.composite(
+      ...     hessopt.rowwise(residual), lambda r: 0.5 * jnp.mean(r**2)
+      ... )
+      >>> tx = optax.chain(scale_by_gauss_newton(damping=1e-6), optax.scale(-1.0))
+      >>> params, x = {"a": jnp.array(1.0), "b": jnp.array(0.0)}, jnp.linspace(0, 1, 20)
+      >>> data, state = {"x": x, "y": 2.0 * jnp.exp(-x)}, tx.init(params)
+      >>> for _ in range(8):
+      ...     grads = jax.grad(value_fn)(params, **data)
+      ...     updates, state = tx.update(grads, state, params, value_fn=value_fn, **data)
+      ...     params = optax.apply_updates(params, updates)
+      >>> {name: round(float(leaf), 3) for name, leaf in params.items()}
+      {'a': 2.0, 'b': -1.0}
+
+    Source: Martens, arXiv 1412.1193; Goldshlager, Abrahamsen and Lin, arXiv 2401.10190,
+    and arXiv 2505.12149, for sample space and the momentum.
+    """
+    check_range("damping", damping, 0)
+    check_range("momentum", momentum, 0, 1)
+    check_word("space", space, SPACES)
+    options = _Options(
+        damping,
+        choose("damping_rule", damping_rule, DAMPING_RULES),
+        None if isinstance(momentum, int | float) and momentum == 0 else momentum,
+        space,
+        centered,
+    )
+    init, step = functools.partial(_init, options), functools.partial(_step, options)
+    return transformation("scale_by_gauss_newton", init, step, needs=("value_fn",))
+
+
+class _Options(NamedTuple):
+    """The arguments of `scale_by_gauss_newton`, checked and resolved."""
+
+    damping: optax.ScalarOrSchedule
+    damping_rule: DampingRule
+    momentum: jax.typing.ArrayLike | None  # None for 0
+    space: str
+    centered: bool
+
+
+def _init(options: _Options, params: Params) -> GaussNewtonState:
+    dtype, count = solve_dtype(params), jnp.zeros((), jnp.int32)
+    state = GaussNewtonState(
+        count=count,
+        direction=None
+        if options.momentum is None
+        else jax.tree.map(jnp.zeros_like, params),
+        info=GaussNewtonInfo(
+            status=jnp.zeros((), jnp.int32),
+            damping=jnp.zeros((), dtype),
+            predicted=jnp.zeros((), dtype),
+            evaluations=jnp.zeros((), jnp.int32),
+        ),
+    )
+    return beside(state, params)
+
+
+class _System(NamedTuple):
+    """K, r and J'l at params; f is multiplied by a power of two near 1/|L|."""
+
+    parts: Leaves  # params
+    pieces: list[list[Piece]]  # of each term, with factors S'
+    residuals: list[jax.Array]  # of each term, r (m, k)
+    multiply: Callable[[Leaves], list[jax.Array]]  # p -> K p, like the residuals
+    transposed: Callable[[list[jax.Array]], Leaves]  # its transpose
+    gradient: Leaves  # J'l
+    unit: jax.Array  # scalar, the power of two
+    curved: jax.Array  # bool scalar, whether L is not zero
+
+
+def _step(
+    options: _Options, call: Call, state: GaussNewtonState
+) -> tuple[optax.Updates, GaussNewtonState]:
+    parts, restore = real_leaves(call.params)
+    size = sum(part.size for part in parts)
+    if not size:
+        return call.updates, state
+
+    objective, dtype = precompose(call.objective, restore), solve_dtype(parts)
+    if not objective.is_composite:
+        raise TypeError(
+            "scale_by_gauss_newton needs value_fn=hessopt.composite(model_fn, loss_fn)"
+        )
+    value = objective(parts) if call.value is None else call.value
+    terms = terms_of(objective.model_fn, parts)
+    in_samples = options.space == "samples" or (
+        options.space == "auto" and sum(term.size for term in terms) < size
+    )
+    losses = sample_losses(objective, terms, parts)
+    if losses is None:
+        raise TypeError(
+            "scale_by_gauss_newton needs a loss whose Hessian in the outputs is "
+            "recognized as diagonal, or for rowwise models as one matrix per sample; "
+            'newton(curvature="gauss_newton") takes any loss'
+        )
+    limit = KERNEL_BYTES if in_samples else row_bytes()
+    system = _system(options, terms, losses, parts, limit)
+
+    # (K'K + lambda I) p = K'r + lambda mu p_0
+    damping = jnp.asarray(scheduled(options.damping, state.count), dtype)
+    lam = options.damping_rule(damping, jnp.asarray(value, dtype)).astype(dtype)
+    last = None
+    if options.momentum is not None:
+        mu = jnp.asarray(options.momentum, dtype)
+        kept = [leaf.astype(dtype) for leaf in real_leaves(state.direction)[0]]
+        last = [mu * leaf for leaf in kept]
+    solve = _in_samples if in_samples else _in_parameters
+    p = solve(system, lam * system.unit, last)
+
+    # without curvature the direction is the gradient
+    length = tree_norm(system.gradient) / system.unit
+    divisor = jnp.where(lam > 0, lam, length) * system.unit
+    descent = jax.tree.map(
+        lambda leaf: divide(leaf, divisor, divisor > 0), system.gradient
+    )
+    p = select(system.curved, p, descent)
+
+    finite = call.finite & all_finite((call.updates, p, value, system.gradient))
+    direction = restore(
+        [x.astype(part.dtype) for x, part in zip(p, parts, strict=True)]
+    )
+    direction = optax.tree.cast_like(zero_unless(finite, direction), call.updates)
+    slope = inner(system.gradient, p) / system.unit
+    status = {
+        StepStatus.NONFINITE: ~finite,
+        StepStatus.NO_CURVATURE: finite & ~system.curved & (length > 0),
+    }
+    memory = None
+    if state.direction is not None:
+        memory = select(
+            finite, optax.tree.cast_like(direction, state.direction), state.direction
+        )
+    return direction, GaussNewtonState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        direction=memory,
+        info=GaussNewtonInfo(
+            status=step_status(status),
+            damping=jnp.where(finite, lam, 0.0),
+            predicted=jnp.where(finite, jnp.maximum(slope / 2, 0.0), 0.0),
+            evaluations=jnp.int32(call.value is None),
+        ),
+    )
+
+
+def _system(
+    options: _Options,
+    terms: list[Term],
+    losses: list[SampleLoss],
+    parts: Leaves,
+    limit: int,
+) -> _System:
+    """Linearize the model, and scale the outputs by the roots of the curvature."""
+
+    def outputs(parts: Leaves) -> list[jax.Array]:
+        found = [term.outputs(parts) for term in terms]
+        if not options.centered:
+            return found
+        return [
+            y - jnp.mean(y, axis=0) if term.is_rowwise else y
+            for y, term in zip(found, terms, strict=True)
+        ]
+
+    # f is multiplied by a power of two, so that squares neither overflow nor underflow;
+    # outputs with a slope and no curvature get the least one that rounding can tell
+    # from zero
+    dtype = solve_dtype(parts)
+    largest = functools.reduce(
+        jnp.maximum, [jnp.max(loss.weights, initial=0.0) for loss in losses]
+    )
+    unit = unit_power(largest).astype(dtype)
+    least = jnp.finfo(dtype).eps * largest * unit
+    weights = [jnp.maximum(loss.weights * unit, least) for loss in losses]
+    roots = [jnp.sqrt(w) for w in weights]
+    factors = [loss.factors(root) for loss, root in zip(losses, roots, strict=True)]
+    residuals = [
+        divide(loss.slopes * unit, root, root > 0)
+        for loss, root in zip(losses, roots, strict=True)
+    ]
+
+    _, pull = jax.vjp(outputs, list(parts))
+
+    def multiply(p: Leaves) -> list[jax.Array]:
+        narrow = [x.astype(part.dtype) for x, part in zip(p, parts, strict=True)]
+        along = linearize(outputs, list(parts))[1](narrow)
+        return [weigh(f, y) for f, y in zip(factors, along, strict=True)]
+
+    def back(cotangents: list[jax.Array]) -> Leaves:
+        return [leaf.astype(dtype) for leaf in pull(cotangents)[0]]
+
+    def transposed(c: list[jax.Array]) -> Leaves:
+        each = zip(losses, roots, c, strict=True)
+        return back([loss.of_outputs(root * x) for loss, root, x in each])
+
+    slopes = [loss.of_outputs(loss.slopes * unit) for loss in losses]
+    pieces = [
+        pieces_of(term, parts, f, limit, centered=options.centered)
+        for term, f in zip(terms, factors, strict=True)
+    ]
+    return _System(
+        list(parts),
+        pieces,
+        residuals,
+        multiply,
+        transposed,
+        back(slopes),
+        unit,
+        largest > 0,
+    )
+
+
+def _in_parameters(system: _System, lam: jax.Array, last: Leaves | None) -> Leaves:
+    """Solve `(K'K + lambda I) p = J'l + lambda p_0` for the last direction p_0."""
+    flat = [piece for pieces in system.pieces for piece in pieces]
+    G = normal_matrix(flat, system.parts)
+    rhs = ravel(system.gradient)
+    if last is not None:
+        rhs += lam * ravel(last)
+    return unravel(solve_semidefinite(G, rhs, lam), system.gradient)
+
+
+def _in_samples(system: _System, lam: jax.Array, last: Leaves | None) -> Leaves:
+    """Return `p_0 + K' v` with `(K K' + lambda I) v = r - K p_0`."""
+    rhs = system.residuals
+    if last is not None:
+        rhs = [r - y for r, y in zip(rhs, system.multiply(last), strict=True)]
+    flat = [piece for pieces in system.pieces for piece in pieces]
+    ordered = [
+        vector
+        for r, pieces in zip(rhs, system.pieces, strict=True)
+        for vector in in_pieces(r, pieces)
+    ]
+    v = solve_semidefinite(kernel(flat, system.parts), jnp.concatenate(ordered), lam)
+    p = system.transposed(_of_terms(v, system.pieces))
+    if last is None:
+        return p
+    return [x + y for x, y in zip(last, p, strict=True)]
+
+
+def _of_terms(v: Vector, pieces: list[list[Piece]]) -> list[jax.Array]:
+    """Return a vector in the order of all rows as outputs of the terms, `(m, k)`."""
+    found, start = [], 0
+    for of_term in pieces:
+        vectors = []
+        for piece in of_term:
+            chunks, count, width = piece.factors.shape[:3]
+            size = chunks * count * width
+            vectors.append(v[start : start + size])
+            start += size
+        found.append(from_pieces(vectors, of_term))
+    return found
