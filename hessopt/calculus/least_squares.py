@@ -69,10 +69,11 @@ class SampleLoss(NamedTuple):
 
 
 def sample_losses(
-    objective: Objective, terms: Sequence[Term], parts: Leaves
+    objective: Objective, terms: Sequence[Term], parts: Leaves, *, dense: bool = False
 ) -> list[SampleLoss] | None:
     """Return the loss in the outputs of each term; None if its Hessian is not recognized
-    as a matrix for each sample.
+    as diagonal, or for `rowwise` models, with `dense` for all, as a matrix for each
+    sample. An ordinary model counts as one sample.
 
     Cost: one gradient of the loss and one product with its Hessian; if that is not
     diagonal, k products, and an eigendecomposition per sample.
@@ -89,7 +90,7 @@ def sample_losses(
                 for term, pair in zip(terms, each, strict=True)
             ]
             return [SampleLoss(g, jnp.maximum(w, 0.0), None) for g, w in flat]
-    if not all(term.is_rowwise for term in terms):
+    if not (dense or all(term.is_rowwise for term in terms)):
         return None
 
     def loss_fn(outputs: Any) -> jax.Array:

@@ -169,9 +169,11 @@ class Piece(NamedTuple):
         rows = rows_of(self.term, parts, samples)
         if self.mean is not None:
             rows = [leaf - mean for leaf, mean in zip(rows, self.mean, strict=True)]
-        flat = [leaf.reshape(*leaf.shape[:2], -1) for leaf in rows]
-        weighted = [weigh(factors, leaf) for leaf in flat]
-        return [leaf.reshape(-1, leaf.shape[-1]) for leaf in weighted]
+        weighted = [weigh(factors, leaf) for leaf in rows]
+        return [
+            leaf.reshape(math.prod(leaf.shape[:2]), part.size)
+            for leaf, part in zip(weighted, parts, strict=True)
+        ]
 
 
 def weigh(factors: jax.Array, rows: jax.Array) -> jax.Array:

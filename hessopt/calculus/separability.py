@@ -13,8 +13,9 @@ import jax
 
 from hessopt.calculus.jaxprs import Equation, interpret
 
-ENTRY, SAMPLE, MIXED = range(3)
-"""How a result depends on an input: entry by entry, sample by sample, or otherwise."""
+ENTRY, SAMPLE, WHOLE, MIXED = range(4)
+"""How a result depends on an input: entry by entry, sample by sample, otherwise; or on
+several inputs."""
 
 Source = tuple[int, int]
 """The number of an input, and how a result depends on it."""
@@ -48,8 +49,11 @@ def is_diagonal(linear: Callable[[Any], Any], example: Any) -> bool:
 def is_samplewise(linear: Callable[[Any], Any], example: Any) -> bool:
     """Return whether each sample of a linear function's result, along the first axis of
     each array, is recognized to depend only on the same sample of its argument."""
+    counts = [leaf.shape[0] for leaf in jax.tree.leaves(example)]
     return all(
-        source in (None, (i, ENTRY), (i, SAMPLE))
+        source is None
+        or source in ((i, ENTRY), (i, SAMPLE))
+        or (source == (i, WHOLE) and counts[i] == 1)
         for i, source in _sources(linear, example)
     )
 
@@ -73,9 +77,7 @@ def _source(equation: Equation, sources: list[Source | None]) -> list[Source | N
     if not read:
         return [None] * len(equation.results)
     inputs, worst = {source[0] for source in read}, max(how for _, how in read)
-    how = MIXED
-    if len(inputs) == 1 and worst != MIXED:
-        how = max(worst, _dependence(equation, sources))
+    how = max(worst, _dependence(equation, sources)) if len(inputs) == 1 else MIXED
     return [(min(inputs), how)] * len(equation.results)
 
 
@@ -91,7 +93,7 @@ def _dependence(equation: Equation, sources: list[Source | None]) -> int:
     if equation.name in _RENUMBERED and keeps_size:
         return ENTRY
     keeps_count = all(shape[:1] == after[:1] != () for shape in shapes)
-    return SAMPLE if keeps_count and _keeps_samples(equation, positions) else MIXED
+    return SAMPLE if keeps_count and _keeps_samples(equation, positions) else WHOLE
 
 
 def _keeps_samples(equation: Equation, positions: list[int]) -> bool:

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, check_word, choose, injectable
+from hessopt.calculus.curvature import block_hessians
 from hessopt.calculus.least_squares import SampleLoss, sample_losses
 from hessopt.calculus.linearization import linearize
 from hessopt.calculus.rows import (
@@ -48,7 +49,7 @@ from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.equilibration import unit_power
 from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.numerics.semidefinite import solve_semidefinite
-from hessopt.objective.binding import precompose
+from hessopt.objective.binding import Objective, precompose
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import (
     all_finite,
@@ -59,7 +60,7 @@ from hessopt.trees.vectors import (
     tree_norm,
     unravel,
 )
-from hessopt.typing import Params, StepStatus, Vector, step_status
+from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
 
 DampingRule = Callable[[jax.Array, jax.Array], jax.Array]
 """`(damping, value) -> lambda`, in units of f / params^2."""
@@ -138,8 +139,9 @@ def scale_by_gauss_newton(
     Raises:
       ValueError: for damping < 0, momentum outside of [0, 1), or an unknown word.
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
-        missing; if value_fn is not a composite; if L is not recognized as diagonal, or
-        for `rowwise` models as one matrix for each sample.
+        missing; if value_fn is not a composite; in the space of samples, and with
+        centered=True, if L is not recognized as one matrix for each sample, where an
+        ordinary model counts as one sample.
 
     Cost per update: the rows (see `rowwise`) and `M n min(M, n)` multiplications for
     their products, `min(M, n)^3 / 3` for the solution, and one product with each of J
@@ -207,6 +209,84 @@ def _init(options: _Options, params: Params) -> GaussNewtonState:
     return beside(state, params)
 
 
+class _Found(NamedTuple):
+    """The solution of the damped system, with f multiplied by a power of two."""
+
+    p: Leaves
+    gradient: Leaves  # J'l
+    unit: jax.Array  # scalar, the power of two
+    curved: jax.Array  # bool scalar, whether L is not zero
+
+
+def _step(
+    options: _Options, call: Call, state: GaussNewtonState
+) -> tuple[optax.Updates, GaussNewtonState]:
+    parts, restore = real_leaves(call.params)
+    size, dtype = sum(part.size for part in parts), solve_dtype(parts)
+    if not size:
+        return call.updates, state
+    objective = precompose(call.objective, restore)
+    if not objective.is_composite:
+        raise TypeError(
+            "scale_by_gauss_newton needs value_fn=hessopt.composite(model_fn, loss_fn)"
+        )
+
+    # lambda and mu p_0
+    value = objective(parts) if call.value is None else call.value
+    damping = jnp.asarray(scheduled(options.damping, state.count), dtype)
+    lam = options.damping_rule(damping, jnp.asarray(value, dtype)).astype(dtype)
+    last = None
+    if options.momentum is not None:
+        mu = jnp.asarray(options.momentum, dtype)
+        last = [mu * leaf.astype(dtype) for leaf in real_leaves(state.direction)[0]]
+
+    # the system of the smaller space
+    terms = terms_of(objective.model_fn, parts)
+    in_samples = options.space == "samples" or (
+        options.space == "auto" and sum(term.size for term in terms) < size
+    )
+    losses = sample_losses(objective, terms, parts, dense=in_samples)
+    if losses is None and (in_samples or options.centered):
+        raise TypeError(
+            "scale_by_gauss_newton in the space of samples, or with centered=True, needs "
+            "a loss whose Hessian in the outputs is recognized as one matrix per sample"
+        )
+    if losses is None:
+        found = _by_products(objective, parts, lam, last)
+    else:
+        system = _system(options, terms, losses, parts, in_samples)
+        found = (_in_samples if in_samples else _in_parameters)(system, lam, last)
+
+    # without curvature the direction is the gradient
+    length = tree_norm(found.gradient) / found.unit
+    divisor = jnp.where(lam > 0, lam, length) * found.unit
+    descent = [divide(leaf, divisor, divisor > 0) for leaf in found.gradient]
+    p = select(found.curved, found.p, descent)
+
+    finite = call.finite & all_finite((call.updates, p, value, found.gradient))
+    narrow = [x.astype(part.dtype) for x, part in zip(p, parts, strict=True)]
+    direction = zero_unless(finite, restore(narrow))
+    slope = inner(found.gradient, p) / found.unit
+    status = {
+        StepStatus.NONFINITE: ~finite,
+        StepStatus.NO_CURVATURE: finite & ~found.curved & (length > 0),
+    }
+    memory = None
+    if options.momentum is not None:
+        kept = optax.tree.cast_like(direction, state.direction)
+        memory = select(finite, kept, state.direction)
+    return optax.tree.cast_like(direction, call.updates), GaussNewtonState(
+        count=jnp.asarray(optax.safe_increment(state.count)),
+        direction=memory,
+        info=GaussNewtonInfo(
+            status=step_status(status),
+            damping=jnp.where(finite, lam, 0.0),
+            predicted=jnp.where(finite, jnp.maximum(slope / 2, 0.0), 0.0),
+            evaluations=jnp.int32(call.value is None),
+        ),
+    )
+
+
 class _System(NamedTuple):
     """K, r and J'l at params; f is multiplied by a power of two near 1/|L|."""
 
@@ -220,88 +300,15 @@ class _System(NamedTuple):
     curved: jax.Array  # bool scalar, whether L is not zero
 
 
-def _step(
-    options: _Options, call: Call, state: GaussNewtonState
-) -> tuple[optax.Updates, GaussNewtonState]:
-    parts, restore = real_leaves(call.params)
-    size = sum(part.size for part in parts)
-    if not size:
-        return call.updates, state
-
-    objective, dtype = precompose(call.objective, restore), solve_dtype(parts)
-    if not objective.is_composite:
-        raise TypeError(
-            "scale_by_gauss_newton needs value_fn=hessopt.composite(model_fn, loss_fn)"
-        )
-    value = objective(parts) if call.value is None else call.value
-    terms = terms_of(objective.model_fn, parts)
-    in_samples = options.space == "samples" or (
-        options.space == "auto" and sum(term.size for term in terms) < size
-    )
-    losses = sample_losses(objective, terms, parts)
-    if losses is None:
-        raise TypeError(
-            "scale_by_gauss_newton needs a loss whose Hessian in the outputs is "
-            "recognized as diagonal, or for rowwise models as one matrix per sample; "
-            'newton(curvature="gauss_newton") takes any loss'
-        )
-    limit = KERNEL_BYTES if in_samples else row_bytes()
-    system = _system(options, terms, losses, parts, limit)
-
-    # (K'K + lambda I) p = K'r + lambda mu p_0
-    damping = jnp.asarray(scheduled(options.damping, state.count), dtype)
-    lam = options.damping_rule(damping, jnp.asarray(value, dtype)).astype(dtype)
-    last = None
-    if options.momentum is not None:
-        mu = jnp.asarray(options.momentum, dtype)
-        kept = [leaf.astype(dtype) for leaf in real_leaves(state.direction)[0]]
-        last = [mu * leaf for leaf in kept]
-    solve = _in_samples if in_samples else _in_parameters
-    p = solve(system, lam * system.unit, last)
-
-    # without curvature the direction is the gradient
-    length = tree_norm(system.gradient) / system.unit
-    divisor = jnp.where(lam > 0, lam, length) * system.unit
-    descent = jax.tree.map(
-        lambda leaf: divide(leaf, divisor, divisor > 0), system.gradient
-    )
-    p = select(system.curved, p, descent)
-
-    finite = call.finite & all_finite((call.updates, p, value, system.gradient))
-    direction = restore(
-        [x.astype(part.dtype) for x, part in zip(p, parts, strict=True)]
-    )
-    direction = optax.tree.cast_like(zero_unless(finite, direction), call.updates)
-    slope = inner(system.gradient, p) / system.unit
-    status = {
-        StepStatus.NONFINITE: ~finite,
-        StepStatus.NO_CURVATURE: finite & ~system.curved & (length > 0),
-    }
-    memory = None
-    if state.direction is not None:
-        memory = select(
-            finite, optax.tree.cast_like(direction, state.direction), state.direction
-        )
-    return direction, GaussNewtonState(
-        count=jnp.asarray(optax.safe_increment(state.count)),
-        direction=memory,
-        info=GaussNewtonInfo(
-            status=step_status(status),
-            damping=jnp.where(finite, lam, 0.0),
-            predicted=jnp.where(finite, jnp.maximum(slope / 2, 0.0), 0.0),
-            evaluations=jnp.int32(call.value is None),
-        ),
-    )
-
-
 def _system(
     options: _Options,
     terms: list[Term],
     losses: list[SampleLoss],
     parts: Leaves,
-    limit: int,
+    in_samples: bool,
 ) -> _System:
     """Linearize the model, and scale the outputs by the roots of the curvature."""
+    dtype = solve_dtype(parts)
 
     def outputs(parts: Leaves) -> list[jax.Array]:
         found = [term.outputs(parts) for term in terms]
@@ -315,62 +322,85 @@ def _system(
     # f is multiplied by a power of two, so that squares neither overflow nor underflow;
     # outputs with a slope and no curvature get the least one that rounding can tell
     # from zero
-    dtype = solve_dtype(parts)
-    largest = functools.reduce(
-        jnp.maximum, [jnp.max(loss.weights, initial=0.0) for loss in losses]
-    )
+    sizes = [jnp.max(loss.weights, initial=0.0) for loss in losses]
+    largest = functools.reduce(jnp.maximum, sizes)
     unit = unit_power(largest).astype(dtype)
     least = jnp.finfo(dtype).eps * largest * unit
-    weights = [jnp.maximum(loss.weights * unit, least) for loss in losses]
-    roots = [jnp.sqrt(w) for w in weights]
-    factors = [loss.factors(root) for loss, root in zip(losses, roots, strict=True)]
-    residuals = [
-        divide(loss.slopes * unit, root, root > 0)
-        for loss, root in zip(losses, roots, strict=True)
-    ]
+    roots = [jnp.sqrt(jnp.maximum(loss.weights * unit, least)) for loss in losses]
+    slopes = [loss.slopes * unit for loss in losses]
+    both = list(zip(losses, roots, strict=True))
+    factors = [loss.factors(root) for loss, root in both]
 
     _, pull = jax.vjp(outputs, list(parts))
+
+    def back(coordinates: list[jax.Array]) -> Leaves:
+        each = zip(losses, coordinates, strict=True)
+        cotangents = [loss.of_outputs(x) for loss, x in each]
+        return [leaf.astype(dtype) for leaf in pull(cotangents)[0]]
+
+    def transposed(c: list[jax.Array]) -> Leaves:
+        return back([root * x for root, x in zip(roots, c, strict=True)])
 
     def multiply(p: Leaves) -> list[jax.Array]:
         narrow = [x.astype(part.dtype) for x, part in zip(p, parts, strict=True)]
         along = linearize(outputs, list(parts))[1](narrow)
         return [weigh(f, y) for f, y in zip(factors, along, strict=True)]
 
-    def back(cotangents: list[jax.Array]) -> Leaves:
-        return [leaf.astype(dtype) for leaf in pull(cotangents)[0]]
-
-    def transposed(c: list[jax.Array]) -> Leaves:
-        each = zip(losses, roots, c, strict=True)
-        return back([loss.of_outputs(root * x) for loss, root, x in each])
-
-    slopes = [loss.of_outputs(loss.slopes * unit) for loss in losses]
+    limit = KERNEL_BYTES if in_samples else row_bytes()
     pieces = [
         pieces_of(term, parts, f, limit, centered=options.centered)
         for term, f in zip(terms, factors, strict=True)
     ]
+    residuals = [divide(g, r, r > 0) for g, r in zip(slopes, roots, strict=True)]
+    gradient = back(slopes)
     return _System(
         list(parts),
         pieces,
         residuals,
         multiply,
         transposed,
-        back(slopes),
+        gradient,
         unit,
         largest > 0,
     )
 
 
-def _in_parameters(system: _System, lam: jax.Array, last: Leaves | None) -> Leaves:
-    """Solve `(K'K + lambda I) p = J'l + lambda p_0` for the last direction p_0."""
+def _in_parameters(system: _System, lam: jax.Array, last: Leaves | None) -> _Found:
+    """Solve `(K'K + lambda I) p = J'l + lambda p_0`."""
     flat = [piece for pieces in system.pieces for piece in pieces]
     G = normal_matrix(flat, system.parts)
-    rhs = ravel(system.gradient)
+    return _solved(G, system.gradient, system.unit, system.curved, lam, last)
+
+
+def _by_products(
+    objective: Objective, parts: Leaves, lam: jax.Array, last: Leaves | None
+) -> _Found:
+    """Solve the same system for any loss: `J'LJ` is formed of products with all unit
+    vectors."""
+    labels = [0] * len(parts)
+    (G,) = block_hessians(objective, parts, labels, 1, curvature="gauss_newton")
+    largest = jnp.max(jnp.abs(G))
+    unit = unit_power(largest)
+    gradient = [leaf * unit for leaf in jax.grad(objective)(list(parts))]
+    return _solved(G * unit, gradient, unit, largest > 0, lam, last)
+
+
+def _solved(
+    G: Matrix,
+    gradient: Leaves,
+    unit: jax.Array,
+    curved: jax.Array,
+    lam: jax.Array,
+    last: Leaves | None,
+) -> _Found:
+    lam, rhs = lam * unit, ravel(gradient)
     if last is not None:
         rhs += lam * ravel(last)
-    return unravel(solve_semidefinite(G, rhs, lam), system.gradient)
+    p = unravel(solve_semidefinite(G, rhs, lam), gradient)
+    return _Found(p, gradient, unit, curved)
 
 
-def _in_samples(system: _System, lam: jax.Array, last: Leaves | None) -> Leaves:
+def _in_samples(system: _System, lam: jax.Array, last: Leaves | None) -> _Found:
     """Return `p_0 + K' v` with `(K K' + lambda I) v = r - K p_0`."""
     rhs = system.residuals
     if last is not None:
@@ -381,11 +411,12 @@ def _in_samples(system: _System, lam: jax.Array, last: Leaves | None) -> Leaves:
         for r, pieces in zip(rhs, system.pieces, strict=True)
         for vector in in_pieces(r, pieces)
     ]
-    v = solve_semidefinite(kernel(flat, system.parts), jnp.concatenate(ordered), lam)
+    matrix = kernel(flat, system.parts)
+    v = solve_semidefinite(matrix, jnp.concatenate(ordered), lam * system.unit)
     p = system.transposed(_of_terms(v, system.pieces))
-    if last is None:
-        return p
-    return [x + y for x, y in zip(last, p, strict=True)]
+    if last is not None:
+        p = [x + y for x, y in zip(last, p, strict=True)]
+    return _Found(p, system.gradient, system.unit, system.curved)
 
 
 def _of_terms(v: Vector, pieces: list[list[Piece]]) -> list[jax.Array]:

@@ -221,6 +221,20 @@ def test_a_model_of_all_samples_will_do():
     np.testing.assert_allclose(*found, rtol=1e-9)
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_the_outputs_of_a_model_of_all_samples_may_be_coupled(space):
+    whole = hessopt.composite(linear, lambda z: jax.nn.logsumexp(z) + jnp.sum(z**4))
+    J, b, x = jacobian("full", 6, 11), RNG.normal(size=6), RNG.normal(size=11)
+    tx = hessopt.scale_by_gauss_newton(0.1, damping_rule="constant", space=space)
+    p, _ = direction(tx, whole, x, a=J, b=b)
+    L, slopes = (
+        jax.hessian(whole.loss_fn)(J @ x - b),
+        jax.grad(whole.loss_fn)(J @ x - b),
+    )
+    expected = np.linalg.solve(J.T @ L @ J + 0.1 * np.eye(11), J.T @ slopes)
+    np.testing.assert_allclose(p, expected, rtol=1e-9)
+
+
 def test_without_curvature_it_is_the_gradient():
     value_fn = hessopt.composite(hessopt.rowwise(linear), jnp.sum)
     J, b, x = jacobian("full", 6, 11), RNG.normal(size=6), RNG.normal(size=11)
@@ -276,7 +290,7 @@ def test_wrong_objectives_are_refused():
     with pytest.raises(TypeError, match=r"needs value_fn=hessopt\.composite"):
         tx.update(x, tx.init(x), x, value_fn=jnp.sum)
     across = hessopt.composite(hessopt.rowwise(linear), lambda z: jnp.sum(z) ** 2)
-    with pytest.raises(TypeError, match="recognized as diagonal, or for rowwise"):
+    with pytest.raises(TypeError, match="recognized as one matrix per sample"):
         tx.update(x, tx.init(x), x, value_fn=across, a=jnp.ones((2, 3)), b=jnp.ones(2))
     with pytest.raises(ValueError, match="space must be one of"):
         hessopt.scale_by_gauss_newton(space="outputs")
