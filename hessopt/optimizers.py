@@ -121,6 +121,7 @@ def gauss_newton(
     damping_rule: str | DampingRule = "value",
     momentum: float = 0.0,
     space: str = "auto",
+    solver: str = "auto",
     centered: bool = False,
     linesearch: optax.GradientTransformation | None = CAPPED_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
@@ -139,6 +140,8 @@ def gauss_newton(
       momentum: mu in [0, 1), the factor of the last direction (SPRING).
       space: `"parameters"` solves a system of n equations for n parameters, `"samples"`
         one of M equations for M outputs of all samples; `"auto"` chooses the smaller.
+      solver: `"cholesky"`, or `"cg"` for conjugate gradients in the space of samples;
+        `"auto"` factorizes up to 4096 equations.
       centered: whether the mean over the samples of each `rowwise` model is subtracted
         from its rows, for stochastic reconfiguration.
       linesearch: a line search that takes the additive update, or None.
@@ -175,6 +178,7 @@ def gauss_newton(
         damping_rule=damping_rule,
         momentum=momentum,
         space=space,
+        solver=solver,
         centered=centered,
     )
     return _descend(direction, learning_rate, linesearch)

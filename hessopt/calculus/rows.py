@@ -286,6 +286,40 @@ def normal_matrix(pieces: list[Piece], parts: Leaves) -> Matrix:
     return total
 
 
+def rows_times(pieces: list[Piece], parts: Leaves, right: jax.Array) -> jax.Array:
+    """Return all rows times a matrix `(n, k)`, in the order of the pieces, `(M, k)`."""
+
+    def of_chunk(piece: Piece, chunk: Any) -> jax.Array:
+        return matmul(jnp.concatenate(piece.rows(parts, *chunk), axis=1), right)
+
+    found = [
+        jax.lax.map(
+            lambda chunk, piece=piece: of_chunk(piece, chunk),
+            (piece.samples, piece.factors),
+        )
+        for piece in pieces
+    ]
+    return jnp.concatenate([x.reshape(-1, right.shape[1]) for x in found])
+
+
+def times_rows(pieces: list[Piece], parts: Leaves, left: jax.Array) -> jax.Array:
+    """Return the transpose of all rows times a matrix `(M, k)`, `(n, k)`."""
+    n, start = sum(part.size for part in parts), 0
+    total = jnp.zeros((n, left.shape[1]), left.dtype)
+    for piece in pieces:
+        chunks, count, width = piece.factors.shape[:3]
+        size = chunks * count * width
+        own = left[start : start + size].reshape(chunks, count * width, -1)
+        start += size
+
+        def add(total: jax.Array, chunk: Any, piece: Piece = piece) -> Any:
+            rows = jnp.concatenate(piece.rows(parts, *chunk[0]), axis=1)
+            return total + matmul(rows.T, chunk[1]), None
+
+        total, _ = jax.lax.scan(add, total, ((piece.samples, piece.factors), own))
+    return total
+
+
 def kernel(pieces: list[Piece], parts: Leaves) -> Matrix:
     """Return the inner products of all rows, `(M, M)`, in the order of the pieces.
 

@@ -42,18 +42,24 @@ from hessopt.calculus.rows import (
     normal_matrix,
     pieces_of,
     row_bytes,
+    rows_times,
     terms_of,
+    times_rows,
     weigh,
 )
 from hessopt.kinds.protocol import Call, scheduled, transformation
+from hessopt.numerics.cg import conjugate_gradients
 from hessopt.numerics.equilibration import unit_power
 from hessopt.numerics.guards import divide, select, zero_unless
+from hessopt.numerics.norms import norm
+from hessopt.numerics.nystrom import nystrom, preconditioner
 from hessopt.numerics.semidefinite import solve_semidefinite
 from hessopt.objective.binding import Objective, precompose
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import (
     all_finite,
     inner,
+    inner_products,
     ravel,
     real_leaves,
     solve_dtype,
@@ -71,6 +77,17 @@ DAMPING_RULES: dict[str, DampingRule] = {
 }
 
 SPACES = ("auto", "parameters", "samples")
+SOLVERS = ("auto", "cholesky", "cg")
+
+MAX_FACTORIZED = 4096
+"""Largest number of equations that are factorized by default."""
+
+SKETCH_SIZE = 256
+"""Number of vectors of the sketch that preconditions conjugate gradients, at most."""
+
+CG_TOLERANCE, MAX_PRODUCTS = 1e-5, 200
+"""Largest residual of conjugate gradients, relative to the right side; and their largest
+number."""
 
 
 class GaussNewtonInfo(NamedTuple):
@@ -81,6 +98,7 @@ class GaussNewtonInfo(NamedTuple):
     # scalar, decrease of the objective that the quadratic model predicts, g.p / 2, in
     # units of f
     predicted: jax.Array
+    products: jax.Array  # int32 scalar, iterations of conjugate gradients; else 0
     # int32 scalar, evaluations of the value: 1 if it is needed and was not given
     evaluations: jax.Array
 
@@ -100,6 +118,7 @@ def scale_by_gauss_newton(
     damping_rule: str | DampingRule = "value",
     momentum: float = 0.0,
     space: str = "auto",
+    solver: str = "auto",
     centered: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Compute the damped Gauss-Newton direction of a composite objective.
@@ -119,6 +138,9 @@ def scale_by_gauss_newton(
         all parameters.
       space: `"parameters"` solves a system of n equations for n parameters, `"samples"`
         one of M equations for M outputs of all samples; `"auto"` chooses the smaller.
+      solver: `"cholesky"`, or `"cg"` for conjugate gradients in the space of samples,
+        preconditioned by a random sketch of 256 vectors, until the residual is 1e-5 of
+        the right side; `"auto"` factorizes up to 4096 equations.
       centered: whether the mean over the samples of each `rowwise` model is subtracted
         from its rows. J'LJ is then the Fisher matrix of unnormalized log-likelihoods or
         of logarithms of wave functions, and the direction that of stochastic
@@ -146,7 +168,9 @@ def scale_by_gauss_newton(
     Cost per update: the rows (see `rowwise`) and `M n min(M, n)` multiplications for
     their products, `min(M, n)^3 / 3` for the solution, and one product with each of J
     and J'. In sample space rows are kept for up to 2^29 bytes, else computed in c chunks
-    of that size, c/2 times each. Memory: min(M, n)^2, and two chunks of rows.
+    of that size, c/2 times each. Memory: min(M, n)^2, and two chunks of rows. With
+    `"cg"`: the rows twice and `4 M n k` multiplications for a sketch of k vectors, and
+    one product with each of J and J' per iteration; memory `(M + n) k`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, hessopt
@@ -166,16 +190,21 @@ def scale_by_gauss_newton(
       {'a': 2.0, 'b': -1.0}
 
     Source: Martens, arXiv 1412.1193; Goldshlager, Abrahamsen and Lin, arXiv 2401.10190,
-    and arXiv 2505.12149, for sample space and the momentum.
+    and arXiv 2505.12149, for sample space and the momentum; Frangella, Tropp and Udell,
+    "Randomized Nystrom preconditioning", 2021.
     """
     check_range("damping", damping, 0)
     check_range("momentum", momentum, 0, 1)
     check_word("space", space, SPACES)
+    check_word("solver", solver, SOLVERS)
+    if solver == "cg" and space == "parameters":
+        raise ValueError('solver="cg" is for space="samples", got space="parameters"')
     options = _Options(
         damping,
         choose("damping_rule", damping_rule, DAMPING_RULES),
         None if isinstance(momentum, int | float) and momentum == 0 else momentum,
         space,
+        solver,
         centered,
     )
     init, step = functools.partial(_init, options), functools.partial(_step, options)
@@ -189,6 +218,7 @@ class _Options(NamedTuple):
     damping_rule: DampingRule
     momentum: jax.typing.ArrayLike | None  # None for 0
     space: str
+    solver: str
     centered: bool
 
 
@@ -203,6 +233,7 @@ def _init(options: _Options, params: Params) -> GaussNewtonState:
             status=jnp.zeros((), jnp.int32),
             damping=jnp.zeros((), dtype),
             predicted=jnp.zeros((), dtype),
+            products=jnp.zeros((), jnp.int32),
             evaluations=jnp.zeros((), jnp.int32),
         ),
     )
@@ -216,6 +247,7 @@ class _Found(NamedTuple):
     gradient: Leaves  # J'l
     unit: jax.Array  # scalar, the power of two
     curved: jax.Array  # bool scalar, whether L is not zero
+    products: jax.Array | int = 0  # iterations of conjugate gradients
 
 
 def _step(
@@ -242,9 +274,7 @@ def _step(
 
     # the system of the smaller space
     terms = terms_of(objective.model_fn, parts)
-    in_samples = options.space == "samples" or (
-        options.space == "auto" and sum(term.size for term in terms) < size
-    )
+    in_samples, iterates = _chosen(options, sum(term.size for term in terms), size)
     losses = sample_losses(objective, terms, parts, dense=in_samples)
     if losses is None and (in_samples or options.centered):
         raise TypeError(
@@ -254,8 +284,13 @@ def _step(
     if losses is None:
         found = _by_products(objective, parts, lam, last)
     else:
-        system = _system(options, terms, losses, parts, in_samples)
-        found = (_in_samples if in_samples else _in_parameters)(system, lam, last)
+        limit = KERNEL_BYTES if in_samples and not iterates else row_bytes()
+        system = _system(options, terms, losses, parts, limit)
+        if not in_samples:
+            found = _in_parameters(system, lam, last)
+        else:
+            count = state.count if iterates else None
+            found = _in_samples(system, lam, last, count)
 
     # without curvature the direction is the gradient
     length = tree_norm(found.gradient) / found.unit
@@ -282,9 +317,21 @@ def _step(
             status=step_status(status),
             damping=jnp.where(finite, lam, 0.0),
             predicted=jnp.where(finite, jnp.maximum(slope / 2, 0.0), 0.0),
+            products=jnp.asarray(found.products, jnp.int32),
             evaluations=jnp.int32(call.value is None),
         ),
     )
+
+
+def _chosen(options: _Options, outputs: int, size: int) -> tuple[bool, bool]:
+    """Return whether to solve in the space of samples, and whether to iterate."""
+    smaller = min(outputs, size)
+    if options.space != "auto":
+        smaller = outputs if options.space == "samples" else size
+    factorizes = options.solver == "cholesky" or options.space == "parameters"
+    iterates = not factorizes and (options.solver == "cg" or smaller > MAX_FACTORIZED)
+    auto = options.space == "auto" and outputs < size
+    return options.space == "samples" or auto or iterates, iterates
 
 
 class _System(NamedTuple):
@@ -305,7 +352,7 @@ def _system(
     terms: list[Term],
     losses: list[SampleLoss],
     parts: Leaves,
-    in_samples: bool,
+    limit: int,
 ) -> _System:
     """Linearize the model, and scale the outputs by the roots of the curvature."""
     dtype = solve_dtype(parts)
@@ -346,7 +393,6 @@ def _system(
         along = linearize(outputs, list(parts))[1](narrow)
         return [weigh(f, y) for f, y in zip(factors, along, strict=True)]
 
-    limit = KERNEL_BYTES if in_samples else row_bytes()
     pieces = [
         pieces_of(term, parts, f, limit, centered=options.centered)
         for term, f in zip(terms, factors, strict=True)
@@ -400,23 +446,57 @@ def _solved(
     return _Found(p, gradient, unit, curved)
 
 
-def _in_samples(system: _System, lam: jax.Array, last: Leaves | None) -> _Found:
-    """Return `p_0 + K' v` with `(K K' + lambda I) v = r - K p_0`."""
+def _in_samples(
+    system: _System, lam: jax.Array, last: Leaves | None, count: jax.Array | None
+) -> _Found:
+    """Return `p_0 + K' v` with `(K K' + lambda I) v = r - K p_0`; by conjugate gradients
+    if the number of the update is given."""
     rhs = system.residuals
     if last is not None:
         rhs = [r - y for r, y in zip(rhs, system.multiply(last), strict=True)]
     flat = [piece for pieces in system.pieces for piece in pieces]
-    ordered = [
-        vector
-        for r, pieces in zip(rhs, system.pieces, strict=True)
-        for vector in in_pieces(r, pieces)
-    ]
-    matrix = kernel(flat, system.parts)
-    v = solve_semidefinite(matrix, jnp.concatenate(ordered), lam * system.unit)
+    b, lam = _in_order(rhs, system.pieces), lam * system.unit
+    products: jax.Array | int = 0
+    if count is None:
+        v = solve_semidefinite(kernel(flat, system.parts), b, lam)
+    else:
+        v, products = _iterated(system, flat, b, lam, count)
     p = system.transposed(_of_terms(v, system.pieces))
     if last is not None:
         p = [x + y for x, y in zip(last, p, strict=True)]
-    return _Found(p, system.gradient, system.unit, system.curved)
+    return _Found(p, system.gradient, system.unit, system.curved, products)
+
+
+def _iterated(
+    system: _System, flat: list[Piece], b: Vector, lam: jax.Array, count: jax.Array
+) -> tuple[Vector, jax.Array]:
+    """Solve `(K K' + lambda I) v = b` by preconditioned conjugate gradients."""
+
+    def multiply(v: Vector) -> Vector:
+        image = system.multiply(system.transposed(_of_terms(v, system.pieces)))
+        return _in_order(image, system.pieces) + lam * v
+
+    # Y = K (K' W), by rows
+    key = jax.random.fold_in(jax.random.key(0), count)
+    shape = len(b), min(SKETCH_SIZE, len(b))
+    W = jnp.linalg.qr(jax.random.normal(key, shape, b.dtype))[0]
+    image = rows_times(flat, system.parts, times_rows(flat, system.parts, W))
+    found = conjugate_gradients(
+        multiply,
+        b,
+        None,
+        gram=inner_products,
+        precondition=preconditioner(nystrom(W, image), lam),
+        tolerance=CG_TOLERANCE * norm(b),
+        max_iterations=MAX_PRODUCTS,
+    )
+    return found.x, found.products
+
+
+def _in_order(outputs: list[jax.Array], pieces: list[list[Piece]]) -> Vector:
+    """Return outputs of the terms, `(m, k)`, as a vector in the order of all rows."""
+    each = zip(outputs, pieces, strict=True)
+    return jnp.concatenate([x for y, own in each for x in in_pieces(y, own)])
 
 
 def _of_terms(v: Vector, pieces: list[list[Piece]]) -> list[jax.Array]:

@@ -201,6 +201,31 @@ def test_chunks_of_rows_give_the_same_direction(monkeypatch, space, m):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), *found)
 
 
+@pytest.mark.parametrize(("sketch", "most"), [(8, 120), (256, 4)])  # of 120 outputs
+def test_conjugate_gradients_give_the_direction_to_their_tolerance(
+    monkeypatch, sketch, most
+):
+    monkeypatch.setattr("hessopt.transforms.gauss_newton.SKETCH_SIZE", sketch)
+    value_fn = hessopt.composite(
+        hessopt.rowwise(of_sample, over=["x"]), LOSSES["squares"]
+    )
+    data = {"x": INPUTS, "y": LABELS}
+    expected, found = (
+        direction(
+            hessopt.scale_by_gauss_newton(1e-4, momentum=0.5, solver=solver),
+            value_fn,
+            PARAMS,
+            **data,
+        )
+        for solver in ("cholesky", "cg")
+    )
+    length = optax.tree.norm(expected[0])
+    distance = optax.tree.norm(jax.tree.map(jnp.subtract, expected[0], found[0]))
+    assert distance < 1e-3 * length
+    assert expected[1].products == 0
+    assert 0 < found[1].products <= most
+
+
 def test_the_smaller_space_is_chosen():
     def widths(m):
         tx = hessopt.scale_by_gauss_newton()
