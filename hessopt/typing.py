@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         IndefiniteTreatment as IndefiniteTreatment,
     )
     from hessopt.objective.binding import Objective as Objective
+    from hessopt.transforms.gauss_newton import DampingRule as DampingRule
     from hessopt.transforms.generalized_newton import Mode as Mode
     from hessopt.transforms.generalized_newton import Parabola as Parabola
     from hessopt.transforms.linesearch import InitialGuess as InitialGuess
@@ -41,6 +42,7 @@ else:
         "Call": "kinds.protocol",
         "Curvature": "calculus.curvature",
         "CurvatureFn": "calculus.curvature",
+        "DampingRule": "transforms.gauss_newton",
         "EigenModel": "kinds.subproblems",
         "Factorization": "numerics.indefiniteness",
         "Formula": "numerics.broyden",

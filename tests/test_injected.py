@@ -30,10 +30,13 @@ RATES = {
 }
 PARABOLA = RATES | {"min_rate": 1e-3, "max_rate": 0.5, "max_change": 1.5}
 CUBIC = RATES | {"cubic_damping": 0.5, "ridge": 0.25, "shrinkage": 2.0}
+DAMPED = {"damping": 0.25, "momentum": 0.5}
+GRID = {"max_rate": 0.5, "factor": 0.25}
 SEARCH = {"slope_rtol": 0.125, "curv_rtol": 0.25, "max_rate": 0.5}
 NUMBERS: dict[str, dict[str, float]] = {
     "newton": {"learning_rate": 0.5, "damping": 0.25},
     "newton_cg": {"learning_rate": 0.5},
+    "gauss_newton": {"learning_rate": 0.5} | DAMPED,
     "bfgs": {"learning_rate": 0.5},
     "lbfgs": {"learning_rate": 0.5},
     "trust_region_newton": {"initial_radius": 0.25},
@@ -41,9 +44,11 @@ NUMBERS: dict[str, dict[str, float]] = {
     "grouped_newton": CUBIC,
     "scale_by_newton": {"damping": 0.25},
     "scale_by_newton_cg": {},
+    "scale_by_gauss_newton": DAMPED,
     "scale_by_bfgs": {},
     "scale_by_lbfgs": {},
     "scale_by_wolfe_linesearch": SEARCH,
+    "scale_by_grid_linesearch": GRID,
     "scale_by_generalized_newton": PARABOLA,
     "scale_by_grouped_newton": CUBIC,
     "subsampled": {"probability": 0.5},
@@ -71,6 +76,7 @@ SHAPING = {
     "scale_by_newton_cg": "max_iterations",
     "scale_by_lbfgs": "memory_size",
     "scale_by_wolfe_linesearch": "max_steps",
+    "scale_by_grid_linesearch": "count",
     "scale_by_generalized_newton": "update_every",
     "scale_by_grouped_newton": "update_every",
 }
@@ -79,6 +85,7 @@ SHAPING = {
 PARAMS = {"a": jnp.array([0.5, -1.0]), "b": jnp.array(2.0)}
 
 
+@functools.partial(hessopt.composite, lambda params: params)
 def value_fn(params):
     return jnp.sum(jnp.cosh(params["a"])) + (params["a"][0] - params["b"]) ** 2
 
@@ -94,6 +101,7 @@ def injected(name: str, **arguments: Any) -> Any:
 
 SCALED = (
     "scale_by_wolfe_linesearch",
+    "scale_by_grid_linesearch",
     "scale_by_generalized_newton",
     "scale_by_grouped_newton",
 )
@@ -166,7 +174,7 @@ def test_injected_numbers_and_schedules_give_the_update_of_the_plain_optimizer(n
 def test_an_injected_state_keeps_its_types(name, dtype):
     numbers = NUMBERS[name]
     params = optax.tree.cast(PARAMS, jnp.dtype(dtype))
-    real = lambda p: value_fn(jax.tree.map(jnp.real, p))
+    real = hessopt.composite(lambda p: jax.tree.map(jnp.real, p), value_fn.loss_fn)
     schedules = {number: lambda count, x=x: x for number, x in numbers.items()}
     required = numbers if name == "subsampled" else {}
     for arguments in (required, numbers, schedules):
