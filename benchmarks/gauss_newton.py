@@ -85,10 +85,14 @@ def _trained(
         return poisson.half_mean_squares(parts)
 
     jax.clear_caches()
-    value_fn = hessopt.composite(
-        lambda params: poisson.residuals(params, where), loss_fn
+    result = train(
+        poisson.by_rows(loss_fn),
+        poisson.init(0, sizes),
+        VARIANTS[name](),
+        steps,
+        every,
+        where._asdict(),
     )
-    result = train(value_fn, poisson.init(0, sizes), VARIANTS[name](), steps, every)
     print(
         f"{name}, {sizes}: {result.errors[-1]:.2e} in {result.seconds[-1]:.0f} s",
         flush=True,

@@ -17,6 +17,7 @@ import hessopt
 from benchmarks import multistart, programs
 from benchmarks.harness import Contender, Table, compare, compiled
 from benchmarks.problems import mlp, poisson
+from hessopt.objective.binding import bind
 
 STEPS = 20
 """Steps of a run on 10 variables, before it ends."""
@@ -181,9 +182,7 @@ def pinn(quick: bool) -> list[Contender]:
     """One gradient, then single steps."""
     where = poisson.points(50, 20) if quick else poisson.points()
     params = poisson.init(0, (3, 4, 1) if quick else poisson.SIZES)
-    value_fn = hessopt.composite(
-        lambda params: poisson.residuals(params, where), poisson.half_mean_squares
-    )
+    value_fn = bind(poisson.by_rows(), where._asdict(), caller="pinn")
     make: Make = {
         "ssbroyden": functools.partial(hessopt.bfgs, formula="ssbroyden"),
         "newton": hessopt.newton,

@@ -8,10 +8,14 @@ on 5000 points inside, and half the mean squared error on 800 points of the boun
 Source: arXiv 2603.10599.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+import hessopt
+from hessopt.typing import Objective
 
 SIZES = (3, 32, 32, 1)
 
@@ -89,9 +93,30 @@ def residuals(params: Any, where: Points) -> tuple[jax.Array, jax.Array]:
     return inside, apply(params, where.boundary) - exact(where.boundary)
 
 
+def of_equation(params: Any, inside: jax.Array) -> jax.Array:
+    """What is left of the equation at one point."""
+    at = inside[None]
+    return (laplacian(params, at) + 3 * jnp.pi**2 * exact(at))[0]
+
+
+def of_boundary(params: Any, boundary: jax.Array) -> jax.Array:
+    """The error at one point of the boundary."""
+    at = boundary[None]
+    return (apply(params, at) - exact(at))[0]
+
+
 def half_mean_squares(parts: tuple[jax.Array, ...]) -> jax.Array:
     """Half the mean square of each part, summed."""
     return sum((0.5 * jnp.mean(part**2) for part in parts), jnp.zeros(()))
+
+
+def by_rows(
+    loss_fn: Callable[..., jax.Array] = half_mean_squares,
+) -> Objective:
+    """The loss as a composite of models of one point, whose data are the fields of
+    `Points`."""
+    models = hessopt.rowwise(of_equation), hessopt.rowwise(of_boundary)
+    return hessopt.composite(models, loss_fn)
 
 
 def loss(params: Any, where: Points) -> jax.Array:

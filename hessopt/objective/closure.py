@@ -10,6 +10,7 @@ import jax
 from jax.core import Tracer, eval_jaxpr
 
 from hessopt.objective.binding import Objective, as_objective
+from hessopt.objective.rowwise import Rowwise, Several
 from hessopt.typing import Data, ObjectiveFn, Params
 
 _NO_HOLDERS = (type, ModuleType, jax.Array, type(jax.tree_util.default_registry))
@@ -41,6 +42,10 @@ def identified(value_fn: ObjectiveFn) -> Objective:
 
 
 def _hashable(part: Callable[..., Params]) -> Callable[..., Params]:
+    if isinstance(part, Several):
+        return Several(tuple(map(_hashable, part.fns)))
+    if isinstance(part, Rowwise):
+        return Rowwise(_hashable(part.fn), part.over)
     try:
         hash(part)
     except TypeError:

@@ -16,9 +16,10 @@ import numpy as np
 from hessopt.typing import Data, Params
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows:
-    """The outputs of all samples as a function of params alone."""
+    """The outputs of all samples as a function of params alone; equal only to itself,
+    since arrays have no hash."""
 
     fn: Callable[[Params, Data], Params]  # (params, data of one sample) -> outputs
     samples: Data  # the data of all samples, with a leading axis of their number

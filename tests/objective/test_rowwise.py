@@ -7,7 +7,10 @@ import optax
 import pytest
 
 import hessopt
+from hessopt.calculus.curvature import CURVATURES
+from hessopt.calculus.least_squares import root
 from hessopt.objective.binding import bind, precompose
+from hessopt.objective.rowwise import Rows
 
 X = jax.random.normal(jax.random.key(0), (7, 3))
 PARAMS = {"w": jnp.arange(3.0), "b": jnp.array(0.5)}
@@ -118,6 +121,39 @@ def test_every_method_takes_it_for_the_model_of_all_samples(tx):
         for model in (mapped, functools.partial(of_all))
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), *params)
+
+
+class Scaled:
+    """A model that holds an array, and has no hash."""
+
+    __hash__ = None
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, params, x):
+        return self.scale * params - x
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_model_without_a_hash_keeps_its_rows(bound):
+    seen = []
+
+    def recorded(objective, parts):
+        seen.append(type(objective.model_fn.fns[0]))
+        return root(objective, parts)
+
+    curvature = CURVATURES["gauss_newton"]._replace(root=recorded)
+    value_fn = hessopt.composite(
+        [hessopt.rowwise(Scaled(jnp.array(2.0)))], half_squares
+    )
+    data = {"x": jnp.ones(3)}
+    if bound:
+        value_fn, data = bind(value_fn, data, caller="test"), {}
+    tx = hessopt.trust_region_newton(curvature=curvature)
+    solution = hessopt.minimize(value_fn, 0.0, tx, data=data)
+    np.testing.assert_allclose(solution.params, 0.5, rtol=1e-12)
+    assert set(seen) == {Rows}
 
 
 def test_it_may_close_over_traced_values():
