@@ -135,7 +135,8 @@ def scale_by_gauss_newton(
         = damping; or a callable `(damping, value) -> lambda`.
       momentum: mu in [0, 1), the factor of the last direction; see the source. It keeps
         what earlier batches determined, where the samples of one batch do not determine
-        all parameters.
+        all parameters. Without a line search use a rate of at most about `1 - mu`, or
+        `optax.clip_by_global_norm` after the sign change.
       space: `"parameters"` solves a system of n equations for n parameters, `"samples"`
         one of M equations for M outputs of all samples; `"auto"` chooses the smaller.
       solver: `"cholesky"`, or `"cg"` for conjugate gradients in the space of samples,
@@ -144,7 +145,9 @@ def scale_by_gauss_newton(
       centered: whether the mean over the samples of each `rowwise` model is subtracted
         from its rows. J'LJ is then the Fisher matrix of unnormalized log-likelihoods or
         of logarithms of wave functions, and the direction that of stochastic
-        reconfiguration.
+        reconfiguration: with local energies e, the loss `mean(|log_psi -
+        stop_gradient(log_psi) + e - mean(e)|**2) / 2` has half the energy's gradient.
+        Its value is not an energy, so use damping_rule="constant".
 
     Returns:
       A transformation whose `update(grads, state, params, *, value_fn, **data)`
@@ -163,7 +166,7 @@ def scale_by_gauss_newton(
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
         missing; if value_fn is not a composite; in the space of samples, and with
         centered=True, if L is not recognized as one matrix for each sample, where an
-        ordinary model counts as one sample.
+        ordinary model counts as one sample; for centered=True without a `rowwise` model.
 
     Cost per update: the rows (see `rowwise`) and `M n min(M, n)` multiplications for
     their products, `min(M, n)^3 / 3` for the solution, and one product with each of J
@@ -274,6 +277,11 @@ def _step(
 
     # the system of the smaller space
     terms = terms_of(objective.model_fn, parts)
+    if options.centered and not any(term.is_rowwise for term in terms):
+        raise TypeError(
+            "centered=True needs the model of one sample: "
+            "value_fn=hessopt.composite(hessopt.rowwise(fn), loss_fn)"
+        )
     in_samples, iterates = _chosen(options, sum(term.size for term in terms), size)
     losses = sample_losses(objective, terms, parts, dense=in_samples)
     if losses is None and (in_samples or options.centered):

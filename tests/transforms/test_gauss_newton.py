@@ -1,10 +1,12 @@
 """The directions equal dense solutions in both spaces, with every kind of J."""
 
+import flax.linen
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.flatten_util import ravel_pytree
 
 import hessopt
@@ -317,10 +319,40 @@ def test_wrong_objectives_are_refused():
     across = hessopt.composite(hessopt.rowwise(linear), lambda z: jnp.sum(z) ** 2)
     with pytest.raises(TypeError, match="recognized as one matrix per sample"):
         tx.update(x, tx.init(x), x, value_fn=across, a=jnp.ones((2, 3)), b=jnp.ones(2))
+    whole, centered = (
+        hessopt.composite(linear, half_squares),
+        hessopt.scale_by_gauss_newton(centered=True),
+    )
+    data = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
+    with pytest.raises(TypeError, match="needs the model of one sample"):
+        centered.update(x, tx.init(x), x, value_fn=whole, **data)
+    with pytest.raises(ValueError, match='solver="cg" is for space="samples"'):
+        hessopt.scale_by_gauss_newton(space="parameters", solver="cg")
     with pytest.raises(ValueError, match="space must be one of"):
         hessopt.scale_by_gauss_newton(space="outputs")
     with pytest.raises(ValueError, match="momentum must be in"):
         hessopt.scale_by_gauss_newton(momentum=1.5)
+
+
+@pytest.mark.parametrize("library", ["linen", "nnx"])
+def test_a_flax_model_of_one_sample_trains(library):
+    x = jax.random.normal(jax.random.key(0), (20, 4))
+    y = jnp.sin(x[:, 0])
+    if library == "linen":
+        net = flax.linen.Dense(1)
+        params = net.init(jax.random.key(1), x[0])
+        model_fn = lambda params, x: net.apply(params, x)[0]
+    else:
+        graph, params = nnx.split(nnx.Linear(4, 1, rngs=nnx.Rngs(1)))
+        model_fn = lambda params, x: nnx.merge(graph, params)(x)[0]
+    value_fn = hessopt.composite(
+        hessopt.rowwise(model_fn, over=["x"]), lambda u, y: jnp.mean((u - y) ** 2)
+    )
+    tx, data = hessopt.gauss_newton(damping=0.0), {"x": x, "y": y}
+    solution = hessopt.minimize(value_fn, params, tx, data=data, max_steps=2)
+    design = np.concatenate([x, np.ones((20, 1))], axis=1)
+    least = np.linalg.lstsq(design, y, rcond=None)[1][0] / 20
+    np.testing.assert_allclose(solution.value, least, rtol=1e-5)
 
 
 def test_samples_over_eight_devices_give_the_direction_of_one():
