@@ -16,6 +16,7 @@ from benchmarks import (
     pinn,
     programs,
     rates,
+    rows,
     sizes,
     training,
     validation,
@@ -36,6 +37,7 @@ SUITES = {
         lambda quick: harness.record(kernels.tables(quick)), harness.markdown
     ),
     "sizes": Suite(lambda quick: harness.record(sizes.tables(quick)), harness.markdown),
+    "rows": Suite(lambda quick: harness.record(rows.tables(quick)), harness.markdown),
     "gpu": Suite(lambda quick: harness.record(gpu.tables(quick)), harness.markdown),
     "programs": Suite(programs.measure, programs.markdown),
     "cutest": Suite(cutest.measure, cutest.markdown),
