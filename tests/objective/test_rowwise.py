@@ -123,6 +123,32 @@ def test_every_method_takes_it_for_the_model_of_all_samples(tx):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), *params)
 
 
+@pytest.mark.parametrize("m", [3, 7])  # fewer samples than parameters, or more
+def test_geodesic_acceleration_takes_rows(m):
+    data = {"x": X[:m], "y": jnp.sin(jnp.arange(float(m)))}
+    tx = hessopt.trust_region_newton(
+        curvature="gauss_newton", geodesic_acceleration=True
+    )
+    found = [
+        hessopt.minimize(
+            hessopt.composite(model, half_squares), PARAMS, tx, data=data, max_steps=3
+        ).params
+        for model in (hessopt.rowwise(of_sample, over=["x"]), of_all)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8), *found)
+
+
+def test_some_of_the_parameters_may_be_fixed():
+    data = {"x": X, "y": jnp.sin(jnp.arange(7.0))}
+    value_fn = hessopt.composite(hessopt.rowwise(of_sample, over=["x"]), half_squares)
+    tx = hessopt.masked(hessopt.gauss_newton(), {"w": True, "b": False})
+    solution = hessopt.minimize(value_fn, PARAMS, tx, data=data)
+    assert solution.params["b"] == PARAMS["b"]
+    grad = jax.grad(value_fn)(solution.params, **data)
+    np.testing.assert_allclose(grad["w"], 0.0, atol=1e-5)
+    assert jnp.abs(grad["b"]) > 1e-3
+
+
 class Scaled:
     """A model that holds an array, and has no hash."""
 
