@@ -11,7 +11,9 @@ from jax.flatten_util import ravel_pytree
 import hessopt
 from benchmarks.harness import Contender, Table, compare, compiled
 from benchmarks.problems import poisson
-from hessopt.calculus.rows import jacobian, pieces_of, row_bytes, terms_of
+from hessopt.calculus.row_products import jacobian
+from hessopt.calculus.rows import pieces_of, row_bytes
+from hessopt.calculus.terms import terms_of
 from hessopt.objective.binding import bind, precompose
 from hessopt.trees.vectors import real_leaves
 

@@ -19,19 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from hessopt.calculus.linearization import linearize_gradient
-from hessopt.calculus.rows import (
+from hessopt.calculus.row_products import jacobian
+from hessopt.calculus.rows import in_pieces, pieces_of, row_bytes, weigh
+from hessopt.calculus.separability import is_diagonal, is_samplewise
+from hessopt.calculus.terms import (
     Leaves,
     Term,
-    in_pieces,
-    jacobian,
     join_outputs,
-    pieces_of,
-    row_bytes,
     split_outputs,
     terms_of,
-    weigh,
 )
-from hessopt.calculus.separability import is_diagonal, is_samplewise
 from hessopt.numerics.guards import divide
 from hessopt.objective.binding import Objective, as_objective
 from hessopt.trees.vectors import ravel, solve_dtype

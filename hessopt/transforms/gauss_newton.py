@@ -28,45 +28,29 @@ import jax.numpy as jnp
 import optax
 
 from hessopt._checks import check_range, check_word, choose, injectable
-from hessopt.calculus.curvature import block_hessians
-from hessopt.calculus.least_squares import SampleLoss, sample_losses
-from hessopt.calculus.linearization import linearize
-from hessopt.calculus.rows import (
-    KERNEL_BYTES,
-    Leaves,
-    Piece,
-    Term,
-    from_pieces,
-    in_pieces,
-    kernel,
-    normal_matrix,
-    pieces_of,
-    row_bytes,
-    rows_times,
-    terms_of,
-    times_rows,
-    weigh,
+from hessopt.calculus.least_squares import sample_losses
+from hessopt.calculus.row_products import KERNEL_BYTES
+from hessopt.calculus.rows import row_bytes
+from hessopt.calculus.terms import Leaves, terms_of
+from hessopt.kinds.damped_least_squares import (
+    Found,
+    solve_by_products,
+    solve_in_parameters,
+    solve_in_samples,
+    system_of,
 )
 from hessopt.kinds.protocol import Call, scheduled, transformation
-from hessopt.numerics.cg import conjugate_gradients
-from hessopt.numerics.equilibration import unit_power
 from hessopt.numerics.guards import divide, select, zero_unless
-from hessopt.numerics.norms import norm
-from hessopt.numerics.nystrom import nystrom, preconditioner
-from hessopt.numerics.semidefinite import solve_semidefinite
 from hessopt.objective.binding import Objective, precompose
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import (
     all_finite,
     inner,
-    inner_products,
-    ravel,
     real_leaves,
     solve_dtype,
     tree_norm,
-    unravel,
 )
-from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
+from hessopt.typing import Params, StepStatus, step_status
 
 DampingRule = Callable[[jax.Array, jax.Array], jax.Array]
 """`(damping, value) -> lambda`, in units of f / params^2."""
@@ -81,13 +65,6 @@ SOLVERS = ("auto", "cholesky", "cg")
 
 MAX_FACTORIZED = 4096
 """Largest number of equations that are factorized by default."""
-
-SKETCH_SIZE = 256
-"""Number of vectors of the sketch that preconditions conjugate gradients, at most."""
-
-CG_TOLERANCE, MAX_PRODUCTS = 1e-5, 200
-"""Largest residual of conjugate gradients, relative to the right side; and their largest
-number."""
 
 
 class GaussNewtonInfo(NamedTuple):
@@ -243,22 +220,12 @@ def _init(options: _Options, params: Params) -> GaussNewtonState:
     return beside(state, params)
 
 
-class _Found(NamedTuple):
-    """The solution of the damped system, with f multiplied by a power of two."""
-
-    p: Leaves
-    gradient: Leaves  # J'l
-    unit: jax.Array  # scalar, the power of two
-    curved: jax.Array  # bool scalar, whether L is not zero
-    products: jax.Array | int = 0  # iterations of conjugate gradients
-
-
 def _step(
     options: _Options, call: Call, state: GaussNewtonState
 ) -> tuple[optax.Updates, GaussNewtonState]:
     parts, restore = real_leaves(call.params)
-    size, dtype = sum(part.size for part in parts), solve_dtype(parts)
-    if not size:
+    dtype = solve_dtype(parts)
+    if not sum(part.size for part in parts):
         return call.updates, state
     objective = precompose(call.objective, restore)
     if not objective.is_composite:
@@ -275,30 +242,7 @@ def _step(
         mu = jnp.asarray(options.momentum, dtype)
         last = [mu * leaf.astype(dtype) for leaf in real_leaves(state.direction)[0]]
 
-    # the system of the smaller space
-    terms = terms_of(objective.model_fn, parts)
-    if options.centered and not any(term.is_rowwise for term in terms):
-        raise TypeError(
-            "centered=True needs the model of one sample: "
-            "value_fn=hessopt.composite(hessopt.rowwise(fn), loss_fn)"
-        )
-    in_samples, iterates = _chosen(options, sum(term.size for term in terms), size)
-    losses = sample_losses(objective, terms, parts, dense=in_samples)
-    if losses is None and (in_samples or options.centered):
-        raise TypeError(
-            "scale_by_gauss_newton in the space of samples, or with centered=True, needs "
-            "a loss whose Hessian in the outputs is recognized as one matrix per sample"
-        )
-    if losses is None:
-        found = _by_products(objective, parts, lam, last)
-    else:
-        limit = KERNEL_BYTES if in_samples and not iterates else row_bytes()
-        system = _system(options, terms, losses, parts, limit)
-        if not in_samples:
-            found = _in_parameters(system, lam, last)
-        else:
-            count = state.count if iterates else None
-            found = _in_samples(system, lam, last, count)
+    found = _solved(options, objective, parts, lam, last, state.count)
 
     # without curvature the direction is the gradient
     length = tree_norm(found.gradient) / found.unit
@@ -331,6 +275,38 @@ def _step(
     )
 
 
+def _solved(
+    options: _Options,
+    objective: Objective,
+    parts: Leaves,
+    lam: jax.Array,
+    last: Leaves | None,
+    count: jax.Array,
+) -> Found:
+    """Solve the damped system in the space that the options choose."""
+    terms = terms_of(objective.model_fn, parts)
+    if options.centered and not any(term.is_rowwise for term in terms):
+        raise TypeError(
+            "centered=True needs the model of one sample: "
+            "value_fn=hessopt.composite(hessopt.rowwise(fn), loss_fn)"
+        )
+    size = sum(part.size for part in parts)
+    in_samples, iterates = _chosen(options, sum(term.size for term in terms), size)
+    losses = sample_losses(objective, terms, parts, dense=in_samples)
+    if losses is None and (in_samples or options.centered):
+        raise TypeError(
+            "scale_by_gauss_newton in the space of samples, or with centered=True, needs "
+            "a loss whose Hessian in the outputs is recognized as one matrix per sample"
+        )
+    if losses is None:
+        return solve_by_products(objective, parts, lam, last)
+    limit = KERNEL_BYTES if in_samples else row_bytes()
+    system = system_of(terms, losses, parts, limit, centered=options.centered)
+    if not in_samples:
+        return solve_in_parameters(system, lam, last)
+    return solve_in_samples(system, lam, last, count if iterates else None)
+
+
 def _chosen(options: _Options, outputs: int, size: int) -> tuple[bool, bool]:
     """Return whether to solve in the space of samples, and whether to iterate."""
     smaller = min(outputs, size)
@@ -340,182 +316,3 @@ def _chosen(options: _Options, outputs: int, size: int) -> tuple[bool, bool]:
     iterates = not factorizes and (options.solver == "cg" or smaller > MAX_FACTORIZED)
     auto = options.space == "auto" and outputs < size
     return options.space == "samples" or auto or iterates, iterates
-
-
-class _System(NamedTuple):
-    """K, r and J'l at params; f is multiplied by a power of two near 1/|L|."""
-
-    parts: Leaves  # params
-    pieces: list[list[Piece]]  # of each term, with factors S'
-    residuals: list[jax.Array]  # of each term, r (m, k)
-    multiply: Callable[[Leaves], list[jax.Array]]  # p -> K p, like the residuals
-    transposed: Callable[[list[jax.Array]], Leaves]  # its transpose
-    gradient: Leaves  # J'l
-    unit: jax.Array  # scalar, the power of two
-    curved: jax.Array  # bool scalar, whether L is not zero
-
-
-def _system(
-    options: _Options,
-    terms: list[Term],
-    losses: list[SampleLoss],
-    parts: Leaves,
-    limit: int,
-) -> _System:
-    """Linearize the model, and scale the outputs by the roots of the curvature."""
-    dtype = solve_dtype(parts)
-
-    def outputs(parts: Leaves) -> list[jax.Array]:
-        found = [term.outputs(parts) for term in terms]
-        if not options.centered:
-            return found
-        return [
-            y - jnp.mean(y, axis=0) if term.is_rowwise else y
-            for y, term in zip(found, terms, strict=True)
-        ]
-
-    # f is multiplied by a power of two, so that squares neither overflow nor underflow;
-    # outputs with a slope and no curvature get the least one that rounding can tell
-    # from zero
-    sizes = [jnp.max(loss.weights, initial=0.0) for loss in losses]
-    largest = functools.reduce(jnp.maximum, sizes)
-    unit = unit_power(largest).astype(dtype)
-    least = jnp.finfo(dtype).eps * largest * unit
-    roots = [jnp.sqrt(jnp.maximum(loss.weights * unit, least)) for loss in losses]
-    slopes = [loss.slopes * unit for loss in losses]
-    both = list(zip(losses, roots, strict=True))
-    factors = [loss.factors(root) for loss, root in both]
-
-    _, pull = jax.vjp(outputs, list(parts))
-
-    def back(coordinates: list[jax.Array]) -> Leaves:
-        each = zip(losses, coordinates, strict=True)
-        cotangents = [loss.of_outputs(x) for loss, x in each]
-        return [leaf.astype(dtype) for leaf in pull(cotangents)[0]]
-
-    def transposed(c: list[jax.Array]) -> Leaves:
-        return back([root * x for root, x in zip(roots, c, strict=True)])
-
-    def multiply(p: Leaves) -> list[jax.Array]:
-        narrow = [x.astype(part.dtype) for x, part in zip(p, parts, strict=True)]
-        along = linearize(outputs, list(parts))[1](narrow)
-        return [weigh(f, y) for f, y in zip(factors, along, strict=True)]
-
-    pieces = [
-        pieces_of(term, parts, f, limit, centered=options.centered)
-        for term, f in zip(terms, factors, strict=True)
-    ]
-    residuals = [divide(g, r, r > 0) for g, r in zip(slopes, roots, strict=True)]
-    gradient = back(slopes)
-    return _System(
-        list(parts),
-        pieces,
-        residuals,
-        multiply,
-        transposed,
-        gradient,
-        unit,
-        largest > 0,
-    )
-
-
-def _in_parameters(system: _System, lam: jax.Array, last: Leaves | None) -> _Found:
-    """Solve `(K'K + lambda I) p = J'l + lambda p_0`."""
-    flat = [piece for pieces in system.pieces for piece in pieces]
-    G = normal_matrix(flat, system.parts)
-    return _solved(G, system.gradient, system.unit, system.curved, lam, last)
-
-
-def _by_products(
-    objective: Objective, parts: Leaves, lam: jax.Array, last: Leaves | None
-) -> _Found:
-    """Solve the same system for any loss: `J'LJ` is formed of products with all unit
-    vectors."""
-    labels = [0] * len(parts)
-    (G,) = block_hessians(objective, parts, labels, 1, curvature="gauss_newton")
-    largest = jnp.max(jnp.abs(G))
-    unit = unit_power(largest)
-    gradient = [leaf * unit for leaf in jax.grad(objective)(list(parts))]
-    return _solved(G * unit, gradient, unit, largest > 0, lam, last)
-
-
-def _solved(
-    G: Matrix,
-    gradient: Leaves,
-    unit: jax.Array,
-    curved: jax.Array,
-    lam: jax.Array,
-    last: Leaves | None,
-) -> _Found:
-    lam, rhs = lam * unit, ravel(gradient)
-    if last is not None:
-        rhs += lam * ravel(last)
-    p = unravel(solve_semidefinite(G, rhs, lam), gradient)
-    return _Found(p, gradient, unit, curved)
-
-
-def _in_samples(
-    system: _System, lam: jax.Array, last: Leaves | None, count: jax.Array | None
-) -> _Found:
-    """Return `p_0 + K' v` with `(K K' + lambda I) v = r - K p_0`; by conjugate gradients
-    if the number of the update is given."""
-    rhs = system.residuals
-    if last is not None:
-        rhs = [r - y for r, y in zip(rhs, system.multiply(last), strict=True)]
-    flat = [piece for pieces in system.pieces for piece in pieces]
-    b, lam = _in_order(rhs, system.pieces), lam * system.unit
-    products: jax.Array | int = 0
-    if count is None:
-        v = solve_semidefinite(kernel(flat, system.parts), b, lam)
-    else:
-        v, products = _iterated(system, flat, b, lam, count)
-    p = system.transposed(_of_terms(v, system.pieces))
-    if last is not None:
-        p = [x + y for x, y in zip(last, p, strict=True)]
-    return _Found(p, system.gradient, system.unit, system.curved, products)
-
-
-def _iterated(
-    system: _System, flat: list[Piece], b: Vector, lam: jax.Array, count: jax.Array
-) -> tuple[Vector, jax.Array]:
-    """Solve `(K K' + lambda I) v = b` by preconditioned conjugate gradients."""
-
-    def multiply(v: Vector) -> Vector:
-        image = system.multiply(system.transposed(_of_terms(v, system.pieces)))
-        return _in_order(image, system.pieces) + lam * v
-
-    # Y = K (K' W), by rows
-    key = jax.random.fold_in(jax.random.key(0), count)
-    shape = len(b), min(SKETCH_SIZE, len(b))
-    W = jnp.linalg.qr(jax.random.normal(key, shape, b.dtype))[0]
-    image = rows_times(flat, system.parts, times_rows(flat, system.parts, W))
-    found = conjugate_gradients(
-        multiply,
-        b,
-        None,
-        gram=inner_products,
-        precondition=preconditioner(nystrom(W, image), lam),
-        tolerance=CG_TOLERANCE * norm(b),
-        max_iterations=MAX_PRODUCTS,
-    )
-    return found.x, found.products
-
-
-def _in_order(outputs: list[jax.Array], pieces: list[list[Piece]]) -> Vector:
-    """Return outputs of the terms, `(m, k)`, as a vector in the order of all rows."""
-    each = zip(outputs, pieces, strict=True)
-    return jnp.concatenate([x for y, own in each for x in in_pieces(y, own)])
-
-
-def _of_terms(v: Vector, pieces: list[list[Piece]]) -> list[jax.Array]:
-    """Return a vector in the order of all rows as outputs of the terms, `(m, k)`."""
-    found, start = [], 0
-    for of_term in pieces:
-        vectors = []
-        for piece in of_term:
-            chunks, count, width = piece.factors.shape[:3]
-            size = chunks * count * width
-            vectors.append(v[start : start + size])
-            start += size
-        found.append(from_pieces(vectors, of_term))
-    return found

@@ -11,7 +11,6 @@ from jax.flatten_util import ravel_pytree
 
 import hessopt
 from hessopt import StepStatus
-from hessopt.calculus import rows
 from tests.problems import init_mlp, mlp
 
 RNG = np.random.default_rng(0)
@@ -193,7 +192,6 @@ def test_chunks_of_rows_give_the_same_direction(monkeypatch, space, m):
     data = {"x": INPUTS[:m], "z": INPUTS[m:]}
     found = []
     for limit in (2**30, 7 * 3 * N * 8):
-        monkeypatch.setattr(rows, "row_bytes", lambda limit=limit: limit)
         monkeypatch.setattr(
             "hessopt.transforms.gauss_newton.row_bytes", lambda limit=limit: limit
         )
@@ -207,7 +205,7 @@ def test_chunks_of_rows_give_the_same_direction(monkeypatch, space, m):
 def test_conjugate_gradients_give_the_direction_to_their_tolerance(
     monkeypatch, sketch, most
 ):
-    monkeypatch.setattr("hessopt.transforms.gauss_newton.SKETCH_SIZE", sketch)
+    monkeypatch.setattr("hessopt.kinds.damped_least_squares.SKETCH_SIZE", sketch)
     value_fn = hessopt.composite(
         hessopt.rowwise(of_sample, over=["x"]), LOSSES["squares"]
     )
