@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from hessopt.calculus.rows import Piece
 from hessopt.calculus.terms import Leaves
 from hessopt.numerics.guards import matmul
+from hessopt.trees.sharding import contract
 from hessopt.trees.vectors import solve_dtype
 from hessopt.typing import Matrix
 
@@ -36,7 +37,7 @@ def normal_matrix(pieces: list[Piece], parts: Leaves) -> Matrix:
 
         def add(total: Matrix, chunk: Any, piece: Piece = piece) -> tuple[Matrix, None]:
             rows = _rows(piece, parts, chunk)
-            return total + matmul(rows.T, rows), None
+            return total + contract(rows.T, rows.T, 1), None
 
         total, _ = jax.lax.scan(add, total, _all(piece))
     return total
@@ -65,7 +66,8 @@ def times_rows(pieces: list[Piece], parts: Leaves, left: jax.Array) -> jax.Array
 
         def add(total: jax.Array, both: Any, piece: Piece = piece) -> Any:
             chunk, weights = both
-            return total + matmul(_rows(piece, parts, chunk).T, weights), None
+            rows = _rows(piece, parts, chunk)
+            return total + contract(rows.T, weights.T, 1), None
 
         total, _ = jax.lax.scan(add, total, (_all(piece), own))
     return total
@@ -107,7 +109,7 @@ def kernel(pieces: list[Piece], parts: Leaves) -> Matrix:
 def _products(left: list[Matrix], right: list[Matrix]) -> Matrix:
     """Return the inner products of rows with rows."""
     zero = jnp.zeros((len(left[0]), len(right[0])), left[0].dtype)
-    return sum((matmul(a, b.T) for a, b in zip(left, right, strict=True)), zero)
+    return sum((contract(a, b, 1) for a, b in zip(left, right, strict=True)), zero)
 
 
 def _chunk(piece: Piece, i: int | jax.Array) -> Any:

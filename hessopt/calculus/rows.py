@@ -14,6 +14,7 @@ from hessopt.calculus.batching import fill_rows
 from hessopt.calculus.linearization import linearize
 from hessopt.calculus.terms import Leaves, Term
 from hessopt.numerics.platform import on_cpu
+from hessopt.trees.sharding import gathered, merged
 from hessopt.trees.vectors import solve_dtype
 from hessopt.typing import Data, Matrix, Params, Vector
 
@@ -85,7 +86,7 @@ class Piece(NamedTuple):
             rows = [leaf - mean for leaf, mean in zip(rows, self.mean, strict=True)]
         weighted = [weigh(factors, leaf) for leaf in rows]
         return [
-            leaf.reshape(math.prod(leaf.shape[:2]), part.size)
+            merged(leaf, (math.prod(leaf.shape[:2]), part.size))
             for leaf, part in zip(weighted, parts, strict=True)
         ]
 
@@ -149,7 +150,7 @@ def split_samples(tree: Params, chunks: int) -> list[Params]:
 
 def in_pieces(outputs: jax.Array, pieces: list[Piece]) -> list[Vector]:
     """Return outputs `(m, k)` of a term as vectors in the order of its pieces' rows."""
-    split = split_samples(outputs, len(pieces[0].factors))
+    split = split_samples(gathered(outputs), len(pieces[0].factors))
     return [piece.reshape(-1) for piece in split]
 
 

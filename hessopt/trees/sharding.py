@@ -67,6 +67,15 @@ def split_like(x: jax.Array, like: jax.Array) -> jax.Array:
     )
 
 
+def merged(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Reshape x to `shape`; on an explicit mesh only its first axis stays sharded."""
+    if _whole(x) is None:
+        return x.reshape(shape)
+    sharding = jax.typeof(x).sharding
+    first = PartitionSpec(sharding.spec[0], *[None] * (len(shape) - 1))
+    return jax.lax.reshape(x, shape, out_sharding=NamedSharding(sharding.mesh, first))
+
+
 def varying(x: jax.Array) -> tuple[str, ...]:
     """Return the axes of a `jax.shard_map` along which x varies between devices."""
     kind = jax.typeof(x)

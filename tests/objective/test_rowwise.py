@@ -131,7 +131,7 @@ def test_geodesic_acceleration_takes_rows(m):
     )
     found = [
         hessopt.minimize(
-            hessopt.composite(model, half_squares), PARAMS, tx, data=data, max_steps=3
+            hessopt.composite(model, half_squares), PARAMS, tx, data=data, max_steps=1
         ).params
         for model in (hessopt.rowwise(of_sample, over=["x"]), of_all)
     ]

@@ -353,26 +353,42 @@ def test_a_flax_model_of_one_sample_trains(library):
     np.testing.assert_allclose(solution.value, least, rtol=1e-5)
 
 
-def test_samples_over_eight_devices_give_the_direction_of_one():
-    mesh = jax.sharding.Mesh(jax.devices(), ("samples",))  # automatic axes
+def on_eight_devices(mesh, space):
+    """The directions of one device and of eight that share the samples."""
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("samples"))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     value_fn = hessopt.composite(
         hessopt.rowwise(of_sample, over=["x"]), LOSSES["squares"]
     )
     data = {"x": INPUTS[:16], "y": LABELS[:16]}
-    for space in SPACES:
-        tx = hessopt.scale_by_gauss_newton(space=space)
-        update = jax.jit(
-            lambda params, x, y, tx=tx: tx.update(
-                params, tx.init(params), params, value_fn=value_fn, x=x, y=y
-            )[0]
-        )
-        alone = update(PARAMS, **data)
-        shared = update(
-            jax.device_put(PARAMS, whole),
-            **jax.tree.map(lambda leaf: jax.device_put(leaf, split), data),
-        )
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7), alone, shared
-        )
+    tx = hessopt.scale_by_gauss_newton(space=space)
+    update = jax.jit(
+        lambda params, x, y: tx.update(
+            params, tx.init(params), params, value_fn=value_fn, x=x, y=y
+        )[0]
+    )
+    params = jax.device_put(PARAMS, whole)
+    return [update(params, **jax.device_put(data, place)) for place in (whole, split)]
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_samples_over_eight_devices_give_the_direction_of_one(space):
+    mesh = jax.sharding.Mesh(jax.devices(), ("samples",))  # automatic axes
+    alone, shared = on_eight_devices(mesh, space)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7), alone, shared
+    )
+
+
+@pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding"
+)
+@pytest.mark.parametrize("space", SPACES)
+def test_samples_on_an_explicit_mesh_give_the_direction_of_one(space):
+    explicit = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((8,), ("samples",), axis_types=explicit)
+    with jax.set_mesh(mesh):
+        alone, shared = on_eight_devices(mesh, space)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7), alone, shared
+    )
