@@ -60,7 +60,7 @@ def tables(quick: bool) -> Sequence[Table]:
         ),
         *(
             compare(f"extreme eigenvalues, {p.name}", spectra(p), rounds, settle)
-            for p in problems[1:2]
+            for p in (problems[2:] if quick else problems[1:2])
         ),
         compare(
             f"L-BFGS direction, n = {size:.0e}, m = 10, float32",
