@@ -51,6 +51,9 @@ def main() -> None:
     if options.suite == "report":
         report.write(options.out)
         return
+    if options.quick:
+        # most of the time of a small run is compilation
+        jax.config.update("jax_disable_most_optimizations", True)
     suite = SUITES[options.suite]
     record, figure = suite.measure(options.quick)
     record = harness.save(options.out, options.suite, record, figure)

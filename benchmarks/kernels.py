@@ -33,7 +33,8 @@ def tables(quick: bool) -> Sequence[Table]:
         mlp.digits((64, 16, 10), batch),
         mlp.regression((3, 20, 20, 1), min(batch, 1000)),
     ]
-    rated = mlp.noise(NETWORKS[0], 512)
+    networks = ((8, 8, 8, 4),) if quick else NETWORKS
+    rated = mlp.noise(networks[0], 512)
     large = mlp.noise(
         (784, 32, 10) if quick else (784, 1024, 256, 128, 10), 64 if quick else 2048
     )
@@ -49,14 +50,17 @@ def tables(quick: bool) -> Sequence[Table]:
             for n in ((50,) if quick else (500, 2000))
         ]
     return [
-        *(compare(f"Hessian, {p.name}", hessians(p), rounds, settle) for p in problems),
+        *(
+            compare(f"Hessian, {p.name}", hessians(p), rounds, settle)
+            for p in (problems[1:2] if quick else problems)
+        ),
         *(
             compare(f"Hessian times vector, {p.name}", products(p), 5 * rounds, 0.0)
             for p in problems[:1]
         ),
         *(
             compare(f"extreme eigenvalues, {p.name}", spectra(p), rounds, settle)
-            for p in problems[1:2]
+            for p in (problems[2:] if quick else problems[1:2])
         ),
         compare(
             f"L-BFGS direction, n = {size:.0e}, m = 10, float32",
@@ -72,24 +76,30 @@ def tables(quick: bool) -> Sequence[Table]:
                 rounds,
                 0.0,
             )
-            for p in (
-                mlp.noise(sizes, 512) for sizes in (NETWORKS[:1] if quick else NETWORKS)
-            )
+            for p in (mlp.noise(sizes, 512) for sizes in networks)
         ),
         compare(
             f"Newton-CG, {large.name}, {count}", newton_cg_updates(large), rounds, 0.0
         ),
         compare(
-            f"{RATED} training steps, {rated.name}", rated_steps(rated), rounds, 0.0
+            f"{RATED} training steps, {rated.name}",
+            rated_steps(rated, quick),
+            rounds,
+            0.0,
         ),
         *(
             compare(
                 f"cubic model, {n} groups, float32", cubic_models(n), 5 * rounds, 0.0
             )
-            for n in (6, 60)
+            for n in ((6,) if quick else (6, 60))
         ),
         *(
-            compare(f"{LANES} lanes of {STEPS} steps, {p.name}", lanes(p), rounds, 0.0)
+            compare(
+                f"{LANES} lanes of {STEPS} steps, {p.name}",
+                lanes(p, quick),
+                rounds,
+                0.0,
+            )
             for p in problems[1:2]
         ),
     ]
@@ -272,7 +282,7 @@ def newton_cg_updates(problem: mlp.Problem) -> list[Contender]:
     ]
 
 
-def lanes(problem: mlp.Problem) -> list[Contender]:
+def lanes(problem: mlp.Problem, quick: bool) -> list[Contender]:
     """L-BFGS from many starts under `vmap`: optax's training step, the same in our
     driver, and ours there."""
     keys = jax.random.split(jax.random.key(0), LANES)
@@ -305,10 +315,13 @@ def lanes(problem: mlp.Problem) -> list[Contender]:
             )
         )
 
+    drivable = [("optax.lbfgs", optax.lbfgs), ("hessopt.lbfgs", hessopt.lbfgs)]
     return [
         compiled("optax.lbfgs, training step", jax.vmap(stepped), starts),
-        compiled("optax.lbfgs in minimize", driven(optax.lbfgs()), starts),
-        compiled("hessopt.lbfgs in minimize", driven(hessopt.lbfgs()), starts),
+        *(
+            compiled(f"{name} in minimize", driven(tx()), starts)
+            for name, tx in (drivable[1:] if quick else drivable)
+        ),
         compiled(
             "one value and gradient",
             jax.vmap(jax.value_and_grad(problem.value_fn)),
@@ -359,7 +372,7 @@ def taylor_terms(problem: mlp.Problem) -> list[Contender]:
     ]
 
 
-def rated_steps(problem: mlp.Problem) -> list[Contender]:
+def rated_steps(problem: mlp.Problem, quick: bool) -> list[Contender]:
     """Training steps of plain SGD, then with rates that find themselves, dispatched one
     by one."""
 
@@ -385,19 +398,20 @@ def rated_steps(problem: mlp.Problem) -> list[Contender]:
     )
     # by a negative rate it would climb, and measure
     resting = grouped(sgd(), update_every=10**6, nonnegative=True)
+    options: dict[str, dict[str, Any]] = {
+        "": {},
+        ", no safeguard": {"safeguard": False},
+        ", every 8": {"update_every": 8},
+        ", forward": {"mode": "forward"},
+        ", forward, no safeguard": {"mode": "forward", "safeguard": False},
+    }
     return [
         stepped("optax.sgd", optax.sgd(1e-2)),
-        stepped("generalized_newton", generalized(sgd())),
-        stepped(
-            "generalized_newton, no safeguard", generalized(sgd(), safeguard=False)
+        *(
+            stepped(f"generalized_newton{name}", generalized(sgd(), **own))
+            for name, own in list(options.items())[: 1 if quick else None]
         ),
-        stepped("generalized_newton, every 8", generalized(sgd(), update_every=8)),
-        stepped("generalized_newton, forward", generalized(sgd(), mode="forward")),
-        stepped(
-            "generalized_newton, forward, no safeguard",
-            generalized(sgd(), mode="forward", safeguard=False),
-        ),
-        stepped("grouped_newton", grouped(sgd())),
+        *([] if quick else [stepped("grouped_newton", grouped(sgd()))]),
         stepped("grouped_newton, not measured", resting, count=2 * 10**6 + 1),
     ]
 

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.problems import Problem
@@ -31,7 +33,11 @@ class Worker:
         if self._process is None or not self._process.is_alive():
             context = multiprocessing.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process = context.Process(
+                target=_serve,
+                args=(theirs, jax.config.read("jax_disable_most_optimizations")),
+                daemon=True,
+            )
             self._process.start()
             self._pipe.recv()  # it has imported everything
         self._pipe.send((fun, args))
@@ -50,10 +56,9 @@ class Worker:
             self._process.join()
 
 
-def _serve(pipe: Any) -> None:
-    import jax
-
+def _serve(pipe: Any, quick_compiles: bool) -> None:
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", quick_compiles)
     importlib.import_module("benchmarks.solvers")
     pipe.send("ready")
     while True:
@@ -87,9 +92,6 @@ def ran(problem: Problem, solver: str) -> tuple[dict[str, Any], Any]:
 
 def where(problem: Problem, x: Any) -> dict[str, Any]:
     """What is to be judged of a point, by which bounds."""
-    import jax
-    import jax.numpy as jnp
-
     x = jnp.asarray(x)
     value, grad = jax.value_and_grad(problem.value_fn)(x)
     row = {"n": x.size, "f_ref": problem.f_ref, "bound": problem.gradient}

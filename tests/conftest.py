@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
@@ -12,6 +13,15 @@ MANY = 200
 can be mapped."""
 
 _tests = itertools.count(1)
+
+
+@pytest.fixture
+def quick_compiles():
+    """For tests that hold at any level of optimization, and whose time is mostly
+    compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pytest_runtest_teardown():

@@ -1,10 +1,11 @@
 """Every law of the contract, for every transformation of the table."""
 
-import jax
 import pytest
 
 from tests import contract
 from tests.table import FOREIGN, HESSOPT
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 CASES = {case.name: case for case in (*HESSOPT, *FOREIGN)}
 
@@ -18,15 +19,6 @@ def _pairs():
             yield pytest.param(
                 case.name, law.__name__, marks=marks, id=f"{case.name}: {law.__name__}"
             )
-
-
-@pytest.fixture(autouse=True)
-def _quick_compiles():
-    """The laws hold at any level of optimization, and most of their time is
-    compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize(("name", "law"), list(_pairs()))

@@ -18,6 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import hessopt
 from tests.marks import slow_if
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LEAFWISE = {
     "search": lambda: optax.chain(
         optax.scale(-0.1), hessopt.scale_by_wolfe_linesearch()
