@@ -11,7 +11,7 @@ which compare gradients of successive steps, have 3500 fixed ones. All have the 
 time, without compilation. The table and the figure show the relative L2 error on points
 that no optimizer has seen.
 
-    python -m examples.pinn_natural_gradient                  # about 20 minutes
+    python -m examples.pinn_natural_gradient                  # about 25 minutes
     python -m examples.pinn_natural_gradient --seconds 60
 """
 
@@ -146,7 +146,7 @@ def train(method: Method, sizes: tuple[int, ...], seed: int, seconds: float) -> 
         began = time.perf_counter()
         jax.block_until_ready(block(params, state, keys(0), jnp.ones(())))
         spent = time.perf_counter() - began
-    steps = jnp.asarray(method.block * max(seconds / spent, 1.0))
+    steps = jnp.full((), method.block * max(seconds / spent, 1.0))
 
     run, total, count = Run([], [], []), 0.0, 0
     with tqdm(total=round(seconds), unit="s", leave=False) as bar:
