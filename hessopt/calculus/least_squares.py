@@ -31,7 +31,7 @@ from hessopt.calculus.terms import (
 )
 from hessopt.numerics.guards import divide
 from hessopt.objective.binding import Objective, as_objective
-from hessopt.trees.vectors import ravel, solve_dtype
+from hessopt.trees.vectors import largest, ravel, solve_dtype
 from hessopt.typing import Matrix, Vector
 
 
@@ -75,7 +75,6 @@ def sample_losses(
     Cost: one gradient of the loss and one product with its Hessian; if that is not
     diagonal, k products, and an eigendecomposition per sample.
     """
-
     outputs = objective.model_fn(parts)
     if not any(map(jnp.iscomplexobj, jax.tree.leaves(outputs))):
         slopes, hessian = linearize_gradient(objective.loss_fn, outputs)
@@ -135,12 +134,11 @@ def root(objective: Any, parts: Sequence[jax.Array]) -> Root | None:
     losses = sample_losses(objective, terms, parts)
     if losses is None:
         return None
-    weights = [jnp.max(loss.weights, initial=0.0) for loss in losses]
-    largest = jnp.max(jnp.array(weights))
+    heaviest = largest([loss.weights for loss in losses])
     K, r, rest = [], [], []
     for term, loss in zip(terms, losses, strict=True):
         roots = loss.weights**0.5
-        curved = loss.weights > jnp.finfo(dtype).eps * largest
+        curved = loss.weights > jnp.finfo(dtype).eps * heaviest
         factors = loss.factors(roots)
         pieces = pieces_of(term, parts, factors, row_bytes())
         K.append(jacobian(pieces, parts))

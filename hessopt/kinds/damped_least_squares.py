@@ -11,7 +11,6 @@ the size of the parameters and of the outputs of all samples. Neither K nor a ma
 size of the other space is formed as a whole.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -36,7 +35,13 @@ from hessopt.numerics.norms import norm
 from hessopt.numerics.nystrom import nystrom, preconditioner
 from hessopt.numerics.semidefinite import solve_semidefinite
 from hessopt.objective.binding import Objective
-from hessopt.trees.vectors import inner_products, ravel, solve_dtype, unravel
+from hessopt.trees.vectors import (
+    inner_products,
+    largest,
+    ravel,
+    solve_dtype,
+    unravel,
+)
 from hessopt.typing import Matrix, Vector
 
 SKETCH_SIZE = 256
@@ -93,10 +98,9 @@ def system_of(
     # f is multiplied by a power of two, so that squares neither overflow nor underflow;
     # outputs with a slope and no curvature get the least one that rounding can tell
     # from zero
-    sizes = [jnp.max(loss.weights, initial=0.0) for loss in losses]
-    largest = functools.reduce(jnp.maximum, sizes)
-    unit = unit_power(largest).astype(dtype)
-    least = jnp.finfo(dtype).eps * largest * unit
+    heaviest = largest([loss.weights for loss in losses])
+    unit = unit_power(heaviest).astype(dtype)
+    least = jnp.finfo(dtype).eps * heaviest * unit
     roots = [jnp.sqrt(jnp.maximum(loss.weights * unit, least)) for loss in losses]
     slopes = [loss.slopes * unit for loss in losses]
     both = list(zip(losses, roots, strict=True))
@@ -131,7 +135,7 @@ def system_of(
         transposed,
         gradient,
         unit,
-        largest > 0,
+        heaviest > 0,
     )
 
 
@@ -149,10 +153,10 @@ def solve_by_products(
     vectors."""
     labels = [0] * len(parts)
     (G,) = block_hessians(objective, parts, labels, 1, curvature="gauss_newton")
-    largest = jnp.max(jnp.abs(G))
-    unit = unit_power(largest)
+    size = largest(G)
+    unit = unit_power(size)
     gradient = [leaf * unit for leaf in jax.grad(objective)(list(parts))]
-    return _solved(G * unit, gradient, unit, largest > 0, lam, last)
+    return _solved(G * unit, gradient, unit, size > 0, lam, last)
 
 
 def _solved(

@@ -52,6 +52,8 @@ class Rowwise:
 
     def __call__(self, params: Params, *args: Any, **data: Any) -> Params:
         """Return the outputs of all samples."""
+        # raises an error for arguments that fn does not take, or that are given twice
+        self.__signature__.bind(params, *args, **data)
         names = list(self.__signature__.parameters)[1:]
         return self.bind(dict(zip(names, args, strict=False)) | data)(params)
 
