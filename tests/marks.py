@@ -3,7 +3,12 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import pytest
+
+needs_explicit = pytest.mark.skipif(
+    not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding"
+)
 
 
 def slow_if(is_slow: Callable[[str], bool], names: Iterable[str]) -> list[Any]:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hessopt import restriction, taylor
-from tests.marks import slow_if
+from tests.marks import needs_explicit, slow_if
 
 
 def data(*shape, seed=0):
@@ -292,9 +292,7 @@ def test_sharded_parameters_and_data_give_the_same():
     )
 
 
-@pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding"
-)
+@needs_explicit
 @pytest.mark.parametrize("split", [None, "model"])
 def test_explicit_sharding_gives_the_same(split):
     explicit = (jax.sharding.AxisType.Explicit,) * 2

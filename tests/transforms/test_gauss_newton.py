@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 import hessopt
 from hessopt import StepStatus
+from tests.marks import needs_explicit
 from tests.problems import init_mlp, mlp
 
 RNG = np.random.default_rng(0)
@@ -382,9 +383,7 @@ def test_samples_over_eight_devices_give_the_direction_of_one(space):
     )
 
 
-@pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding"
-)
+@needs_explicit
 @pytest.mark.parametrize("space", SPACES)
 def test_samples_on_an_explicit_mesh_give_the_direction_of_one(space):
     explicit = (jax.sharding.AxisType.Explicit,)

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import hessopt
-from tests.marks import slow_if
+from tests.marks import needs_explicit, slow_if
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -48,10 +48,6 @@ DENSE = {
 QUICK = ("search", "lbfgs", "generalized_newton", "newton")
 """Those that run in the fast suite; `test_contract.py` has a row of eight devices for
 all."""
-
-needs_explicit = pytest.mark.skipif(
-    not hasattr(jax, "set_mesh"), reason="this version of JAX has no explicit sharding"
-)
 
 
 def marked(names: Any) -> list[Any]:
