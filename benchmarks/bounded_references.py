@@ -141,7 +141,7 @@ def _descended(problem: bounded.Bounded, run: str) -> np.ndarray:
             jac=True,
             hess=(lambda x: np.asarray(hessian(x))) if method == RUNS[2] else None,
             method=method,
-            bounds=scipy.optimize.Bounds(lower, upper),
+            bounds=np.column_stack((lower, upper)),
             options=TIGHT[method],
         )
         return np.clip(found.x, lower, upper)

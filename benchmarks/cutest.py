@@ -29,26 +29,6 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
     return {"runs": rows, "float32": singles}, profiles(rows, solvers, title)
 
 
-def race_through(names: Sequence[str], solvers: Sequence[str]) -> list[dict[str, Any]]:
-    """Run every solver on every problem; return a row for each run."""
-    worker, rows = race.Worker(), []
-    for name in names:
-        own = [
-            {"problem": name, "solver": solver} | worker.ask(_solve, name, solver)
-            for solver in solvers
-        ]
-        race.judge(own)
-        rows += own
-        print(
-            f"{name:12}",
-            *(f"{row['solver']} {_mark(row)}" for row in own),
-            sep="  ",
-            flush=True,
-        )
-    worker.close()
-    return rows
-
-
 def _solve(name: str, solver: str) -> dict[str, Any]:
     problem = cutest.load(name)
     row, x = race.ran(problem, solver)
@@ -65,6 +45,30 @@ def _beyond(value_fn: Any, x: Any) -> float:
 
     tx = hessopt.trust_region_newton()
     return float(hessopt.minimize(value_fn, x, tx, max_steps=10_000, gtol=1e-12).value)
+
+
+def race_through(
+    names: Sequence[str],
+    solvers: Sequence[str],
+    solve: Callable[[str, str], dict[str, Any]] = _solve,
+) -> list[dict[str, Any]]:
+    """Run every solver on every problem; return a row for each run."""
+    worker, rows = race.Worker(), []
+    for name in names:
+        own = [
+            {"problem": name, "solver": solver} | worker.ask(solve, name, solver)
+            for solver in solvers
+        ]
+        race.judge(own)
+        rows += own
+        print(
+            f"{name:12}",
+            *(f"{row['solver']} {_mark(row)}" for row in own),
+            sep="  ",
+            flush=True,
+        )
+    worker.close()
+    return rows
 
 
 def _single(name: str) -> dict[str, Any]:

@@ -31,7 +31,9 @@ Solver = Callable[[Any, Any, float], Outcome]
 iterations, or on giving up."""
 
 
-def _timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+def timed(run: Callable[[], Any]) -> tuple[Any, float, float]:
+    """The result, the seconds of the first run beyond those of the second, and those of
+    the second."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     middle = time.perf_counter()
@@ -60,7 +62,7 @@ def driven(make: Callable[[], optax.GradientTransformation]) -> Solver:
                 solution.termination,
             )
 
-        (x, steps, evaluations, termination), cold, warm = _timed(lambda: run(start))
+        (x, steps, evaluations, termination), cold, warm = timed(lambda: run(start))
         return Outcome(
             x,
             int(steps),
@@ -95,7 +97,7 @@ def jaxopt_solver(name: str) -> Solver:
                 (x, solver.init_state(x)),
             )
 
-        (x, state), cold, warm = _timed(lambda: run(start))
+        (x, state), cold, warm = timed(lambda: run(start))
         said = (
             "failed search" if bool(getattr(state, "failed_linesearch", False)) else ""
         )
@@ -133,7 +135,7 @@ def optimistix_solver(name: str) -> Solver:
             )
             return solution.value, solution.stats["num_steps"]
 
-        (x, steps), cold, warm = _timed(lambda: run(start))
+        (x, steps), cold, warm = timed(lambda: run(start))
         count = int(steps)
         return Outcome(x, count, count, cold, warm, "")
 
@@ -152,7 +154,7 @@ def jax_scipy(value_fn: Any, start: Any, bound: float) -> Outcome:
             options={"gtol": bound, "maxiter": MAX_ITERATIONS},
         )
     )
-    result, cold, warm = _timed(lambda: run(start))
+    result, cold, warm = timed(lambda: run(start))
     return Outcome(
         result.x,
         int(result.nit),

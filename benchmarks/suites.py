@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import (
     beside_torch,
+    bounded,
     cutest,
     features,
     gauss_newton,
@@ -42,6 +43,7 @@ SUITES = {
     "programs": Suite(programs.measure, programs.markdown),
     "cutest": Suite(cutest.measure, cutest.markdown),
     "validation": Suite(validation.measure, validation.markdown),
+    "bounded": Suite(bounded.measure, bounded.markdown),
     "nist": Suite(nist.measure, nist.markdown),
     "rates": Suite(rates.measure, rates.markdown),
     "training": Suite(training.measure, training.markdown),
