@@ -200,7 +200,7 @@ def reference(worker: race.Worker, name: str, kind: str) -> dict[str, Any]:
     if best["pg"] > 1e-5 * unit:
         return {"unsuitable": f"projected gradient {best['pg']:.1e}"}
     if best["size_at_start"] <= max(1e-6 * unit, 10 * best["pg"]):
-        return {"unsuitable": "the start is stationary"}
+        return {"unsuitable": "the start meets criterion (a)"}
     facts = {"kind": kind, "n": best["n"], "f_ref": f_ref, "pg_floor": best["pg"]}
     if name in SIZES:
         facts["arguments"] = SIZES[name]
