@@ -74,6 +74,7 @@ FITS = (
 )
 RUNS = ("L-BFGS-B", "TNC", "trust-constr")
 RESTARTS = 10
+DAMPED_STEPS = 3000
 TIGHT: dict[str, dict[str, Any]] = {
     "L-BFGS-B": {"ftol": 0.0, "gtol": 1e-12, "maxiter": 15_000, "maxfun": 100_000},
     "TNC": {"ftol": 0.0, "xtol": 0.0, "gtol": 0.0, "maxfun": 20_000},
@@ -157,27 +158,45 @@ def _descended(problem: bounded.Bounded, run: str) -> np.ndarray:
 
 def _polished(problem: bounded.Bounded, x: np.ndarray) -> np.ndarray:
     """Return the point of the smallest projected gradient among some steps of Newton's
-    method in the free variables."""
-    derivatives = jax.jit(
-        lambda x: (
-            *jax.value_and_grad(problem.value_fn)(x),
-            jax.hessian(problem.value_fn)(x),
-        )
-    )
+    method in the free variables, after damped steps as long as they descend."""
     lower, upper = np.asarray(problem.lower), np.asarray(problem.upper)
-    best, least, lowest = x, np.inf, np.inf
+    value_and_grad = jax.value_and_grad(problem.value_fn)
+    compiled = jax.jit(lambda x: (*value_and_grad(x), jax.hessian(problem.value_fn)(x)))
+
+    def derivatives(x: np.ndarray) -> Any:
+        return tuple(map(np.asarray, compiled(x)))
+
+    def stepped(x: np.ndarray, grad: Any, hessian: Any, damping: float) -> np.ndarray:
+        free = ~(((x <= lower) & (grad > 0)) | ((x >= upper) & (grad < 0)))
+        values, vectors = np.linalg.eigh(hessian[np.ix_(free, free)])
+        sizes = np.abs(values) if damping else values
+        sizes = sizes + max(damping, 1e-16) * np.max(np.abs(values), initial=1e-300)
+        step = vectors @ ((vectors.T @ grad[free]) / sizes)
+        new = x.copy()
+        new[free] = np.clip(x[free] - step, lower[free], upper[free])
+        return new
+
+    here, damping = derivatives(x), 1e-6
+    for _ in range(DAMPED_STEPS):
+        if not np.isfinite(here[2]).all() or damping > 1e3:
+            break
+        new = stepped(x, *here[1:], damping)
+        there = derivatives(new)
+        if there[0] < here[0]:
+            x, here, damping = new, there, max(damping / 10, 1e-16)
+        else:
+            damping *= 10
+    best, least, lowest = x, np.inf, float(here[0])
     for _ in range(20):
-        value, grad, hessian = map(np.asarray, derivatives(x))
-        size = float(bounded.projected(x, grad, lower, upper))
-        lowest = min(lowest, float(value))
-        if not np.isfinite(hessian).all() or value - lowest > 1e-12 * abs(lowest):
+        size = float(bounded.projected(x, here[1], lower, upper))
+        lowest = min(lowest, float(here[0]))
+        is_higher = here[0] - lowest > 1e-12 * abs(lowest)
+        if is_higher or not np.isfinite(here[2]).all():
             break
         if size < least:
             best, least = x, size
-        free = ~(((x <= lower) & (grad > 0)) | ((x >= upper) & (grad < 0)))
-        step = np.linalg.lstsq(hessian[np.ix_(free, free)], grad[free], rcond=1e-14)[0]
-        x = x.copy()
-        x[free] = np.clip(x[free] - step, lower[free], upper[free])
+        x = stepped(x, *here[1:], 0.0)
+        here = derivatives(x)
     return best
 
 
@@ -189,15 +208,17 @@ def reference(worker: race.Worker, name: str, kind: str) -> dict[str, Any]:
         row = worker.ask(end, name, kind, run)
         if "unsuitable" in row:
             return row
+        if row.get("error", "").startswith("FileNotFoundError"):
+            return {"unsuitable": "missing data"}
         if "f" in row and np.isfinite([row["f"], row["pg"]]).all():
             ends.append(row)
         elif run == RUNS[0]:
-            return {"unsuitable": row.get("error", "no finite end")}
+            return {"unsuitable": row.get("error", "no finite end").split(":")[0]}
     f_ref = min(row["f"] for row in ends)
     unit = max(1.0, abs(f_ref))
     lowest = [row for row in ends if row["f"] - f_ref <= 1e-9 * unit]
     best = min(lowest, key=lambda row: row["pg"])
-    if best["pg"] > 1e-5 * unit:
+    if best["pg"] > 1e-6 * unit:
         return {"unsuitable": f"projected gradient {best['pg']:.1e}"}
     if best["size_at_start"] <= max(1e-6 * unit, 10 * best["pg"]):
         return {"unsuitable": "the start meets criterion (a)"}
@@ -220,15 +241,17 @@ def main() -> None:
     record = json.loads(place.read_text()) if place.exists() else empty
     worker = race.Worker()
     for name, kind in [*candidates(), *((name, "fit") for name in FITS)]:
-        chosen = record["fits" if kind == "fit" else "problems"]
-        if name in chosen or name in record["unsuitable"]:
+        which = "fits" if kind == "fit" else "problems"
+        if name in record[which] or name in record["unsuitable"]:
             continue
         found = reference(worker, name, kind)
         print(name, "chosen" if "f_ref" in found else found["unsuitable"], flush=True)
         if "f_ref" in found:
-            chosen[name] = found
+            record[which][name] = found
         else:
-            record["unsuitable"][name] = found["unsuitable"].split(":")[0]
+            record["unsuitable"][name] = found["unsuitable"]
+        for part in ("problems", "fits", "unsuitable"):
+            record[part] = dict(sorted(record[part].items()))
         place.write_text(json.dumps(record, indent=1) + "\n")
     worker.close()
 

@@ -144,7 +144,7 @@ def scipy_minimize(method: str, problem: Bounded) -> tuple[Outcome, bool]:
         "TNC": {"ftol": 0.0, "xtol": 0.0, "gtol": 0.0, "maxfun": 100 * MAX_ITERATIONS},
         "SLSQP": {"ftol": 1e-15, "maxiter": MAX_ITERATIONS},
         "trust-constr": {
-            "gtol": problem.gradient,
+            "gtol": 0.0,  # it would ignore the complementarity
             "xtol": 1e-12,
             "barrier_tol": 1e-12,
             "maxiter": MAX_ITERATIONS,
