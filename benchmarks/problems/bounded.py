@@ -3,7 +3,8 @@ CUTEst's bounded minimization as `sif2jax` defines it, and fits of NIST's data s
 an active bound.
 
 `bounded.json` holds, per problem, the lowest value `f_ref` and the smallest projected
-gradient `pg_floor` that the runs of `python -m benchmarks.bounded_references` reached.
+gradient `pg_floor` that the runs of `python -m benchmarks.bounded_references` reached,
+and the number of parameters at a bound there, `active`.
 The projected gradient is `x - clip(x - g, lower, upper)`, and its size is its largest
 entry. A run has solved a problem by criterion (a) if the size is at most
 `max(1e-6 max(1, |f_ref|), 10 pg_floor)`, and by (b) as in `cutest.py`. Every second
