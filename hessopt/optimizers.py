@@ -25,6 +25,8 @@ from hessopt.transforms.linesearch import scale_by_wolfe_linesearch
 from hessopt.transforms.newton import scale_by_newton
 from hessopt.transforms.newton_cg import Preconditioner, scale_by_newton_cg
 from hessopt.transforms.optax_linesearch import fitted
+from hessopt.transforms.within import keep_within
+from hessopt.trees.boxes import Bounds, check_bounds
 from hessopt.trees.groups import Groups
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
@@ -52,6 +54,7 @@ def newton(
     blocks: Groups = "all",
     update_every: int = 1,
     curvature: str | CurvatureFn | Curvature = "hessian",
+    bounds: Bounds | None = None,
     linesearch: optax.GradientTransformation | None = CAPPED_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
     """Damped Newton method with a line search.
@@ -109,8 +112,9 @@ def newton(
         blocks=blocks,
         update_every=update_every,
         curvature=curvature,
+        bounds=bounds,
     )
-    return _descend(direction, learning_rate, linesearch)
+    return _descend(direction, learning_rate, linesearch, bounds)
 
 
 @injectable
@@ -193,6 +197,7 @@ def newton_cg(
     preconditioner: Preconditioner | None = None,
     warm_start: bool = False,
     rematerialize: bool = False,
+    bounds: Bounds | None = None,
     linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
     """Newton-CG with a line search: a second-order method without a matrix.
@@ -241,8 +246,9 @@ def newton_cg(
         preconditioner=preconditioner,
         warm_start=warm_start,
         rematerialize=rematerialize,
+        bounds=bounds,
     )
-    return _descend(direction, learning_rate, linesearch)
+    return _descend(direction, learning_rate, linesearch, bounds)
 
 
 @injectable
@@ -251,6 +257,7 @@ def bfgs(
     *,
     formula: str | Formula = "bfgs",
     on_bad_curvature: str = "skip",
+    bounds: Bounds | None = None,
     linesearch: optax.GradientTransformation | None = QUADRATIC_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
     """BFGS, or another method of the Broyden class, with a line search.
@@ -288,9 +295,10 @@ def bfgs(
     Source: see `scale_by_bfgs`.
     """
     return _descend(
-        scale_by_bfgs(formula, on_bad_curvature=on_bad_curvature),
+        scale_by_bfgs(formula, on_bad_curvature=on_bad_curvature, bounds=bounds),
         learning_rate,
         linesearch,
+        bounds,
     )
 
 
@@ -301,6 +309,7 @@ def lbfgs(
     memory_size: int = 10,
     same_batch_pairs: bool = False,
     memory_dtype: jax.typing.DTypeLike | None = None,
+    bounds: Bounds | None = None,
     linesearch: optax.GradientTransformation | None = DEFAULT_LINESEARCH,
 ) -> optax.GradientTransformationExtraArgs:
     """L-BFGS with a line search.
@@ -338,9 +347,12 @@ def lbfgs(
     Source: see `scale_by_lbfgs`.
     """
     direction = scale_by_lbfgs(
-        memory_size, same_batch_pairs=same_batch_pairs, memory_dtype=memory_dtype
+        memory_size,
+        same_batch_pairs=same_batch_pairs,
+        memory_dtype=memory_dtype,
+        bounds=bounds,
     )
-    return _descend(direction, learning_rate, linesearch)
+    return _descend(direction, learning_rate, linesearch, bounds)
 
 
 @injectable
@@ -605,6 +617,7 @@ def _descend(
     direction: optax.GradientTransformation,
     learning_rate: optax.ScalarOrSchedule | None,
     linesearch: optax.GradientTransformation | None,
+    bounds: Bounds | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Chain a direction with the sign change, the learning rate and a line search."""
     sign = (
@@ -613,4 +626,22 @@ def _descend(
         else optax.scale_by_learning_rate(learning_rate)
     )
     search = [] if linesearch is None else [fitted(linesearch)]
+    if check_bounds(bounds) is not None:
+        search = [_bounded(linesearch, bounds)]
     return optax.with_extra_args_support(optax.chain(direction, sign, *search))
+
+
+def _bounded(
+    linesearch: optax.GradientTransformation | None, bounds: Bounds | None
+) -> optax.GradientTransformation:
+    """Return a default line search with bounds, a projection in place of None, or
+    another search as it is."""
+    if linesearch is None:
+        return keep_within(bounds)
+    if linesearch is CAPPED_LINESEARCH:
+        return scale_by_wolfe_linesearch(max_rate=1.0, bounds=bounds)
+    if linesearch is QUADRATIC_LINESEARCH:
+        return scale_by_wolfe_linesearch(initial_guess="quadratic", bounds=bounds)
+    if linesearch is DEFAULT_LINESEARCH:
+        return scale_by_wolfe_linesearch(bounds=bounds)
+    return linesearch

@@ -36,9 +36,11 @@ if TYPE_CHECKING:
     from hessopt.transforms.generalized_newton import Parabola as Parabola
     from hessopt.transforms.linesearch import InitialGuess as InitialGuess
     from hessopt.transforms.newton_cg import Preconditioner as Preconditioner
+    from hessopt.trees.boxes import Bounds as Bounds
     from hessopt.trees.groups import Groups as Groups
 else:
     _HOMES = {
+        "Bounds": "trees.boxes",
         "Call": "kinds.protocol",
         "Curvature": "calculus.curvature",
         "CurvatureFn": "calculus.curvature",
@@ -137,6 +139,9 @@ class StepStatus(enum.IntFlag):
     """The safeguard shortened the step."""
     NO_CURVATURE = enum.auto()
     """The curvature matrix is zero and does not determine the length of the step."""
+    OUTSIDE_BOUNDS = enum.auto()
+    """The parameters were outside of their bounds; the step leads to the nearest point
+    within."""
     FAILURES = (
         NONFINITE
         | NOT_DESCENT

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from hessopt.kinds.faces import box_in
 from hessopt.kinds.line_searches import accepted
 from hessopt.kinds.reports import Report, evaluations, failed, reports
 from hessopt.numerics.guards import divide, or_one, select
@@ -23,6 +24,7 @@ from hessopt.objective.binding import (
     informed_update,
     precompose,
 )
+from hessopt.trees.boxes import Box, free_part, outward, projected
 from hessopt.trees.vectors import applied, inner, largest, strongly_typed
 from hessopt.typing import Aux, Data, Params, Termination, ValueFn
 
@@ -65,7 +67,8 @@ class Point(NamedTuple):
     params: Params
     value: jax.Array
     grad: Params
-    size: jax.Array  # scalar, largest magnitude in grad
+    # scalar, largest magnitude in grad, of the entries that no bound holds
+    size: jax.Array
 
 
 class Limits(NamedTuple):
@@ -133,12 +136,20 @@ def objective_and_aux(
     return both, lambda params: None
 
 
-def evaluate(objective: ValueFn, params: Params) -> Point:
+def evaluate(objective: ValueFn, params: Params, box: Box | None = None) -> Point:
     """Evaluate the value and the gradient; complex leaves of the gradient follow
     optax's convention."""
     value, grad = strongly_typed(jax.value_and_grad(objective)(params))
     grad = jax.tree.map(jnp.conj, grad)
-    return Point(params, value, grad, largest(grad))
+    return Point(params, value, grad, _size(params, grad, box))
+
+
+def _size(params: Params, grad: Params, box: Box | None) -> jax.Array:
+    """Return the largest magnitude in the gradient of the entries that no bound
+    holds."""
+    if box is None:
+        return largest(grad)
+    return largest(free_part(outward(box, params, grad), grad))
 
 
 def begin(
@@ -149,16 +160,18 @@ def begin(
     limits: Limits,
 ) -> Run:
     """Evaluate the starting point and test for termination: a run may end before its
-    first step."""
-    here, extent = (
-        evaluate(objective_and_aux(problem, data)[0], params),
-        largest(params),
-    )
+    first step. A start outside of bounds is replaced by the nearest point within."""
+    state = strongly_typed(problem.tx.init(params)) if state is None else state
+    box = box_in(state, params)
+    if box is not None:
+        params = projected(box, params)
+    here = evaluate(objective_and_aux(problem, data)[0], params, box)
+    extent = largest(params)
     scale = jnp.maximum(jnp.abs(here.value), here.size * or_one(extent))
     run = Run(
         here=here,
         best=here,
-        state=strongly_typed(problem.tx.init(params)) if state is None else state,
+        state=state,
         start_value=here.value,
         start_size=here.size,
         extent=extent,
@@ -211,7 +224,12 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
 
     # f and g at x+, which a line search has computed already
     kept = accepted(state, (old.value, old.grad))
-    here = _reused(params, kept, old, move) if kept else evaluate(objective, params)
+    box = box_in(state, params)
+    here = (
+        _reused(params, kept, old, move, box)
+        if kept
+        else evaluate(objective, params, box)
+    )
 
     # the evaluations of this step, and whether a step of zero is a failure
     found = reports(state, run.state)
@@ -266,13 +284,17 @@ def _updated(
 
 
 def _reused(
-    params: Params, kept: tuple[jax.Array, Params], old: Point, move: jax.Array
+    params: Params,
+    kept: tuple[jax.Array, Params],
+    old: Point,
+    move: jax.Array,
+    box: Box | None,
 ) -> Point:
     """Return the point with the value and gradient that a line search has kept. After a
     step of zero they are those of the old point: a search may have kept others."""
     found = kept[0], jax.tree.map(jnp.conj, kept[1])
     value, grad = select(move == 0, (old.value, old.grad), found)
-    return Point(params, value, grad, largest(grad))
+    return Point(params, value, grad, _size(params, grad, box))
 
 
 def _is_better(here: Point, best: Point) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from hessopt.trees.boxes import Box
 from hessopt.trees.vectors import strongly_typed
 from hessopt.typing import Params, ValueFn
 
@@ -29,6 +30,7 @@ class LinesearchState(NamedTuple):
     grad: Params  # result of `jax.grad` at that point, a tree like params
     # scalar, decrease of the objective in the last nonzero step; 0 at the start
     fall: jax.Array
+    box: Box | None  # bounds, trees like params; None without bounds
     info: LinesearchInfo
 
 

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from hessopt.numerics.cholesky import cholesky_solve
 from hessopt.numerics.guards import matmul, or_one, select
 from hessopt.typing import Matrix, Vector
 
@@ -201,3 +202,29 @@ def folded(H: InverseHessian) -> InverseHessian:
 def dense(H: InverseHessian) -> Matrix:
     """Return the matrix `(n, n)`, exactly symmetric."""
     return folded(H).base
+
+
+def reduced_product(H: InverseHessian, g: Vector, free: Vector) -> Vector:
+    """Return the product of g with the inverse of the free block of `B = H^-1`; zero in
+    the other entries, as g is.
+
+    Multipliers m of the held entries A make `H (g + m)` zero there, `H_AA m = -(H g)_A`.
+    If rounding leaves no positive definite H_AA, m is zero; `g'H g` is positive still.
+
+    Args:
+      H: the inverse Hessian.
+      g: `(n,)`, zero in held entries.
+      free: `(n,)` bools.
+
+    Cost: one Cholesky factorization, `n^3/3` multiplications.
+    """
+    matrix, held = dense(H), ~free
+    p = matmul(matrix, g)
+    t = jax.lax.rsqrt(or_one(jnp.diagonal(matrix)))
+    block = jnp.where(held & held[:, None], matrix * t * t[:, None], 0.0)
+    factor = jax.lax.linalg.cholesky(
+        block + jnp.diag(free.astype(p.dtype)), symmetrize_input=False
+    )
+    m = -t * cholesky_solve(factor, jnp.where(held, t * p, 0.0))
+    solved = jnp.all(jnp.isfinite(m))
+    return jnp.where(free, p + jnp.where(solved, matmul(matrix, m), 0.0), 0.0)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hessopt.numerics.guards import divide, matmul
+from hessopt.numerics.guards import divide, matmul, or_one
 from hessopt.typing import Matrix, Vector
 
 
@@ -81,6 +81,38 @@ def coefficients(
     D = divide(1.0, jnp.diagonal(R_inv), used)
     inner = jnp.where(used, D * u + gamma * (matmul(YY, u) - Y_g), 0.0)
     return jnp.where(used, matmul(inner, R_inv), 0.0), -gamma * u
+
+
+def reduced_coefficients(
+    compact: Compact, S_g: Vector, Y_g: Vector, gamma: jax.Array, gram: Matrix
+) -> tuple[Vector, Vector]:
+    """Compute v and w of `gamma g + S v + Y w`, the product of g with the inverse of
+    the free block of the BFGS matrix, for a g that is zero in held entries.
+
+    With `Z = (S, Y)`, `H = gamma I + Z K Z'` and G = Z_A' Z_A, where A are the held
+    entries, multipliers of the held entries that make the product zero there yield
+
+        (I + K G / gamma) c = K Z'g,    c = (v, w).
+
+    Args:
+      compact: products among the k slots.
+      S_g, Y_g: `(k,)`, products of g with the pairs.
+      gamma: scalar, scale of the initial matrix.
+      gram: `(2 k, 2 k)`, G, ordered as c.
+    """
+
+    def K(column: Vector) -> Vector:
+        return jnp.concatenate(coefficients(compact, *jnp.split(column, 2), gamma))
+
+    used = jnp.tile(compact.used, 2)
+    gram = jnp.where(used & used[:, None], gram, 0.0)
+    # s and y have different units
+    size = jnp.sqrt(or_one(jnp.diagonal(gram)))
+    K_G = jax.vmap(K, in_axes=1, out_axes=1)(gram)
+    matrix = jnp.eye(len(gram)) + size[:, None] * K_G / (gamma * size)
+    c = jnp.linalg.solve(matrix, size * K(jnp.concatenate([S_g, Y_g]))) / size
+    v, w = jnp.split(c, 2)
+    return v, w
 
 
 def emptied(compact: Compact) -> Compact:

@@ -14,7 +14,8 @@ increases, is higher than at `low`, or is not finite.
 
 Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 3.5; Hager and
 Zhang, "A new conjugate gradient method with guaranteed descent and an efficient line
-search", 2005, section 4.
+search", 2005, section 4; Ferry, Gill, Wong and Zhang, "Projected-search methods for
+bound-constrained optimization", 2024, for bounds.
 """
 
 from typing import NamedTuple
@@ -119,10 +120,20 @@ def begin(first: jax.Array, noise: jax.Array, max_rate: jax.Array) -> Bracket:
 
 
 def advance(
-    bracket: Bracket, value: jax.Array, slope: jax.Array, conditions: Conditions
+    bracket: Bracket,
+    value: jax.Array,
+    slope: jax.Array,
+    conditions: Conditions,
+    promise: jax.Array | None = None,
 ) -> Bracket:
     """Update the bracket with psi and psi' at `bracket.trial`, and choose the next
-    trial."""
+    trial.
+
+    On a path that is projected to bounds, psi' is that of the entries that still move,
+    and `promise` is the decrease that the gradient at the start promises for the step
+    taken, at most t. The slope jumps up where an entry reaches its bound, so only a
+    lower limit is required of it (Ferry, Gill, Wong and Zhang).
+    """
     c1, c2, max_rate, max_steps, max_bracketed = conditions
     low, high, noise, t = bracket.low, bracket.high, bracket.noise, bracket.trial
     finite = jnp.isfinite(value) & jnp.isfinite(slope)
@@ -130,8 +141,8 @@ def advance(
         t, jnp.where(finite, value, jnp.inf), jnp.where(finite, slope, jnp.inf)
     )
 
-    decreased = here.value <= -c1 * t
-    flat = jnp.abs(here.slope) <= c2
+    decreased = here.value <= -c1 * (t if promise is None else promise)
+    flat = (jnp.abs(here.slope) if promise is None else -here.slope) <= c2
     capped = decreased & (here.slope < 0) & (t >= max_rate)
     accepted = (flat & (decreased | (jnp.abs(here.value) <= noise))) | capped
 

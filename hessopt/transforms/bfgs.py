@@ -23,8 +23,16 @@ from hessopt.numerics import broyden
 from hessopt.numerics.broyden import FORMULAS, Formula
 from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.numerics.secant import accepts, first_scale
+from hessopt.trees.boxes import Bounds, Box, box_of, check_bounds, count, face
 from hessopt.trees.sharding import zeros
-from hessopt.trees.vectors import eps, inner, inner_products, ravel, unravel
+from hessopt.trees.vectors import (
+    eps,
+    inner,
+    inner_products,
+    ravel,
+    ravel_mask,
+    unravel,
+)
 from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
 
 FOLD_PERIOD = 16
@@ -58,6 +66,8 @@ class BfgsInfo(NamedTuple):
     # v the updates, in units of f
     predicted: jax.Array
     evaluations: jax.Array  # int32 scalar, of the objective; always 0
+    # int32 scalar, entries held at bounds; None without bounds
+    held: jax.Array | None
 
 
 class BfgsState(NamedTuple):
@@ -73,12 +83,16 @@ class BfgsState(NamedTuple):
     gamma: jax.Array
     # H for scaled gradients; if info.pairs is 0, the next pair restarts it
     inverse: broyden.InverseHessian
+    box: Box | None  # bounds, trees like params; None without bounds
     info: BfgsInfo
 
 
 @injectable
 def scale_by_bfgs(
-    formula: str | Formula = "bfgs", *, on_bad_curvature: str = "skip"
+    formula: str | Formula = "bfgs",
+    *,
+    on_bad_curvature: str = "skip",
+    bounds: Bounds | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply the gradient by a dense quasi-Newton approximation H of the inverse
     Hessian.
@@ -143,8 +157,10 @@ def scale_by_bfgs(
     options = _Options(
         formula=choose("formula", formula, FORMULAS),
         damps=on_bad_curvature == "powell",
+        bounds=check_bounds(bounds),
     )
-    return transformation("scale_by_bfgs", _init, functools.partial(_step, options))
+    init, step = functools.partial(_init, options), functools.partial(_step, options)
+    return transformation("scale_by_bfgs", init, step)
 
 
 _T = TypeVar("_T")
@@ -155,9 +171,10 @@ class _Options(NamedTuple):
 
     formula: Formula
     damps: bool
+    bounds: Bounds | None
 
 
-def _init(params: Params) -> BfgsState:
+def _init(options: _Options, params: Params) -> BfgsState:
     vector = jax.eval_shape(ravel, params)
     room = 0 if vector.size <= MAX_DIRECT_SIZE else FOLD_PERIOD
     shape: Any = jax.ShapeDtypeStruct
@@ -168,9 +185,14 @@ def _init(params: Params) -> BfgsState:
         last=shape((3, vector.size), vector.dtype),
         gamma=scalar,
         inverse=broyden.shapes(vector.size, room, vector.dtype),
-        info=BfgsInfo(count, count, count, count, scalar, count),
+        box=None,
+        info=BfgsInfo(
+            *(count, count, count, count, scalar, count),
+            None if options.bounds is None else count,
+        ),
     )
-    return zeros(state, params)
+    box = box_of(options.bounds, params, caller="scale_by_bfgs")
+    return zeros(state, params)._replace(box=box)
 
 
 class _PerVector(NamedTuple, Generic[_T]):
@@ -262,6 +284,9 @@ def _step(
 
     # H+ v, then H+ in the form that the next step uses
     direction = _direct(call, found, facts, memory)
+    held = None
+    if state.box is not None:
+        direction, held = _on_face(call, state.box, found, facts, memory, direction)
     inverse = _settle(facts, memory, direction)
 
     # H g is not needed if the next pair restarts H
@@ -274,7 +299,8 @@ def _step(
         last=select(facts.finite, last, state.last),
         gamma=facts.gamma,
         inverse=inverse,
-        info=_report(state.info, facts, memory, direction, factor),
+        box=state.box,
+        info=_report(state.info, facts, memory, direction, factor)._replace(held=held),
     )
 
 
@@ -435,6 +461,36 @@ def _direct(call: Call, found: _Measured, facts: _Facts, memory: _Memory) -> _Di
     return _Direction(p, plain, lost, jnp.where(facts.finite, slope, 0.0))
 
 
+def _on_face(
+    call: Call,
+    box: Box,
+    found: _Measured,
+    facts: _Facts,
+    memory: _Memory,
+    direction: _Direction,
+) -> tuple[_Direction, jax.Array]:
+    """Return the direction in the free entries, with the others led to their bounds,
+    and the number of these.
+
+    Held entries are those that a gradient step of length gamma leads to a bound.
+    """
+    reach = first_scale(facts.gamma, found.vv)
+    reach = jax.tree.map(lambda _: reach, call.params)
+    side = face(box, call.params, call.updates, reach)
+    free, ahead = ~ravel_mask(side.held, call.params), ravel(side.ahead)
+    v = jnp.where(free, found.v, 0.0)
+    p = jax.lax.cond(
+        jnp.any(~free),
+        lambda: broyden.reduced_product(memory.inverse, v, free),
+        lambda: direction.p,
+    )
+    descends = (inner(v, p) > 0) & ~direction.plain
+    p = jnp.where(descends, p, first_scale(facts.gamma, inner(v, v)) * v)
+    p = jnp.where(free, p, ahead.astype(p.dtype))
+    slope = jnp.where(facts.finite, inner(found.v, p), 0.0)
+    return direction._replace(p=p, slope=slope), count(side.held)
+
+
 def _settle(
     facts: _Facts, memory: _Memory, direction: _Direction
 ) -> broyden.InverseHessian:
@@ -471,6 +527,7 @@ def _report(
         resets=old.resets + reset.astype(jnp.int32),
         predicted=direction.slope / (2 * factor),
         evaluations=jnp.zeros((), jnp.int32),
+        held=None,
     )
 
 

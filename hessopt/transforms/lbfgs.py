@@ -22,9 +22,20 @@ import optax
 from hessopt._checks import check_count, injectable
 from hessopt.kinds.protocol import Call, in_own_unit, transformation
 from hessopt.numerics import compact
-from hessopt.numerics.guards import select
+from hessopt.numerics.guards import select, zero_unless
 from hessopt.numerics.secant import accepts, first_scale, to_unit_length
 from hessopt.trees import stacks
+from hessopt.trees.boxes import (
+    Bounds,
+    Box,
+    Face,
+    box_of,
+    check_bounds,
+    completed,
+    count,
+    face,
+    free_part,
+)
 from hessopt.trees.sharding import stack_of, zeros
 from hessopt.trees.vectors import eps, inner, inner_products, solve_dtype
 from hessopt.typing import Matrix, Params, StepStatus, Vector, step_status
@@ -50,6 +61,8 @@ class LbfgsInfo(NamedTuple):
     predicted: jax.Array
     # int32 scalar, of the objective's gradient: 1 with same_batch_pairs, else 0
     evaluations: jax.Array
+    # int32 scalar, entries held at bounds; None without bounds
+    held: jax.Array | None
 
 
 class LbfgsState(NamedTuple):
@@ -65,6 +78,7 @@ class LbfgsState(NamedTuple):
     # (m, 2), S'old_grad and Y'old_grad; None with same_batch_pairs
     products: Any
     compact: compact.Compact  # products among the pairs
+    box: Box | None  # bounds, trees like params; None without bounds
     info: LbfgsInfo
 
 
@@ -74,6 +88,7 @@ def scale_by_lbfgs(
     *,
     same_batch_pairs: bool = False,
     memory_dtype: jax.typing.DTypeLike | None = None,
+    bounds: Bounds | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply the gradient by the limited-memory BFGS approximation of the inverse
     Hessian.
@@ -138,7 +153,9 @@ def scale_by_lbfgs(
             f"got {memory_dtype}"
         )
 
-    options = _Options(memory_size, same_batch_pairs, memory_dtype)
+    options = _Options(
+        memory_size, same_batch_pairs, memory_dtype, check_bounds(bounds)
+    )
     init, step = functools.partial(_init, options), functools.partial(_step, options)
     name, needs = "scale_by_lbfgs", ()
     if same_batch_pairs:
@@ -152,6 +169,7 @@ class _Options(NamedTuple):
     memory_size: int
     same_batch_pairs: bool
     memory_dtype: jax.typing.DTypeLike | None
+    bounds: Bounds | None
 
 
 class _Pair(NamedTuple):
@@ -192,6 +210,15 @@ class _Memory(NamedTuple):
     u: jax.Array  # (m, 2), S'u and Y'u
 
 
+class _Free(NamedTuple):
+    """The updates u in the free entries, and the face that holds the others."""
+
+    u: Params
+    uu: jax.Array  # scalar, |u|^2
+    face: Face | None  # None without bounds
+    held: jax.Array | None  # int32 scalar, number of held entries
+
+
 class _Weights(NamedTuple):
     """The coefficients of `H u = gamma u + S v + Y w`."""
 
@@ -219,9 +246,14 @@ def _init(options: _Options, params: Params) -> LbfgsState:
         gg=scalar,
         products=None if options.same_batch_pairs else shape((m, 2), dtype),
         compact=compact.shapes(m, dtype),
-        info=LbfgsInfo(count, count, count, scalar, scalar, count),
+        box=None,
+        info=LbfgsInfo(
+            *(count, count, count, scalar, scalar, count),
+            None if options.bounds is None else count,
+        ),
     )
-    return zeros(state, params)
+    box = box_of(options.bounds, params, caller="scale_by_lbfgs")
+    return zeros(state, params)._replace(box=box)
 
 
 def _memory_dtype(options: _Options, leaf: jax.Array) -> jnp.dtype:
@@ -248,8 +280,11 @@ def _step(
 
     # H u = gamma u + S v + Y w for the updates u; if u'H u <= 0 by rounding, the
     # direction is u scaled to unit length, and the memory is emptied
-    weights, slope, lost = _weigh(memory, verdict, pair.uu)
-    direction = _direct(call, memory, weights, verdict)
+    free = _release(call, state, memory, pair.uu)
+    weights, slope, lost = _weigh(memory, verdict, free)
+    direction = _direct(call, memory, weights, verdict, free)
+    if free.face is not None:
+        slope = inner(direction, call.updates)
     small = select(lost, compact.emptied(memory.compact), memory.compact)
 
     def kept(new: Any, old: Any) -> Any:
@@ -269,6 +304,7 @@ def _step(
         gg=kept(pair.gg, state.gg),
         products=kept(memory.g, state.products),
         compact=small,
+        box=state.box,
         info=LbfgsInfo(
             status=step_status(status),
             pairs=jnp.sum(small.used, dtype=jnp.int32),
@@ -276,6 +312,7 @@ def _step(
             scale=weights.gamma * factor,
             predicted=jnp.where(verdict.finite, slope / 2, 0.0) / factor,
             evaluations=jnp.int32(options.same_batch_pairs),
+            held=free.held,
         ),
     )
 
@@ -396,18 +433,30 @@ def _remember(
     )
 
 
+def _release(call: Call, state: LbfgsState, memory: _Memory, uu: jax.Array) -> _Free:
+    """Return the updates in the free entries: all but those that a gradient step with
+    the scale of the initial matrix leads to a bound."""
+    if state.box is None:
+        return _Free(call.updates, uu, None, None)
+    reach = first_scale(memory.compact.gamma, uu)
+    held = face(
+        state.box, call.params, call.updates, jax.tree.map(lambda _: reach, call.params)
+    )
+    u = free_part(held.held, call.updates)
+    return _Free(u, inner(u, u), held, count(held.held))
+
+
 def _weigh(
-    memory: _Memory, verdict: _Verdict, uu: jax.Array
+    memory: _Memory, verdict: _Verdict, free: _Free
 ) -> tuple[_Weights, jax.Array, jax.Array]:
     """Return the weights of H u, or those of u at unit length if u'H u <= 0 by
     rounding; the slope u'H u; and whether it was not positive."""
-    small = memory.compact
-    S_u, Y_u = memory.u.T
+    small, uu = memory.compact, free.uu
 
     # the initial matrix is gamma I, with gamma = s'y / y'y of the newest pair
     has_scale = jnp.any(small.used) & (small.gamma > 0)
     gamma = jnp.where(has_scale, small.gamma, first_scale(small.gamma, uu))
-    v, w = compact.coefficients(small, S_u, Y_u, gamma)
+    (S_u, Y_u), v, w = _combine(memory, gamma, free)
     weights = _Weights(gamma=gamma, v=v, w=w)
 
     # u'H u = gamma u'u + v'S'u + w'Y'u
@@ -418,8 +467,33 @@ def _weigh(
     return select(lost, unit, weights), slope, lost
 
 
+def _combine(
+    memory: _Memory, gamma: jax.Array, free: _Free
+) -> tuple[jax.Array, Vector, Vector]:
+    """Return S'u and Y'u, and the coefficients v and w of the pairs."""
+
+    def whole() -> tuple[jax.Array, Vector, Vector]:
+        return memory.u.T, *compact.coefficients(memory.compact, *memory.u.T, gamma)
+
+    if free.held is None:
+        return whole()
+
+    # the pairs in held entries do not count
+    def reduced() -> tuple[jax.Array, Vector, Vector]:
+        zero = jnp.zeros_like(memory.u)
+        (products,) = stacks.products(zero, memory.pairs, free.u)
+        m = len(zero)
+        none = jnp.zeros((m, 2, m, 2), zero.dtype)
+        gram = stacks.gram(none, memory.pairs, free.face.held)
+        gram = gram.transpose(1, 0, 3, 2).reshape(2 * m, 2 * m)
+        found = compact.reduced_coefficients(memory.compact, *products.T, gamma, gram)
+        return products.T, *found
+
+    return jax.lax.cond(free.held > 0, reduced, whole)
+
+
 def _direct(
-    call: Call, memory: _Memory, weights: _Weights, verdict: _Verdict
+    call: Call, memory: _Memory, weights: _Weights, verdict: _Verdict, free: _Free
 ) -> optax.Updates:
     """Return `gamma u + S v + Y w`, in one pass over the memory, or zero if the call is
     not finite."""
@@ -429,4 +503,7 @@ def _direct(
     def sum_of(u: jax.Array, part: jax.Array) -> jax.Array:
         return jnp.where(verdict.finite, weights.gamma * u + part, 0.0).astype(u.dtype)
 
-    return jax.tree.map(sum_of, call.updates, combined)
+    direction = jax.tree.map(sum_of, free.u, combined)
+    if free.face is None:
+        return direction
+    return zero_unless(verdict.finite, completed(free.face, direction))

@@ -25,6 +25,17 @@ from hessopt.kinds.line_searches import LinesearchInfo, LinesearchState
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics import wolfe
 from hessopt.numerics.guards import select
+from hessopt.trees.boxes import (
+    Bounds,
+    Box,
+    box_of,
+    check_bounds,
+    free_part,
+    is_outside,
+    outward,
+    projected,
+    step_within,
+)
 from hessopt.trees.sharding import beside
 from hessopt.trees.vectors import (
     applied,
@@ -68,6 +79,7 @@ def scale_by_wolfe_linesearch(
     curv_rtol: float = 0.9,
     max_rate: float | None = None,
     initial_guess: str | InitialGuess = "one",
+    bounds: Bounds | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Scale the update to a step that satisfies the Wolfe conditions.
 
@@ -129,10 +141,10 @@ def scale_by_wolfe_linesearch(
 
     limit = math.inf if max_rate is None else max_rate
     conditions = wolfe.Conditions(slope_rtol, curv_rtol, limit, max_steps, max_steps)
-    options = _Options(conditions, guess)
+    options = _Options(conditions, guess, check_bounds(bounds))
     return transformation(
         "scale_by_wolfe_linesearch",
-        _init,
+        functools.partial(_init, options),
         functools.partial(_step, options),
         needs=("value_fn", "value", "grad"),
     )
@@ -143,6 +155,7 @@ class _Options(NamedTuple):
 
     conditions: wolfe.Conditions
     guess: InitialGuess
+    bounds: Bounds | None
 
 
 class _Start(NamedTuple):
@@ -165,7 +178,7 @@ class _Accepted(NamedTuple):
     grad: Params  # result of `jax.grad` at this trial
 
 
-def _init(params: Params) -> LinesearchState:
+def _init(options: _Options, params: Params) -> LinesearchState:
     dtype, count = solve_dtype(params), jnp.zeros((), jnp.int32)
     state = LinesearchState(
         count=count,
@@ -174,6 +187,7 @@ def _init(params: Params) -> LinesearchState:
             lambda leaf: jnp.full_like(leaf, jnp.inf), strongly_typed(params)
         ),
         fall=jnp.zeros((), dtype),
+        box=None,
         info=LinesearchInfo(
             status=jnp.zeros((), jnp.int32),
             rate=jnp.zeros((), dtype),
@@ -181,12 +195,16 @@ def _init(params: Params) -> LinesearchState:
             evaluations=jnp.zeros((), jnp.int32),
         ),
     )
-    return beside(state, params)
+    box = box_of(options.bounds, params, caller="scale_by_wolfe_linesearch")
+    return beside(state, params)._replace(box=box)
 
 
 def _step(
     options: _Options, call: Call, state: LinesearchState
 ) -> tuple[optax.Updates, LinesearchState]:
+    box, outside = state.box, jnp.zeros((), bool)
+    if box is not None:
+        call, outside = _along_bounds(box, call)
     u, (start, length) = call.updates, _measure(call)
 
     # the first trial; until a trial decreases phi, the best step is zero and the value
@@ -204,9 +222,10 @@ def _step(
 
     # trials until the Wolfe conditions hold: one value and gradient each
     def searching(carry: tuple[Vector, _Accepted]) -> jax.Array:
-        return start.descends & (wolfe.unpack(carry[0]).outcome == wolfe.SEARCHING)
+        goes = start.descends if box is None else start.descends | outside
+        return goes & (wolfe.unpack(carry[0]).outcome == wolfe.SEARCHING)
 
-    attempt = functools.partial(_attempt, conditions, call, start)
+    attempt = functools.partial(_attempt, conditions, box, outside, call, start)
     begin = wolfe.pack(bracket), none
     packed, found = jax.lax.while_loop(searching, attempt, begin)
     bracket = wolfe.unpack(packed)
@@ -214,15 +233,21 @@ def _step(
     rate = bracket.best.rate
     status = {
         StepStatus.NONFINITE: ~start.finite,
-        StepStatus.NOT_DESCENT: start.finite & ~start.descends & (length > 0),
+        StepStatus.NOT_DESCENT: start.finite
+        & ~start.descends
+        & ~outside
+        & (length > 0),
         StepStatus.SEARCH_FAILED: start.descends & (bracket.outcome != wolfe.ACCEPTED),
     }
+    if box is not None:
+        status[StepStatus.OUTSIDE_BOUNDS] = outside
     fallen = (start.value - found.value.astype(dtype)).astype(state.fall.dtype)
     return found.step, LinesearchState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         value=found.value,
         grad=found.grad,
         fall=jnp.where(rate > 0, fallen, state.fall),
+        box=box,
         info=LinesearchInfo(
             status=step_status(status),
             rate=rate.astype(state.fall.dtype),
@@ -230,6 +255,21 @@ def _step(
             evaluations=bracket.trials,
         ),
     )
+
+
+def _along_bounds(box: Box, call: Call) -> tuple[Call, jax.Array]:
+    """Return the call with updates that do not point outward at a bound, and whether
+    params are outside of the box; the updates then lead to the nearest point within."""
+    outside = is_outside(box, call.params)
+    nearest = jax.tree.map(jnp.subtract, projected(box, call.params), call.params)
+    u = optax.tree.cast_like(select(outside, nearest, call.updates), call.updates)
+    moving = free_part(_ended(box, call.params, u), u)
+    return call._replace(updates=select(outside, u, moving)), outside
+
+
+def _ended(box: Box, params: Params, u: optax.Updates) -> Params:
+    """Return which entries are at the bound to which u points, a tree of bools."""
+    return outward(box, params, jax.tree.map(jnp.negative, u))
 
 
 def _measure(call: Call) -> tuple[_Start, jax.Array]:
@@ -250,6 +290,8 @@ def _measure(call: Call) -> tuple[_Start, jax.Array]:
 
 def _attempt(
     conditions: wolfe.Conditions,
+    box: Box | None,
+    outside: jax.Array,
     call: Call,
     start: _Start,
     carry: tuple[Vector, _Accepted],
@@ -258,15 +300,24 @@ def _attempt(
     bracket, best = wolfe.unpack(carry[0]), carry[1]
     t, u, dtype = bracket.trial, call.updates, start.value.dtype
     step = jax.tree.map(lambda leaf: (t * leaf).astype(leaf.dtype), u)
-    value, grad = jax.value_and_grad(call.objective)(applied(call.params, step))
+    if box is not None:
+        step = step_within(box, call.params, step)
+    reached = applied(call.params, step)
+    value, grad = jax.value_and_grad(call.objective)(reached)
 
     # psi and psi', the normalized phi; the result of jax.grad is conjugated for complex
     # leaves
-    change = jnp.asarray(value, dtype) - start.value
+    change, promise = jnp.asarray(value, dtype) - start.value, None
+    if box is not None:
+        u = free_part(_ended(box, reached, u), u)
+        promise = -inner(call.grad, step).astype(dtype) * start.per_unit
     along = jnp.asarray(inner(jax.tree.map(jnp.conj, grad), u), dtype)
-    bracket = wolfe.advance(
-        bracket, change * start.per_unit, along * start.per_unit, conditions
-    )
+    change, along = change * start.per_unit, along * start.per_unit
+    if box is not None:
+        # from outside a point within is taken, whatever its value
+        taken = jnp.array([-1.0, 0.0, 1.0], dtype)
+        change, along, promise = select(outside, tuple(taken), (change, along, promise))
+    bracket = wolfe.advance(bracket, change, along, conditions, promise)
     new = jax.tree.map(
         lambda x, like: jnp.asarray(x, like.dtype), _Accepted(step, value, grad), best
     )

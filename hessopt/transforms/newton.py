@@ -38,14 +38,31 @@ from hessopt.calculus.curvature import (
     block_hessians,
     resolve,
 )
+from hessopt.kinds.faces import on_face
 from hessopt.kinds.protocol import Call, scheduled, transformation
 from hessopt.numerics.equilibration import equilibration, largest_scales
-from hessopt.numerics.guards import or_one, select, zero_unless
+from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.numerics.indefiniteness import INDEFINITE_TREATMENTS, IndefiniteTreatment
 from hessopt.numerics.norms import norm, unit_scale
+from hessopt.trees.boxes import (
+    Bounds,
+    Box,
+    Face,
+    box_of,
+    check_bounds,
+    completed,
+    count,
+    face,
+)
 from hessopt.trees.groups import Groups, check_groups, combine, group_labels, take
 from hessopt.trees.sharding import beside
-from hessopt.trees.vectors import all_finite, ravel, solve_dtype, unravel
+from hessopt.trees.vectors import (
+    all_finite,
+    ravel,
+    ravel_mask,
+    solve_dtype,
+    unravel,
+)
 from hessopt.typing import Labels, Matrix, Params, StepStatus, Vector, step_status
 
 _NOT_REUSED = (
@@ -68,6 +85,8 @@ class NewtonInfo(NamedTuple):
     # units of f
     predicted: jax.Array
     evaluations: jax.Array  # int32 scalar, of the objective besides the Hessian: 0
+    # int32 scalar, entries held at bounds; None without bounds
+    held: jax.Array | None = None
 
 
 class NewtonState(NamedTuple):
@@ -80,6 +99,7 @@ class NewtonState(NamedTuple):
     # per block (n_b,), the diagonal of D, 0 where the curvature was always 0
     scales: Params
     factors: Params  # with update_every > 1, the blocks' factors; else None
+    box: Box | None  # bounds, trees like params; None without bounds
     info: NewtonInfo
 
 
@@ -92,6 +112,7 @@ def scale_by_newton(
     blocks: Groups = "all",
     update_every: int = 1,
     curvature: str | CurvatureFn | Curvature = "hessian",
+    bounds: Bounds | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply the gradient by the inverse of the damped Hessian.
 
@@ -152,7 +173,14 @@ def scale_by_newton(
     check_count("update_every", update_every)
     check_groups("blocks", blocks)
     treatment = choose("on_indefinite", on_indefinite, INDEFINITE_TREATMENTS)
-    options = _Options(damping, treatment, blocks, update_every, resolve(curvature))
+    options = _Options(
+        damping,
+        treatment,
+        blocks,
+        update_every,
+        resolve(curvature),
+        check_bounds(bounds),
+    )
     init, step = functools.partial(_init, options), functools.partial(_step, options)
     return transformation("scale_by_newton", init, step, needs=("value_fn",))
 
@@ -165,6 +193,7 @@ class _Options(NamedTuple):
     blocks: Groups
     update_every: int
     curvature: Curvature
+    bounds: Bounds | None
 
 
 class _Blocks(NamedTuple):
@@ -197,27 +226,40 @@ def _init(options: _Options, params: Params) -> NewtonState:
             [jnp.zeros(_size(params, labels, b), dtype) for b in range(len(names))]
         ),
         factors=factors,
+        box=None,
         info=_worst([], dtype),
     )
-    return beside(state, params)
+    box = box_of(options.bounds, params, caller="scale_by_newton")
+    if box is not None:
+        held = jnp.zeros((), jnp.int32)
+        state = state._replace(info=state.info._replace(held=held))
+    return beside(state, params)._replace(box=box)
 
 
 def _step(
     options: _Options, call: Call, state: NewtonState
 ) -> tuple[optax.Updates, NewtonState]:
-    # the gradient of each block; if the value is not finite, no gradient is usable
+    # bounds hold some entries, and the others are those of a smaller problem
     labels, names = group_labels(call.params, options.blocks)
+    whole, side = call, None
+    if state.box is not None:
+        side = face(state.box, call.params, call.updates, _reach(call, state, labels))
+        call = on_face(call, side)
+
+    # the gradient of each block; if the value is not finite, no gradient is usable
     parts = [take(call.updates, labels, group) for group in range(len(names))]
     gradients = [jnp.where(call.finite, ravel(part), jnp.nan) for part in parts]
 
     # factorize H + lambda I if it is due or if the last factors cannot be used
     def factorize() -> _Blocks:
-        return _factorize(options, call, state, labels, gradients)
+        return _factorize(options, call, state, labels, gradients, side)
 
     def reuse() -> _Blocks:
         # negative curvature is reported for as long as the factor is in use
         status = state.info.status & StepStatus.NEGATIVE_CURVATURE
-        info = state.info._replace(status=status, attempts=jnp.zeros((), jnp.int32))
+        info = state.info._replace(
+            status=status, attempts=jnp.zeros((), jnp.int32), held=None
+        )
         return _Blocks(state.factors, state.shift, state.scales, info)
 
     if options.update_every > 1:
@@ -240,7 +282,11 @@ def _step(
         status |= step_status(facts)
         p = zero_unless(solved, p)
         direction = combine(p, direction)
-    slope, uphill = _slope(direction, call)
+    info, box = blocks.info, state.box
+    if side is not None:
+        direction = completed(side, direction)
+        info = info._replace(held=count(side.held))
+    slope, uphill = _slope(direction, whole)
     status |= step_status({StepStatus.NOT_DESCENT: uphill})
 
     return direction, NewtonState(
@@ -248,8 +294,19 @@ def _step(
         shift=blocks.shift,
         scales=blocks.scales,
         factors=blocks.factors if options.update_every > 1 else None,
-        info=blocks.info._replace(status=status, predicted=jnp.maximum(slope / 2, 0.0)),
+        box=box,
+        info=info._replace(status=status, predicted=jnp.maximum(slope / 2, 0.0)),
     )
+
+
+def _reach(call: Call, state: NewtonState, labels: Labels) -> Params:
+    """Return the inverse of the diagonal of D^2, a tree like params; 0 where D is not
+    known."""
+    reach = call.params
+    for group, D in enumerate(state.scales):
+        part = take(call.params, labels, group)
+        reach = combine(unravel(divide(1.0, D, D > 0) ** 2, part), reach)
+    return reach
 
 
 def _factorize(
@@ -258,6 +315,7 @@ def _factorize(
     state: NewtonState,
     labels: Labels,
     gradients: list[Vector],
+    side: Face | None,
 ) -> _Blocks:
     """Form and factorize all blocks of the curvature at params."""
     count, dtype = len(gradients), solve_dtype(call.params)
@@ -271,7 +329,11 @@ def _factorize(
     factors, shifts, scales, infos = [], [], [], []
     for group, (H, g) in enumerate(zip(matrices, gradients, strict=True)):
         before = _Block(old[group], state.shift[group], state.scales[group])
-        block, info = _factorize_block(options.treatment, H, g, lam, before)
+        held = None
+        if side is not None:
+            part = take(call.params, labels, group)
+            held = ravel_mask(take(side.held, labels, group), part)
+        block, info = _factorize_block(options.treatment, H, g, lam, before, held)
         factors.append(block.factor)
         shifts.append(block.shift)
         scales.append(block.scales)
@@ -317,16 +379,25 @@ def _slope(direction: optax.Updates, call: Call) -> tuple[jax.Array, jax.Array]:
 
 
 def _factorize_block(
-    treatment: IndefiniteTreatment, H: Matrix, g: Vector, lam: jax.Array, old: _Block
+    treatment: IndefiniteTreatment,
+    H: Matrix,
+    g: Vector,
+    lam: jax.Array,
+    old: _Block,
+    held: Vector | None,
 ) -> tuple[_Block, NewtonInfo]:
     """Factorize `D^-1 (H + lam I) D^-1`, with `|g| I` for H + lam I if that is zero; on
-    failure return the old block."""
+    failure return the old block. Held entries, of which H has rows of zeros, get a
+    diagonal of 1."""
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
     diagonal = jnp.where(flat, or_one(length), lam)
     A = H + diagonal * jnp.eye(len(H), dtype=H.dtype)
     scales, t = largest_scales(old.scales, equilibration(A), jnp.any(A != 0, axis=1))
-    new = treatment.factorize(A * t * t[:, None], old.shift)
+    scaled = A * t * t[:, None]
+    if held is not None:
+        scaled += jnp.diag(held.astype(H.dtype))
+    new = treatment.factorize(scaled, old.shift)
 
     smallest = jnp.min(new.pivots, initial=jnp.inf)
     status = step_status(
@@ -361,7 +432,7 @@ def _worst(infos: list[NewtonInfo], dtype: jax.typing.DTypeLike) -> NewtonInfo:
         # one array per field: a state that shares buffers cannot be donated
         kinds = jnp.int32, *[dtype] * 4, jnp.int32, dtype, jnp.int32
         return NewtonInfo(*(jnp.zeros((), kind) for kind in kinds))
-    every = NewtonInfo(*(jnp.stack(field) for field in zip(*infos, strict=True)))
+    every = jax.tree.map(lambda *field: jnp.stack(field), *infos)
     return NewtonInfo(
         status=functools.reduce(jnp.bitwise_or, every.status),
         damping=jnp.max(every.damping),

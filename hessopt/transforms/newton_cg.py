@@ -23,10 +23,23 @@ from jax.typing import ArrayLike
 
 from hessopt._checks import check_count, injectable
 from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
+from hessopt.kinds.faces import short_reach
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.numerics.cg import conjugate_gradients, forcing
 from hessopt.numerics.guards import divide, or_one, select, zero_unless
 from hessopt.objective.binding import precompose
+from hessopt.trees.boxes import (
+    Bounds,
+    Box,
+    Face,
+    box_of,
+    check_bounds,
+    completed,
+    count,
+    face,
+    free_part,
+    outward,
+)
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import (
     inner,
@@ -57,6 +70,8 @@ class NewtonCgInfo(NamedTuple):
     predicted: jax.Array
     # int32 scalar, evaluations of the objective outside of products; always 0
     evaluations: jax.Array
+    # int32 scalar, entries held at bounds; None without bounds
+    held: jax.Array | None
 
 
 class NewtonCgState(NamedTuple):
@@ -66,6 +81,7 @@ class NewtonCgState(NamedTuple):
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
     # with warm_start, p of the last update, a tree like params; else None
     direction: Params
+    box: Box | None  # bounds, trees like params; None without bounds
     info: NewtonCgInfo
 
 
@@ -77,6 +93,7 @@ def scale_by_newton_cg(
     preconditioner: Preconditioner | None = None,
     warm_start: bool = False,
     rematerialize: bool = False,
+    bounds: Bounds | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiply the gradient by the inverse of the Hessian, approximately, with
     conjugate gradients.
@@ -134,7 +151,12 @@ def scale_by_newton_cg(
     check_count("max_iterations", max_iterations)
     linearize = resolve(curvature).linearize
     options = _Options(
-        linearize, max_iterations, preconditioner, warm_start, rematerialize
+        linearize,
+        max_iterations,
+        preconditioner,
+        warm_start,
+        rematerialize,
+        check_bounds(bounds),
     )
     init, step = functools.partial(_init, options), functools.partial(_step, options)
     return transformation("scale_by_newton_cg", init, step, needs=("value_fn",))
@@ -148,19 +170,18 @@ class _Options(NamedTuple):
     preconditioner: Preconditioner | None
     warm_start: bool
     rematerialize: bool
+    bounds: Bounds | None
 
 
 def _init(options: _Options, params: Params) -> NewtonCgState:
     shape: Any = jax.ShapeDtypeStruct
     scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
-    state = zeros(
-        NewtonCgState(
-            count, scalar, None, NewtonCgInfo(count, count, scalar, scalar, count)
-        ),
-        params,
-    )
+    held = None if options.bounds is None else count
+    info = NewtonCgInfo(count, count, scalar, scalar, count, held)
+    state = zeros(NewtonCgState(count, scalar, None, None, info), params)
     direction = jax.tree.map(jnp.zeros_like, params) if options.warm_start else None
-    return state._replace(direction=direction)
+    box = box_of(options.bounds, params, caller="scale_by_newton_cg")
+    return state._replace(direction=direction, box=box)
 
 
 def _step(
@@ -170,18 +191,24 @@ def _step(
     # a power of two, so that squares of g neither overflow nor underflow
     factor = unit_factor(call.updates)
     multiply, precondition = _products(options, call, factor)
-    g = _wide(call.updates, call.params, factor)
+    g, side = _wide(call.updates, call.params, factor), None
+    if state.box is not None:
+        side = _face(state.box, call, multiply, g, factor)
+        held = jax.tree.leaves(side.held)
+        multiply, precondition = _within(held, multiply), _within(held, precondition)
+        g = free_part(held, g)
     size = jnp.sqrt(inner(g, g))
     length = size / factor
     first_length = jnp.where(state.first_length > 0, state.first_length, length)
 
     # if the value or the gradient is not finite, g = 0 makes the update zero
     known = jnp.isfinite(length) & call.finite
-    start = (
-        _warm(_wide(state.direction, call.params), multiply, g)
-        if options.warm_start
-        else None
-    )
+    start = None
+    if options.warm_start:
+        before = _wide(state.direction, call.params)
+        if side is not None:
+            before = free_part(jax.tree.leaves(side.held), before)
+        start = _warm(before, multiply, g)
     g = zero_unless(known, g)
 
     # conjugate gradients until |g - H p| <= min(1/2, sqrt(|g|/|g_0|)) |g|, as in
@@ -203,6 +230,12 @@ def _step(
     gradient = zero_unless(found.finite, jax.tree.map(lambda leaf: leaf / factor, g))
     p = select(downhill, found.x, gradient)
     direction = _restored(p, call.updates)
+    predicted = jnp.where(downhill, slope / factor, length**2) / 2
+    kept, held, products = direction, None, found.products
+    if side is not None:
+        direction = zero_unless(known, completed(side, direction))
+        predicted = inner(direction, zero_unless(known, call.updates)) / 2
+        held, products = count(side.held), products + 1
     status = {
         StepStatus.NONFINITE: ~sound,
         StepStatus.NEGATIVE_CURVATURE: found.negative,
@@ -211,13 +244,15 @@ def _step(
     return direction, NewtonCgState(
         count=jnp.asarray(optax.safe_increment(state.count)),
         first_length=jnp.where(sound, first_length, state.first_length),
-        direction=_kept(options, sound, direction, state.direction),
+        direction=_kept(options, sound, kept, state.direction),
+        box=state.box,
         info=NewtonCgInfo(
             status=step_status(status),
-            products=found.products + jnp.int32(options.warm_start),
+            products=products + jnp.int32(options.warm_start),
             residual=found.residual / or_one(size),
-            predicted=jnp.where(downhill, slope / factor, length**2) / 2,
+            predicted=predicted,
             evaluations=jnp.zeros((), jnp.int32),
+            held=held,
         ),
     )
 
@@ -251,6 +286,29 @@ def _products(
         return _wide(options.preconditioner(restore(r), params), params)
 
     return multiply, precondition
+
+
+def _face(
+    box: Box,
+    call: Call,
+    multiply: Callable[[Leaves], Leaves],
+    g: Leaves,
+    factor: jax.Array,
+) -> Face:
+    """Return the face whose entries a gradient step of length `|g.H g| / |H g|^2` leads
+    to a bound, with g the gradient in the entries that are not at theirs."""
+    g = free_part(jax.tree.leaves(outward(box, call.params, call.updates)), g)
+    # g is multiplied by the factor, H g by its square
+    reach = factor * short_reach(g, multiply(g))
+    reach = jax.tree.map(lambda _: reach, call.params)
+    return face(box, call.params, call.updates, reach)
+
+
+def _within(
+    held: Leaves, apply: Callable[[Leaves], Leaves]
+) -> Callable[[Leaves], Leaves]:
+    """Return the function with zeros for the held entries of its results."""
+    return lambda v: free_part(held, apply(v))
 
 
 def _wide(tree: Params, params: Params, factor: ArrayLike = 1.0) -> Leaves:

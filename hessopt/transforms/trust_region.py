@@ -25,6 +25,7 @@ Lucidi, Roma and Toint, "Solving the trust-region subproblem using the Lanczos m
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,8 +39,14 @@ from hessopt._checks import (
     injectable,
     renamed_arguments,
 )
-from hessopt.calculus.curvature import Curvature, CurvatureFn, resolve
+from hessopt.calculus.curvature import (
+    Curvature,
+    CurvatureFn,
+    curvature_product,
+    resolve,
+)
 from hessopt.calculus.linearization import has_forward_derivative, linearize_gradient
+from hessopt.kinds.faces import on_face, short_reach
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
 from hessopt.kinds.subproblems import (
@@ -54,14 +61,29 @@ from hessopt.numerics.cg import forcing
 from hessopt.numerics.guards import divide, select, zero_unless
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.objective.binding import Objective, precompose
+from hessopt.trees.boxes import (
+    Bounds,
+    Box,
+    box_of,
+    check_bounds,
+    count,
+    face,
+    free_part,
+    is_outside,
+    outward,
+    projected,
+    step_within,
+)
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import (
     all_finite,
     applied,
+    inner,
     ravel,
     real_leaves,
     solve_dtype,
     tree_norm,
+    unravel,
 )
 from hessopt.typing import Params, StepStatus, Vector, step_status
 
@@ -70,6 +92,12 @@ FULL_REACH = 100.0
 curvature, and the full step of many fits is long: it is the first trial unless it is
 out of proportion. A short first step can end in another basin, from which a fit does
 not return."""
+
+PROMISED_SHARE = 0.01
+"""Smallest share of the decrease promised by the gradient that the model must confirm
+for a step within bounds."""
+MIN_PROJECTED = 2.0**-10
+"""Smallest factor of a step that is projected to bounds."""
 
 MAX_ACCELERATION = 0.75
 """Largest ratio of the length of an acceleration to that of its step. Above it the
@@ -92,6 +120,8 @@ class TrustRegionInfo(NamedTuple):
     predicted: jax.Array
     # int32 scalar, values: one per trial, and one at params if it was not given
     evaluations: jax.Array
+    # int32 scalar, entries held at bounds; None without bounds
+    held: jax.Array | None
 
 
 class TrustRegionState(NamedTuple):
@@ -103,6 +133,7 @@ class TrustRegionState(NamedTuple):
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
     # (n,), the diagonal of D, 0 where the curvature was always 0; None if D = 1
     scales: Params
+    box: Box | None  # bounds, trees like params; None without bounds
     info: TrustRegionInfo
 
 
@@ -116,6 +147,7 @@ def trust_region_newton(
     initial_radius: float | None = None,
     max_trials: int = 20,
     geodesic_acceleration: bool = False,
+    bounds: Bounds | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Trust-region Newton method; the curvature may be indefinite.
 
@@ -196,6 +228,7 @@ def trust_region_newton(
         initial_radius=initial_radius,
         max_trials=max_trials,
         geodesic_acceleration=geodesic_acceleration,
+        bounds=check_bounds(bounds),
     )
     has_outputs = options.curvature.root is not None
     if geodesic_acceleration and not (has_outputs and options.solver.complete):
@@ -216,26 +249,44 @@ class _Options(NamedTuple):
     initial_radius: float | None
     max_trials: int
     geodesic_acceleration: bool
+    bounds: Bounds | None
 
 
 def _init(options: _Options, params: Params) -> TrustRegionState:
     shape: Any = jax.ShapeDtypeStruct
     scalar, count = shape((), solve_dtype(params)), shape((), jnp.int32)
     scales: Any = jax.eval_shape(ravel, params) if options.solver.scaled else None
-    info = TrustRegionInfo(count, scalar, scalar, scalar, count, count, scalar, count)
-    return zeros(TrustRegionState(count, scalar, scalar, scales, info), params)
+    info = TrustRegionInfo(
+        *(count, scalar, scalar, scalar, count, count, scalar, count),
+        None if options.bounds is None else count,
+    )
+    state = TrustRegionState(count, scalar, scalar, scales, None, info)
+    box = box_of(options.bounds, params, caller="trust_region_newton")
+    return zeros(state, params)._replace(box=box)
 
 
 class _Problem(NamedTuple):
     """The model of one update, and the objective with which its steps are tested."""
 
-    objective: Objective  # of real leaves
+    # of real leaves; with bounds, held entries are constants of the first one
+    objective: Objective
+    evaluate: Objective
     parts: Leaves  # params
     value: jax.Array  # scalar, objective at parts
     noise: jax.Array  # scalar, bound on the rounding of the value
     model: EigenModel
     first_length: jax.Array  # scalar, |g| at the first update
     finite: jax.Array  # bool scalar, of value, gradient and curvature
+
+
+class _Bounded(NamedTuple):
+    """The bounds on a step, over real leaves."""
+
+    box: Box
+    gradient: Leaves  # of all entries
+    held: jax.Array  # int32 scalar, entries without coupling to the others
+    outside: jax.Array  # bool scalar, whether params are outside of the box
+    product: Callable[[Leaves], Leaves]  # with the curvature of all entries
 
 
 class _Trial(NamedTuple):
@@ -257,19 +308,24 @@ def _step(
     gradient, restore = real_leaves(call.updates)
 
     # the model in its eigenvectors, and the first radius or sigma
-    problem = _measure(options, call, gradient, state)
+    bounded = None
+    if state.box is None:
+        problem = _measure(options, call, call, state)
+    else:
+        problem, bounded = _measure_on_face(options, call, state)
     w, z = problem.model.w, problem.model.z
     size = _size(options, state, w, z, _reach(options, problem))
 
     # trials, each shorter than the one before, until one is accepted
     def goes_on(last: _Trial) -> jax.Array:
         unsettled = last.told & (last.count < options.max_trials)
-        return problem.finite & unsettled & ~(last.ratio >= TAKEN_RATIO)
+        known = problem.finite if bounded is None else problem.finite | bounded.outside
+        return known & unsettled & ~(last.ratio >= TAKEN_RATIO)
 
     zero = jnp.zeros((), w.dtype)
     none = jax.tree.map(jnp.zeros_like, problem.parts)
     begin = _Trial(none, size, zero, zero, jnp.ones((), bool), jnp.zeros((), jnp.int32))
-    attempt = functools.partial(_attempt, options, problem)
+    attempt = functools.partial(_attempt, options, problem, bounded)
     last = jax.lax.while_loop(goes_on, attempt, begin)
 
     taken = last.ratio >= TAKEN_RATIO
@@ -279,12 +335,17 @@ def _step(
         StepStatus.STEP_REJECTED: problem.finite & ~taken,
         StepStatus.NEGATIVE_CURVATURE: w[0] < -rounding,
     }
+    held = None
+    if bounded is not None:
+        held = bounded.held
+        status[StepStatus.OUTSIDE_BOUNDS] = bounded.outside
     step = optax.tree.cast_like(zero_unless(taken, last.p), gradient)
     found = last.size, problem.first_length, problem.model.scales
     before = state.size, state.first_length, state.scales
     return restore(step), TrustRegionState(
         jnp.asarray(optax.safe_increment(state.count)),
         *select(problem.finite, found, before),
+        box=state.box,
         info=TrustRegionInfo(
             step_status(status),
             last.ratio,
@@ -294,16 +355,84 @@ def _step(
             jnp.asarray(problem.model.products, jnp.int32),
             jnp.where(w[0] < -rounding, jnp.inf, _unbounded_decrease(w, z, rounding)),
             last.count + (call.value is None),
+            held,
         ),
     )
 
 
+def _measure_on_face(
+    options: _Options, call: Call, state: TrustRegionState
+) -> tuple[_Problem, _Bounded]:
+    """Return the problem of the entries that no bound holds, and the bounds.
+
+    Held entries are those that a gradient step leads to a bound, with the inverse of
+    D^2, or with one length for all entries if D = 1. Those that are not there yet have
+    a model without coupling, in which that step is the minimizer.
+    """
+    box, params, gradient = state.box, call.params, call.updates
+    parts, restore = real_leaves(params)
+    objective = precompose(call.objective, restore)
+    product = curvature_product(objective, parts, options.curvature)
+    there = outward(box, params, gradient)
+    if state.scales is None:
+        g = optax.tree.cast_like(jax.tree.leaves(free_part(there, gradient)), parts)
+        short = short_reach(g, product(g))
+        reach = jax.tree.map(lambda x: jnp.full_like(x, short), params)
+    else:
+        reach = unravel(divide(1.0, state.scales, state.scales > 0) ** 2, params)
+    side = face(box, params, gradient, reach)
+    problem = _measure(options, on_face(call, side), call, state)
+
+    near = jax.tree.map(lambda h, t: h & ~t, side.held, there)
+    slopes = jax.tree.map(lambda n, g: jnp.where(n, g, 0), near, gradient)
+    model = _with_single_entries(problem, slopes, reach)
+    flat = [jax.tree.leaves(tree) for tree in (*box, gradient)]
+    bounded = _Bounded(
+        Box(*flat[:2]),
+        flat[2],
+        count(side.held),
+        is_outside(box, params),
+        product,
+    )
+    return problem._replace(model=model), bounded
+
+
+def _with_single_entries(
+    problem: _Problem, slopes: Params, reach: Params
+) -> EigenModel:
+    """Return the model with single entries of given slopes for more eigenvectors, whose
+    minimizer is the gradient step of length `reach`."""
+    model, dtype = problem.model, problem.model.w.dtype
+    k, a = len(model.w), ravel(reach)
+    g = ravel(slopes).astype(dtype)
+    # in the units of D, in which lengths of steps are measured
+    t = jnp.ones_like(g) if model.scales is None else divide(1.0, model.scales, g != 0)
+    w = divide(t**2, a, g != 0, 1.0)
+    z = jnp.where(problem.finite, t * g, 0.0)
+
+    def lift(y: Vector) -> Leaves:
+        single = unravel(t * y[k:], problem.parts)
+        return jax.tree.map(jnp.add, model.lift(y[:k]), single)
+
+    def project(c: Leaves) -> Vector:
+        return jnp.append(model.project(c), jnp.zeros_like(z))
+
+    return model._replace(
+        w=jnp.append(model.w, w),
+        z=jnp.append(model.z, z),
+        lift=lift,
+        project=project,
+    )
+
+
 def _measure(
-    options: _Options, call: Call, gradient: Leaves, state: TrustRegionState
+    options: _Options, call: Call, whole: Call, state: TrustRegionState
 ) -> _Problem:
     """Return the value, and the model in the eigenvectors of the curvature."""
+    gradient, _ = real_leaves(call.updates)
     parts, restore = real_leaves(call.params)
     objective = precompose(call.objective, restore)
+    evaluate = precompose(whole.objective, restore)
     value = objective(parts) if call.value is None else jnp.asarray(call.value)
     noise = 10 * jnp.finfo(value.dtype).eps * jnp.abs(value)
     value = value.astype(solve_dtype((call.params, value)))
@@ -327,7 +456,9 @@ def _measure(
     w, z = model.w, model.z
     finite = jnp.isfinite(value) & jnp.isfinite(length) & all_finite((w, z))
     sound = model._replace(w=jnp.where(finite, w, 1.0), z=jnp.where(finite, z, 0.0))
-    return _Problem(objective, parts, value, noise, sound, first_length, finite)
+    return _Problem(
+        objective, evaluate, parts, value, noise, sound, first_length, finite
+    )
 
 
 def _reach(options: _Options, problem: _Problem) -> jax.Array | float:
@@ -355,9 +486,11 @@ def _size(
     return jnp.where(state.size > 0, state.size, first)
 
 
-def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
+def _attempt(
+    options: _Options, problem: _Problem, bounded: _Bounded | None, last: _Trial
+) -> _Trial:
     """Minimize the bounded model, and test the step with the objective."""
-    objective, parts, value, noise, model, *_ = problem
+    objective, evaluate, parts, value, noise, model, *_ = problem
     step = options.step_bound.minimize(model.w, model.z, last.size)
     sound = jnp.isfinite(step.length)
 
@@ -370,16 +503,57 @@ def _attempt(options: _Options, problem: _Problem, last: _Trial) -> _Trial:
             step.y + jnp.where(norm(a) <= MAX_ACCELERATION * step.length, a / 2, 0.0)
         )
     p = optax.tree.cast_like(zero_unless(sound, p), parts)
+    told = step.decrease > noise
+    if bounded is not None:
+        p, step = _projected(bounded, problem, p, step)
 
     # the gain ratio; if the predicted decrease is below rounding, the ratio does not
     # measure the accuracy of the model, and 1 is used, which relaxes the bound
-    reached = jnp.asarray(objective(applied(parts, p)), value.dtype)
+    reached = jnp.asarray(evaluate(applied(parts, p)), value.dtype)
     fall = jnp.where(sound, value - reached, jnp.nan)
     ratio = gain_ratio(fall, step.decrease, noise).astype(model.w.dtype)
-    told = step.decrease > noise
+    if bounded is not None:
+        # from outside a point within is taken, whatever its value
+        ratio = jnp.where(bounded.outside, 1.0, ratio)
     judged = jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0)
     size = options.step_bound.adapt(model.w, model.z, last.size, judged, step)
     return _Trial(p, size, ratio, step.shift, told, last.count + 1)
+
+
+def _projected(
+    bounded: _Bounded, problem: _Problem, p: Leaves, step: secular.Shifted
+) -> tuple[Leaves, secular.Shifted]:
+    """Return the step within the bounds, and its length and predicted decrease.
+
+    If the bounds cut off too much of the decrease, shorter steps are projected: the
+    decrease must be a share of that which the gradient promises, as for a line search
+    (Lin and More, 1999, section 3).
+    """
+    box, gradient, _, outside, product = bounded
+    parts, scales = problem.parts, problem.model.scales
+    nearest = jax.tree.map(jnp.subtract, projected(box, parts), parts)
+
+    def along(t: jax.Array) -> tuple[Leaves, jax.Array, jax.Array]:
+        u = [(t * leaf).astype(leaf.dtype) for leaf in p]
+        s = step_within(box, parts, select(outside, nearest, u))
+        promise = -inner(gradient, s)
+        return s, promise, promise - inner(s, product(s)) / 2
+
+    def too_long(carry: tuple[jax.Array, Any]) -> jax.Array:
+        t, (_, promise, decrease) = carry
+        return (t > MIN_PROJECTED) & ~(decrease >= PROMISED_SHARE * promise)
+
+    def shorter(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return carry[0] / 2, along(carry[0] / 2)
+
+    one = jnp.ones_like(step.length)
+    _, (s, _, decrease) = jax.lax.while_loop(too_long, shorter, (one, along(one)))
+    length = tree_norm(s) if scales is None else norm(scales * ravel(s))
+    length, decrease = (x.astype(step.length.dtype) for x in (length, decrease))
+    sound = jnp.isfinite(step.length)
+    return s, step._replace(
+        length=jnp.where(sound, length, step.length), decrease=decrease
+    )
 
 
 def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:

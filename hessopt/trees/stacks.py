@@ -87,6 +87,16 @@ def combination(stack: Params, weights: jax.Array) -> Params:
     return jax.tree.map(combined, stack)
 
 
+def gram(zero: jax.Array, stack: Params, mask: Params) -> jax.Array:
+    """Return `A'A` over the entries where a mask holds, `(m, 2, m, 2)`, summed over the
+    leaves; the sum starts with `zero`."""
+    for rows, chosen in zip(*map(jax.tree.leaves, (stack, mask)), strict=True):
+        wide = rows.astype(jnp.promote_types(jnp.float32, rows.dtype))
+        part = jnp.where(chosen, wide, 0)
+        zero = zero + contract(part, part, chosen.ndim)
+    return zero
+
+
 def by_size(
     stack: Params, *trees: Params
 ) -> tuple[list[list[jax.Array]], list[list[jax.Array]]]:

@@ -71,6 +71,12 @@ def ravel(tree: Params) -> Vector:
     )
 
 
+def ravel_mask(mask: Params, like: Params) -> Vector:
+    """Concatenate a tree of bools like the real tree `like` into one vector `(n,)`, as
+    `ravel` does."""
+    return ravel(jax.tree.map(lambda m, x: jnp.asarray(m, x.dtype), mask, like)) > 0
+
+
 def unravel(vector: Vector, like: Params) -> Params:
     """Return `vector` as a tree like `like`, the inverse of `ravel`: with its structure,
     shapes and dtypes."""

@@ -1,0 +1,243 @@
+"""Boxes: lower and upper bounds of every entry of a tree, `lower <= x <= upper`.
+
+A step of an entry ends at its bound, and a gradient is restricted to the entries that
+are free. An entry is held at its bound if the gradient points outward there.
+
+Source: Bertsekas, "Projected Newton methods for optimization problems with simple
+constraints", 1982.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from hessopt.trees.groups import given_labels
+from hessopt.trees.sharding import beside
+from hessopt.typing import Params
+
+Bounds = tuple[Any, Any]
+"""`(lower, upper)`: each a number, a tree like params or a prefix of one, with arrays
+that can be broadcast to the leaves, or None for no bound. Infinite entries are not
+bounds; an entry with `lower == upper` is fixed."""
+
+
+class Box(NamedTuple):
+    """Lower and upper bounds, trees like params."""
+
+    lower: Params
+    upper: Params
+
+
+class Face(NamedTuple):
+    """The entries that a direction holds at their bounds, trees like params."""
+
+    held: Params  # bools
+    # the step of each held entry to its bound, with the sign of a gradient: params minus
+    # the bound; 0 for the other entries
+    ahead: Params
+
+
+def check_bounds(bounds: Bounds | None) -> Bounds | None:
+    """Return the bounds, or None if no entry is known to be finite; raise an error for
+    anything but a pair of numbers and trees of numbers."""
+    if bounds is None:
+        return None
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(
+            f"bounds must be a pair (lower, upper) of numbers, trees like params or None, got {bounds!r}"
+        )
+    lower, upper = (
+        _without_none(side, infinite)
+        for side, infinite in zip(bounds, (-math.inf, math.inf), strict=True)
+    )
+    leaves = jax.tree.leaves((lower, upper))
+    for leaf in leaves:
+        if not (isinstance(leaf, int | float) or hasattr(leaf, "dtype")):
+            raise TypeError(f"bounds must be numbers or arrays, got {leaf!r}")
+        if not isinstance(leaf, Tracer) and np.any(np.isnan(np.asarray(leaf))):
+            raise ValueError(f"bounds must not be NaN, got {leaf}")
+    is_known = not any(isinstance(leaf, Tracer) for leaf in leaves)
+    if is_known and not any(np.any(np.isfinite(np.asarray(leaf))) for leaf in leaves):
+        return None
+    return lower, upper
+
+
+def _without_none(side: Any, infinite: float) -> Any:
+    return jax.tree.map(
+        lambda x: infinite if x is None else x, side, is_leaf=lambda x: x is None
+    )
+
+
+def box_of(bounds: Bounds | None, params: Params, *, caller: str) -> Box | None:
+    """Return the box of params, a fresh copy with their dtypes and shardings, or None
+    without bounds.
+
+    Raises:
+      ValueError: if a lower bound exceeds the upper one, if the trees or shapes do not
+        fit, or if params, where they are known, are outside.
+      TypeError: for complex params.
+    """
+    if bounds is None:
+        return None
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    if not paths:  # no parameters, or the placeholder of `optax.tree.map_params`
+        return Box(params, params)
+    sides = [
+        given_labels(f"bounds[{i}]", side, params) for i, side in enumerate(bounds)
+    ]
+    lowers, uppers = [], []
+    for (path, leaf), lower, upper in zip(paths, *sides, strict=True):
+        name = f"params{jax.tree_util.keystr(path)}"
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{caller} takes bounds for real params only, but {name} is complex: "
+                "bound its real and imaginary parts as two leaves"
+            )
+        low, up = (_like(side, leaf, caller, name) for side in (lower, upper))
+        _check_order(low, up, leaf, caller, name)
+        lowers.append(low)
+        uppers.append(up)
+    treedef = jax.tree.structure(params)
+    box = Box(*(jax.tree.unflatten(treedef, side) for side in (lowers, uppers)))
+    return beside(box, params)
+
+
+def _like(side: Any, leaf: Any, caller: str, name: str) -> jax.Array:
+    """Return a bound as an array like a leaf, sharded as the leaf is."""
+    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
+    if np.broadcast_shapes(np.shape(side), shape) != shape:
+        raise ValueError(
+            f"{caller} needs bounds that can be broadcast to {name} of shape {shape}, "
+            f"got shape {np.shape(side)}"
+        )
+    return jnp.zeros_like(leaf, dtype) + jnp.asarray(side, dtype)
+
+
+def _check_order(
+    lower: jax.Array, upper: jax.Array, leaf: Any, caller: str, name: str
+) -> None:
+    """Raise an error for bounds in the wrong order, and for a leaf outside of them, as
+    far as their values are known."""
+    if not _is_known(lower, upper):
+        return
+    if bool(jnp.any(lower > upper)):
+        raise ValueError(
+            f"{caller} needs lower bounds of at most the upper ones, but for {name} "
+            f"bounds are {lower} and {upper}"
+        )
+    if _is_known(leaf) and bool(jnp.any((leaf < lower) | (leaf > upper))):
+        raise ValueError(
+            f"{caller} needs params within the bounds, but {name} is {leaf} with bounds "
+            f"{lower} and {upper}: start from `jnp.clip(params, lower, upper)`"
+        )
+
+
+def _is_known(*leaves: Any) -> bool:
+    """Return whether all entries of arrays can be read here."""
+    return all(
+        not isinstance(leaf, Tracer) and getattr(leaf, "is_fully_addressable", True)
+        for leaf in leaves
+    )
+
+
+def projected(box: Box, params: Params) -> Params:
+    """Return the nearest params within the box."""
+    return jax.tree.map(
+        lambda x, low, up: jnp.clip(x, low, up).astype(jnp.result_type(x)), params, *box
+    )
+
+
+def is_outside(box: Box, params: Params) -> jax.Array:
+    """Return whether an entry is outside of its bounds, a bool scalar."""
+    return _any(jax.tree.map(lambda x, low, up: (x < low) | (x > up), params, *box))
+
+
+def step_within(box: Box, params: Params, step: Params) -> Params:
+    """Return the step, with every entry ended at its bound.
+
+    The sum of params and step, rounded to the dtype of params, is within the box: a
+    step to a bound that rounding carries beyond it is shortened by one unit in the last
+    place.
+    """
+
+    def one(x: jax.Array, d: jax.Array, low: jax.Array, up: jax.Array) -> jax.Array:
+        def reached(d: jax.Array) -> jax.Array:
+            return jnp.asarray(x + d, low.dtype)
+
+        ahead = reached(d)
+        d = jnp.where(ahead < low, low - x, jnp.where(ahead > up, up - x, d)).astype(
+            d.dtype
+        )
+        ahead = reached(jax.lax.optimization_barrier(d))
+        shorter = jnp.where(ahead < low, jnp.inf, -jnp.inf).astype(d.dtype)
+        is_within = (ahead >= low) & (ahead <= up) | jnp.isnan(ahead)
+        return jnp.where(is_within, d, jnp.nextafter(d, shorter))
+
+    # XLA would compute the sum without rounding the step
+    step = jax.lax.optimization_barrier(step)
+    return jax.tree.map(one, params, step, *box)
+
+
+def outward(box: Box, params: Params, grad: Params) -> Params:
+    """Return which entries are held: at a bound with the gradient pointing outward, or
+    fixed; a tree of bools."""
+
+    def one(x: jax.Array, g: jax.Array, low: jax.Array, up: jax.Array) -> jax.Array:
+        return ((x <= low) & (g > 0)) | ((x >= up) & (g < 0)) | (low == up)
+
+    return jax.tree.map(one, params, grad, *box)
+
+
+def face(box: Box, params: Params, grad: Params, reach: Params) -> Face:
+    """Return the entries that a gradient step of length `reach` leads to a bound.
+
+    Args:
+      box: the bounds.
+      params: tree of arrays.
+      grad: tree like params.
+      reach: inverse curvature, a tree like params, or with scalars for its leaves; with
+        0 an entry is held only where it is at its bound.
+
+    An entry near its bound is moved there, separately from the others: otherwise a step
+    of all would end after the short distance of that entry.
+    """
+
+    def one(
+        x: jax.Array, g: jax.Array, low: jax.Array, up: jax.Array, a: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        target = x - a.astype(x.dtype) * g.astype(x.dtype)
+        ends_low, ends_up = (target <= low) & (g > 0), (target >= up) & (g < 0)
+        held = ends_low | ends_up | (low == up) | (x < low) | (x > up)
+        bound = jnp.where(ends_low | (x < low), low, up)
+        return held, jnp.where(held, x - bound, 0).astype(x.dtype)
+
+    pairs = jax.tree.map(one, params, grad, *box, reach)
+    return Face(*jax.tree.transpose(jax.tree.structure(params), None, pairs))
+
+
+def free_part(held: Params, tree: Params) -> Params:
+    """Return the tree with zeros in place of held entries."""
+    return jax.tree.map(lambda h, x: jnp.where(h, 0, x), held, tree)
+
+
+def completed(face: Face, direction: Params) -> Params:
+    """Return the direction with held entries led to their bounds."""
+    return jax.tree.map(
+        lambda h, b, p: jnp.where(h, b, p).astype(jnp.result_type(p)), *face, direction
+    )
+
+
+def count(held: Params) -> jax.Array:
+    """Return the number of held entries, an int32 scalar."""
+    counts = [jnp.sum(leaf, dtype=jnp.int32) for leaf in jax.tree.leaves(held)]
+    return sum(counts, jnp.zeros((), jnp.int32))
+
+
+def _any(tree: Params) -> jax.Array:
+    leaves = [jnp.any(leaf) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.logical_or, leaves, jnp.zeros((), bool))
