@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hessopt.trees.boxes import Box
+
 
 def diagnostics(state: object) -> dict[str, jax.Array]:
     """Collect the scalars of an optimizer's state: counters, rates, and the fields of
@@ -57,6 +59,8 @@ def _collect(node: Any, prefix: str, found: dict[str, jax.Array]) -> None:
                         for name, x in _scalars(*pair, lanes)
                     }
                 )
+            elif isinstance(child, Box):
+                continue
             elif _is_array(child):
                 found.update(
                     {f"{prefix}.{field}": child} if jnp.ndim(child) == 0 else {}

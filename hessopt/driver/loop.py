@@ -24,7 +24,7 @@ from hessopt.objective.binding import (
     informed_update,
     precompose,
 )
-from hessopt.trees.boxes import Box, free_part, outward, projected
+from hessopt.trees.boxes import Box, free_part, is_outside, outward, projected
 from hessopt.trees.vectors import applied, inner, largest, strongly_typed
 from hessopt.typing import Aux, Data, Params, Termination, ValueFn
 
@@ -89,6 +89,8 @@ class Run(NamedTuple):
     start_value: jax.Array
     start_size: jax.Array
     extent: jax.Array  # largest magnitude in params at the start
+    # bool, whether the start was outside of bounds; None without bounds
+    projected: jax.Array | None
     scale: jax.Array  # scale of the objective at the start: max(|f|, |g| |x|)
     # lowest value and smallest size so far, up to changes within rounding; no trees
     record: Point
@@ -162,9 +164,9 @@ def begin(
     """Evaluate the starting point and test for termination: a run may end before its
     first step. A start outside of bounds is replaced by the nearest point within."""
     state = strongly_typed(problem.tx.init(params)) if state is None else state
-    box = box_in(state, params)
+    box, outside = box_in(state, params), None
     if box is not None:
-        params = projected(box, params)
+        outside, params = is_outside(box, params), projected(box, params)
     here = evaluate(objective_and_aux(problem, data)[0], params, box)
     extent = largest(params)
     scale = jnp.maximum(jnp.abs(here.value), here.size * or_one(extent))
@@ -175,6 +177,7 @@ def begin(
         start_value=here.value,
         start_size=here.size,
         extent=extent,
+        projected=outside,
         scale=scale.astype(here.value.dtype),
         record=here._replace(params=None, grad=None),
         waited=jnp.zeros((), jnp.int32),

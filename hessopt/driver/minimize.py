@@ -10,6 +10,7 @@ Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
 
@@ -32,12 +33,15 @@ from hessopt.driver.loop import (
     evaluate,
     objective_and_aux,
 )
+from hessopt.kinds.faces import box_in, has_box
 from hessopt.numerics.equilibration import equilibration
 from hessopt.numerics.guards import select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import as_objective, precompose, require_taken
 from hessopt.objective.closure import identified, open_closure
+from hessopt.trees.boxes import count, outward
 from hessopt.trees.vectors import (
+    largest,
     ravel,
     real_leaves,
     solve_dtype,
@@ -60,9 +64,17 @@ Names: TypeAlias = "str | list[Names]"
 """A string, or a list of one for each lane."""
 
 
+class BoundsInfo(NamedTuple):
+    """What bounds did to a solution, scalar arrays."""
+
+    held: jax.Array  # int32, entries held at bounds
+    # bool, whether the start was outside and was replaced by the nearest point within
+    projected: jax.Array
+
+
 class Solution(NamedTuple):
-    """The result of a minimization. All fields except `params`, `grad`, `aux` and
-    `state` are scalar arrays."""
+    """The result of a minimization. All fields except `params`, `grad`, `aux`, `state`
+    and `held` are scalar arrays."""
 
     # point of lowest value; for termination GRADIENT, the stationary point found
     params: Params
@@ -75,6 +87,10 @@ class Solution(NamedTuple):
     # -1 if not counted
     evaluations: jax.Array
     termination: jax.Array  # int32, Termination
+    # tree of bools like params: the entries held at a bound, where the gradient points
+    # outward, and the fixed ones; None without bounds
+    held: Params = None
+    info: BoundsInfo | None = None  # None without bounds
 
     @property
     def converged(self) -> jax.Array:
@@ -224,7 +240,10 @@ def minimize(
         problem.value_fn, functools.partial(bound_objective, problem), params, data
     )
     problem = problem._replace(value_fn=opened)
-    # a fresh state is created inside the program
+    # a fresh state is created inside the program, except one with bounds: these may be
+    # traced values, and are compared with the start where both are known
+    if state is None and _has_bounds(tx, params):
+        state = tx.init(params)
     opt_state = None if state is None else strongly_typed(state)
     real = jax.dtypes.canonicalize_dtype(float)
     limits = Limits(
@@ -255,6 +274,10 @@ def _solution(problem: Problem, run: Run, data: Data) -> Solution:
     stationary = run.termination == Termination.GRADIENT
     end = select(stationary, run.here, run.best)
     aux = objective_and_aux(problem, data)[1](end.params)
+    box, held, info = box_in(run.state, end.params), None, None
+    if box is not None:
+        held = outward(box, end.params, end.grad)
+        info = BoundsInfo(count(held), run.projected)
     return Solution(
         end.params,
         end.value,
@@ -264,7 +287,25 @@ def _solution(problem: Problem, run: Run, data: Data) -> Solution:
         run.steps,
         run.evaluations,
         run.termination,
+        held,
+        info,
     )
+
+
+_BOUNDED: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, bool]]
+_BOUNDED = weakref.WeakKeyDictionary()
+"""Whether a transformation has bounds, by its `init` and the shapes of params."""
+
+
+def _has_bounds(tx: optax.GradientTransformation, params: Params) -> bool:
+    """Return whether a transformation keeps params of these shapes within bounds."""
+    leaves, treedef = jax.tree.flatten(params)
+    key = treedef, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+    known = _BOUNDED.setdefault(tx.init, {})
+    if key not in known:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        known[key] = has_box(jax.eval_shape(tx.init, shapes))
+    return known[key]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -328,14 +369,23 @@ def _solve_jvp(
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
     against = jax.tree.map(jnp.negative, shift)
     restored = precompose(objective_and_aux(problem, data)[0], restore)
+    hessian = hessian_product(restored, lambda parts: parts, parts)
+    held = None
+    if solution.held is not None:
+        held = jax.tree.leaves(solution.held)
+        d_held = _moved_by_bounds(solution, primals[1], tangents[1])
+        against = _with_held(held, d_held, against, hessian)
+        against = _strictly(solution, hessian, against)
     if sum(part.size for part in parts) <= MAX_DENSE_SIZE:
-        d_parts = _solve_dense(
-            block_hessians(restored, parts, [0] * len(parts), 1)[0], against
-        )
+        (H,) = block_hessians(restored, parts, [0] * len(parts), 1)
+        d_parts = _solve_dense(H if held is None else _without(held, H), against)
     else:
-        hessian = hessian_product(restored, lambda parts: parts, parts)
+
+        def free_hessian(v: list[jax.Array]) -> list[jax.Array]:
+            return hessian(v) if held is None else _with_held(held, v, None, hessian)
+
         d_parts = jax.lax.custom_linear_solve(
-            hessian, against, _conjugate_gradients, symmetric=True
+            free_hessian, against, _conjugate_gradients, symmetric=True
         )
 
     def outputs(parts: list[jax.Array], data: Data) -> tuple[Params, ...]:
@@ -346,11 +396,71 @@ def _solve_jvp(
     _, (d_params, d_value, d_grad, d_aux) = jax.jvp(
         outputs, (parts, data), (d_parts, d_data)
     )
-    rest = jax.tree.map(
-        _no_tangent,
-        (solution.state, solution.steps, solution.evaluations, solution.termination),
-    )
+    rest = jax.tree.map(_no_tangent, solution[4:])
     return solution, Solution(d_params, d_value, d_grad, d_aux, *rest)
+
+
+def _moved_by_bounds(
+    solution: Solution, state: optax.OptState, d_state: optax.OptState
+) -> list[jax.Array]:
+    """Return the tangents of held entries, which are those of their bounds."""
+
+    def bound(state: optax.OptState) -> Params:
+        box = box_in(state, solution.params)
+        return jax.tree.map(
+            lambda x, low, up: jnp.where(x <= low, low, up), solution.params, *box
+        )
+
+    return jax.tree.leaves(jax.jvp(bound, (state,), (d_state,))[1])
+
+
+def _with_held(
+    held: list[jax.Array],
+    v: list[jax.Array],
+    rhs: list[jax.Array] | None,
+    hessian: Callable[[list[jax.Array]], list[jax.Array]],
+) -> list[jax.Array]:
+    """Return v in held entries, and in the others `rhs - H v` for the v of held
+    entries, or without rhs `H v` for the v of free entries."""
+    if rhs is None:
+        image = hessian([jnp.where(h, 0, x) for h, x in zip(held, v, strict=True)])
+    else:
+        moved = hessian([jnp.where(h, x, 0) for h, x in zip(held, v, strict=True)])
+        image = jax.tree.map(jnp.subtract, rhs, moved)
+    return [jnp.where(h, x, y) for h, x, y in zip(held, v, image, strict=True)]
+
+
+def _without(held: list[jax.Array], H: Matrix) -> Matrix:
+    """Return H with the rows and columns of held entries replaced by those of the
+    identity."""
+    free = jnp.concatenate([jnp.zeros(0, bool)] + [~h.ravel() for h in held])
+    return jnp.where(free & free[:, None], H, jnp.diag((~free).astype(H.dtype)))
+
+
+def _strictly(
+    solution: Solution,
+    hessian: Callable[[list[jax.Array]], list[jax.Array]],
+    rhs: list[jax.Array],
+) -> list[jax.Array]:
+    """Return rhs, or NaN if the gradient of an entry at its bound is zero beside H x, up
+    to half of the digits: any change of the data could then release it."""
+    x, g = (
+        jax.tree.leaves(jax.lax.stop_gradient(tree))
+        for tree in (solution.params, solution.grad)
+    )
+    box = jax.lax.stop_gradient(box_in(solution.state, solution.params))
+    sides = zip(x, g, *map(jax.tree.leaves, box), strict=True)
+    size = largest(jax.lax.stop_gradient(hessian(x)))
+    weak = [
+        jnp.any(
+            ((x <= low) | (x >= up))
+            & (low < up)
+            & (jnp.abs(g) <= float(jnp.finfo(g.dtype).eps) ** 0.5 * size)
+        )
+        for x, g, low, up in sides
+    ]
+    factor = jnp.where(functools.reduce(jnp.logical_or, weak), jnp.nan, 1.0)
+    return [leaf * factor.astype(leaf.dtype) for leaf in rhs]
 
 
 def _solve_dense(H: Matrix, rhs: Params) -> Params:

@@ -61,6 +61,7 @@ def box_in(state: optax.OptState, params: Params) -> Box | None:
                 return found
             return jnp.full_like(leaf, infinite)
 
+        # a part of the parameters has None, or a node without leaves, for the others
         return jax.tree.map(bound, params, box_side)
 
     sides = [(side(box.lower, -jnp.inf), side(box.upper, jnp.inf)) for box in boxes]
@@ -69,6 +70,11 @@ def box_in(state: optax.OptState, params: Params) -> Box | None:
         lower = jax.tree.map(jnp.maximum, lower, low)
         upper = jax.tree.map(jnp.minimum, upper, up)
     return Box(lower, upper)
+
+
+def has_box(state: optax.OptState) -> bool:
+    """Return whether a transformation of a state has bounds."""
+    return any(map(_has_box, jax.tree.leaves(state, is_leaf=_has_box)))
 
 
 def _has_box(node: object) -> bool:

@@ -80,6 +80,7 @@ from hessopt.trees.vectors import (
     applied,
     inner,
     ravel,
+    ravel_mask,
     real_leaves,
     solve_dtype,
     tree_norm,
@@ -285,6 +286,10 @@ class _Bounded(NamedTuple):
     box: Box
     gradient: Leaves  # of all entries
     held: jax.Array  # int32 scalar, entries without coupling to the others
+    # scalar, decrease that held entries promise on the way to their bounds
+    promise: jax.Array
+    w: Vector  # eigenvalues of the curvature of the free entries
+    z: Vector  # coefficients of their gradient
     outside: jax.Array  # bool scalar, whether params are outside of the box
     product: Callable[[Leaves], Leaves]  # with the curvature of all entries
 
@@ -329,15 +334,18 @@ def _step(
     last = jax.lax.while_loop(goes_on, attempt, begin)
 
     taken = last.ratio >= TAKEN_RATIO
+    held = None
+    if bounded is not None:
+        w, z, held = bounded.w, bounded.z, bounded.held
     rounding = jnp.finfo(w.dtype).eps * len(w) * jnp.max(jnp.abs(w))
     status = {
         StepStatus.NONFINITE: ~problem.finite,
         StepStatus.STEP_REJECTED: problem.finite & ~taken,
         StepStatus.NEGATIVE_CURVATURE: w[0] < -rounding,
     }
-    held = None
+    predicted = _unbounded_decrease(w, z, rounding)
     if bounded is not None:
-        held = bounded.held
+        predicted += bounded.promise
         status[StepStatus.OUTSIDE_BOUNDS] = bounded.outside
     step = optax.tree.cast_like(zero_unless(taken, last.p), gradient)
     found = last.size, problem.first_length, problem.model.scales
@@ -353,7 +361,7 @@ def _step(
             w[0],
             last.count,
             jnp.asarray(problem.model.products, jnp.int32),
-            jnp.where(w[0] < -rounding, jnp.inf, _unbounded_decrease(w, z, rounding)),
+            jnp.where(w[0] < -rounding, jnp.inf, predicted),
             last.count + (call.value is None),
             held,
         ),
@@ -385,12 +393,16 @@ def _measure_on_face(
 
     near = jax.tree.map(lambda h, t: h & ~t, side.held, there)
     slopes = jax.tree.map(lambda n, g: jnp.where(n, g, 0), near, gradient)
-    model = _with_single_entries(problem, slopes, reach)
+    held = ravel_mask(side.held, params)
+    model = _with_single_entries(problem, held, ravel(slopes), ravel(reach))
     flat = [jax.tree.leaves(tree) for tree in (*box, gradient)]
     bounded = _Bounded(
         Box(*flat[:2]),
         flat[2],
         count(side.held),
+        inner(side.ahead, slopes),
+        problem.model.w,
+        problem.model.z,
         is_outside(box, params),
         product,
     )
@@ -398,21 +410,23 @@ def _measure_on_face(
 
 
 def _with_single_entries(
-    problem: _Problem, slopes: Params, reach: Params
+    problem: _Problem, held: Vector, slopes: Vector, reach: Vector
 ) -> EigenModel:
-    """Return the model with single entries of given slopes for more eigenvectors, whose
-    minimizer is the gradient step of length `reach`."""
+    """Return the model with held entries for more eigenvectors: with given slopes, and
+    the curvature for which the minimizer is the gradient step of length `reach`."""
     model, dtype = problem.model, problem.model.w.dtype
-    k, a = len(model.w), ravel(reach)
-    g = ravel(slopes).astype(dtype)
+    k, used = len(model.w), slopes != 0
     # in the units of D, in which lengths of steps are measured
-    t = jnp.ones_like(g) if model.scales is None else divide(1.0, model.scales, g != 0)
-    w = divide(t**2, a, g != 0, 1.0)
-    z = jnp.where(problem.finite, t * g, 0.0)
+    t = jnp.ones_like(slopes)
+    if model.scales is not None:
+        t = divide(1.0, model.scales, used)
+    w = divide(t**2, reach, used, 1.0).astype(dtype)
+    z = jnp.where(problem.finite, t * slopes, 0.0).astype(dtype)
 
     def lift(y: Vector) -> Leaves:
-        single = unravel(t * y[k:], problem.parts)
-        return jax.tree.map(jnp.add, model.lift(y[:k]), single)
+        # rounding must not move an entry off its bound
+        others = ravel(model.lift(y[:k]))
+        return unravel(jnp.where(held, t * y[k:], others), problem.parts)
 
     def project(c: Leaves) -> Vector:
         return jnp.append(model.project(c), jnp.zeros_like(z))
@@ -529,7 +543,7 @@ def _projected(
     decrease must be a share of that which the gradient promises, as for a line search
     (Lin and More, 1999, section 3).
     """
-    box, gradient, _, outside, product = bounded
+    box, gradient, outside = bounded.box, bounded.gradient, bounded.outside
     parts, scales = problem.parts, problem.model.scales
     nearest = jax.tree.map(jnp.subtract, projected(box, parts), parts)
 
@@ -537,7 +551,7 @@ def _projected(
         u = [(t * leaf).astype(leaf.dtype) for leaf in p]
         s = step_within(box, parts, select(outside, nearest, u))
         promise = -inner(gradient, s)
-        return s, promise, promise - inner(s, product(s)) / 2
+        return s, promise, promise - inner(s, bounded.product(s)) / 2
 
     def too_long(carry: tuple[jax.Array, Any]) -> jax.Array:
         t, (_, promise, decrease) = carry
