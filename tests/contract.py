@@ -192,6 +192,8 @@ def reaches_a_lower_value_in_every_dtype(
     case: Case, dtypes: tuple[str, ...] = ("float32", "bfloat16", "complex64")
 ) -> None:
     for dtype in dtypes:
+        if case.real and dtype == "complex64":
+            continue
         params, state = walk(case, 3, jnp.dtype(dtype))
         chex.assert_trees_all_equal_shapes_and_dtypes(params, initial(dtype))
         info = getattr(state, "info", None)

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     # updates that may be proportional to it, and third derivatives along them
     float32_unit: float = 1e25
     scaled: bool = False  # its steps are the same in whatever units parameters are
+    real: bool = False  # takes real parameters only
     main: bool = False  # one that runs the costly sweeps in the fast suite too
     # facts, besides negative curvature, of its first step here
     reports: hessopt.StepStatus = hessopt.StepStatus.OK
@@ -268,6 +269,37 @@ HESSOPT += (
         kind="direction",
         needs=("value_fn",),
         composite=True,
+    ),
+)
+
+BOUNDS = {"bounds": (-0.45, 0.56)}
+"""Bounds that contain the start of the contract's objective, and not its minimum."""
+
+
+def bounded(name: str, factory: Callable[..., Any], **arguments: Any) -> Case:
+    needs = ("value_fn",) if factory is hessopt.trust_region_newton else SEARCHED
+    return Case(
+        f"{name}, bounds",
+        factory,
+        BOUNDS | arguments,
+        needs=needs,
+        unitless=True,
+        real=True,
+        composite="curvature" in arguments,
+    )
+
+
+HESSOPT += (
+    bounded("lbfgs", hessopt.lbfgs),
+    bounded("bfgs", hessopt.bfgs),
+    bounded("newton", hessopt.newton),
+    bounded("newton_cg", hessopt.newton_cg),
+    bounded("trust_region_newton", hessopt.trust_region_newton),
+    bounded("trust_region_newton, cg", hessopt.trust_region_newton, subproblem="cg"),
+    bounded(
+        "trust_region_newton, Gauss-Newton",
+        hessopt.trust_region_newton,
+        curvature="gauss_newton",
     ),
 )
 

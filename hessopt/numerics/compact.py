@@ -109,7 +109,7 @@ def reduced_coefficients(
     # s and y have different units
     size = jnp.sqrt(or_one(jnp.diagonal(gram)))
     K_G = jax.vmap(K, in_axes=1, out_axes=1)(gram)
-    matrix = jnp.eye(len(gram)) + size[:, None] * K_G / (gamma * size)
+    matrix = jnp.eye(len(gram), dtype=gram.dtype) + size[:, None] * K_G / (gamma * size)
     c = jnp.linalg.solve(matrix, size * K(jnp.concatenate([S_g, Y_g]))) / size
     v, w = jnp.split(c, 2)
     return v, w

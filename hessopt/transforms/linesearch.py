@@ -30,6 +30,7 @@ from hessopt.trees.boxes import (
     Box,
     box_of,
     check_bounds,
+    ended,
     free_part,
     is_outside,
     outward,
@@ -263,13 +264,9 @@ def _along_bounds(box: Box, call: Call) -> tuple[Call, jax.Array]:
     outside = is_outside(box, call.params)
     nearest = jax.tree.map(jnp.subtract, projected(box, call.params), call.params)
     u = optax.tree.cast_like(select(outside, nearest, call.updates), call.updates)
-    moving = free_part(_ended(box, call.params, u), u)
+    at_bound = outward(box, call.params, jax.tree.map(jnp.negative, u))
+    moving = free_part(at_bound, u)
     return call._replace(updates=select(outside, u, moving)), outside
-
-
-def _ended(box: Box, params: Params, u: optax.Updates) -> Params:
-    """Return which entries are at the bound to which u points, a tree of bools."""
-    return outward(box, params, jax.tree.map(jnp.negative, u))
 
 
 def _measure(call: Call) -> tuple[_Start, jax.Array]:
@@ -301,15 +298,14 @@ def _attempt(
     t, u, dtype = bracket.trial, call.updates, start.value.dtype
     step = jax.tree.map(lambda leaf: (t * leaf).astype(leaf.dtype), u)
     if box is not None:
+        u = free_part(ended(box, call.params, step), u)
         step = step_within(box, call.params, step)
-    reached = applied(call.params, step)
-    value, grad = jax.value_and_grad(call.objective)(reached)
+    value, grad = jax.value_and_grad(call.objective)(applied(call.params, step))
 
     # psi and psi', the normalized phi; the result of jax.grad is conjugated for complex
     # leaves
     change, promise = jnp.asarray(value, dtype) - start.value, None
     if box is not None:
-        u = free_part(_ended(box, reached, u), u)
         promise = -inner(call.grad, step).astype(dtype) * start.per_unit
     along = jnp.asarray(inner(jax.tree.map(jnp.conj, grad), u), dtype)
     change, along = change * start.per_unit, along * start.per_unit

@@ -284,7 +284,7 @@ def _step(
         direction = combine(p, direction)
     info, box = blocks.info, state.box
     if side is not None:
-        direction = completed(side, direction)
+        direction = zero_unless(call.finite, completed(side, direction))
         info = info._replace(held=count(side.held))
     slope, uphill = _slope(direction, whole)
     status |= step_status({StepStatus.NOT_DESCENT: uphill})

@@ -84,6 +84,7 @@ from hessopt.trees.vectors import (
     real_leaves,
     solve_dtype,
     tree_norm,
+    unit_factor,
     unravel,
 )
 from hessopt.typing import Params, StepStatus, Vector, step_status
@@ -383,7 +384,9 @@ def _measure_on_face(
     product = curvature_product(objective, parts, options.curvature)
     there = outward(box, params, gradient)
     if state.scales is None:
-        g = optax.tree.cast_like(jax.tree.leaves(free_part(there, gradient)), parts)
+        factor, free = unit_factor(gradient), free_part(there, gradient)
+        unit = [leaf * factor.astype(leaf.dtype) for leaf in jax.tree.leaves(free)]
+        g = optax.tree.cast_like(unit, parts)
         short = short_reach(g, product(g))
         reach = jax.tree.map(lambda x: jnp.full_like(x, short), params)
     else:
@@ -420,7 +423,7 @@ def _with_single_entries(
     t = jnp.ones_like(slopes)
     if model.scales is not None:
         t = divide(1.0, model.scales, used)
-    w = divide(t**2, reach, used, 1.0).astype(dtype)
+    w = divide(t**2, reach, used, jnp.max(jnp.abs(model.w))).astype(dtype)
     z = jnp.where(problem.finite, t * slopes, 0.0).astype(dtype)
 
     def lift(y: Vector) -> Leaves:

@@ -183,6 +183,16 @@ def step_within(box: Box, params: Params, step: Params) -> Params:
     return jax.tree.map(one, params, step, *box)
 
 
+def ended(box: Box, params: Params, step: Params) -> Params:
+    """Return which entries of a step reach or pass their bound, a tree of bools."""
+
+    def one(x: jax.Array, d: jax.Array, low: jax.Array, up: jax.Array) -> jax.Array:
+        ahead = jnp.asarray(x + d, low.dtype)
+        return ((ahead <= low) & (d < 0)) | ((ahead >= up) & (d > 0))
+
+    return jax.tree.map(one, params, step, *box)
+
+
 def outward(box: Box, params: Params, grad: Params) -> Params:
     """Return which entries are held: at a bound with the gradient pointing outward, or
     fixed; a tree of bools."""
@@ -211,7 +221,9 @@ def face(box: Box, params: Params, grad: Params, reach: Params) -> Face:
         x: jax.Array, g: jax.Array, low: jax.Array, up: jax.Array, a: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         target = x - a.astype(x.dtype) * g.astype(x.dtype)
-        ends_low, ends_up = (target <= low) & (g > 0), (target >= up) & (g < 0)
+        is_finite = jnp.isfinite(g)
+        ends_low = (target <= low) & (g > 0) & is_finite
+        ends_up = (target >= up) & (g < 0) & is_finite
         held = ends_low | ends_up | (low == up) | (x < low) | (x > up)
         bound = jnp.where(ends_low | (x < low), low, up)
         return held, jnp.where(held, x - bound, 0).astype(x.dtype)
