@@ -9,11 +9,13 @@ import jax
 import optax
 
 from hessopt._checks import (
+    check_transformation,
     injectable,
     renamed_arguments,
 )
 from hessopt.calculus.curvature import Curvature, CurvatureFn
 from hessopt.kinds.bases import over_base
+from hessopt.kinds.faces import has_box
 from hessopt.numerics.broyden import Formula
 from hessopt.numerics.indefiniteness import IndefiniteTreatment
 from hessopt.transforms.bfgs import scale_by_bfgs
@@ -28,6 +30,7 @@ from hessopt.transforms.optax_linesearch import fitted
 from hessopt.transforms.within import keep_within
 from hessopt.trees.boxes import Bounds, check_bounds
 from hessopt.trees.groups import Groups
+from hessopt.typing import Params
 
 DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
 """Default of `newton_cg` and `lbfgs`: their steps usually have the right length, so the
@@ -644,4 +647,16 @@ def _bounded(
         return scale_by_wolfe_linesearch(initial_guess="quadratic", bounds=bounds)
     if linesearch is DEFAULT_LINESEARCH:
         return scale_by_wolfe_linesearch(bounds=bounds)
-    return linesearch
+    check_transformation("linesearch", linesearch)
+
+    def init(params: Params) -> optax.OptState:
+        state = linesearch.init(params)
+        if jax.tree.leaves(params) and not has_box(state):
+            raise ValueError(
+                "linesearch needs the bounds: give it "
+                "`scale_by_wolfe_linesearch(..., bounds=bounds)`"
+            )
+        return state
+
+    update = optax.with_extra_args_support(linesearch).update
+    return optax.GradientTransformationExtraArgs(init, update)

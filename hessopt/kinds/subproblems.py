@@ -51,6 +51,9 @@ class LocalModel(NamedTuple):
     minimize: Callable[[Vector, Vector], secular.Shifted]
     tolerance: jax.Array  # residual of an approximate solution, relative to |g|
     scales: Vector | None  # D of the previous updates; None where D = 1
+    # (n,) bools, entries held at bounds, in which gradient and curvature are zero; None
+    # without bounds
+    held: Vector | None = None
 
 
 class EigenModel(NamedTuple):
@@ -107,7 +110,10 @@ def _of_matrix(local: LocalModel) -> _Factored:
         curvature=local.curvature,
     )
     scales, t = largest_scales(local.scales, equilibration(H), jnp.any(H != 0, axis=1))
-    w, Q = jnp.linalg.eigh(H * t * t[:, None], symmetrize_input=False)
+    scaled = H * t * t[:, None]
+    if local.held is not None:  # rounding could make their eigenvalues negative
+        scaled += jnp.diag(local.held.astype(H.dtype))
+    w, Q = jnp.linalg.eigh(scaled, symmetrize_input=False)
     return _Factored(w, matmul(t * ravel(local.gradient), Q), Q, t, scales)
 
 

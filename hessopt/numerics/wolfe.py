@@ -129,10 +129,10 @@ def advance(
     """Update the bracket with psi and psi' at `bracket.trial`, and choose the next
     trial.
 
-    On a path that is projected to bounds, psi' is that of the entries that still move,
-    and `promise` is the decrease that the gradient at the start promises for the step
-    taken, at most t. The slope jumps up where an entry reaches its bound, so only a
-    lower limit is required of it (Ferry, Gill, Wong and Zhang).
+    Where bounds cut a step, psi' is that of the entries that still move, and `promise`
+    is the decrease that the gradient at the start promises for the step taken, at most
+    t; it is t where nothing is cut. The slope jumps up where an entry reaches its bound,
+    so only a lower limit is required of it (Ferry, Gill, Wong and Zhang).
     """
     c1, c2, max_rate, max_steps, max_bracketed = conditions
     low, high, noise, t = bracket.low, bracket.high, bracket.noise, bracket.trial
@@ -142,7 +142,9 @@ def advance(
     )
 
     decreased = here.value <= -c1 * (t if promise is None else promise)
-    flat = (jnp.abs(here.slope) if promise is None else -here.slope) <= c2
+    flat = jnp.abs(here.slope) <= c2
+    if promise is not None:
+        flat |= (promise < t) & (here.slope > 0)
     capped = decreased & (here.slope < 0) & (t >= max_rate)
     accepted = (flat & (decreased | (jnp.abs(here.value) <= noise))) | capped
 

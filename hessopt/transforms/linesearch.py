@@ -32,6 +32,7 @@ from hessopt.trees.boxes import (
     check_bounds,
     ended,
     free_part,
+    holds_any,
     is_outside,
     outward,
     projected,
@@ -297,9 +298,10 @@ def _attempt(
     bracket, best = wolfe.unpack(carry[0]), carry[1]
     t, u, dtype = bracket.trial, call.updates, start.value.dtype
     step = jax.tree.map(lambda leaf: (t * leaf).astype(leaf.dtype), u)
+    cut = None
     if box is not None:
-        u = free_part(ended(box, call.params, step), u)
-        step = step_within(box, call.params, step)
+        cut = ended(box, call.params, step)
+        u, step = free_part(cut, u), step_within(box, call.params, step)
     value, grad = jax.value_and_grad(call.objective)(applied(call.params, step))
 
     # psi and psi', the normalized phi; the result of jax.grad is conjugated for complex
@@ -307,6 +309,7 @@ def _attempt(
     change, promise = jnp.asarray(value, dtype) - start.value, None
     if box is not None:
         promise = -inner(call.grad, step).astype(dtype) * start.per_unit
+        promise = jnp.where(holds_any(cut), jnp.minimum(promise, t), t)
     along = jnp.asarray(inner(jax.tree.map(jnp.conj, grad), u), dtype)
     change, along = change * start.per_unit, along * start.per_unit
     if box is not None:

@@ -316,7 +316,7 @@ def _step(
     # the model in its eigenvectors, and the first radius or sigma
     bounded = None
     if state.box is None:
-        problem = _measure(options, call, call, state)
+        problem = _measure(options, call, call, state, None)
     else:
         problem, bounded = _measure_on_face(options, call, state)
     w, z = problem.model.w, problem.model.z
@@ -392,11 +392,11 @@ def _measure_on_face(
     else:
         reach = unravel(divide(1.0, state.scales, state.scales > 0) ** 2, params)
     side = face(box, params, gradient, reach)
-    problem = _measure(options, on_face(call, side), call, state)
+    held = ravel_mask(side.held, params)
+    problem = _measure(options, on_face(call, side), call, state, held)
 
     near = jax.tree.map(lambda h, t: h & ~t, side.held, there)
     slopes = jax.tree.map(lambda n, g: jnp.where(n, g, 0), near, gradient)
-    held = ravel_mask(side.held, params)
     model = _with_single_entries(problem, held, ravel(slopes), ravel(reach))
     flat = [jax.tree.leaves(tree) for tree in (*box, gradient)]
     bounded = _Bounded(
@@ -443,7 +443,11 @@ def _with_single_entries(
 
 
 def _measure(
-    options: _Options, call: Call, whole: Call, state: TrustRegionState
+    options: _Options,
+    call: Call,
+    whole: Call,
+    state: TrustRegionState,
+    held: Vector | None,
 ) -> _Problem:
     """Return the value, and the model in the eigenvectors of the curvature."""
     gradient, _ = real_leaves(call.updates)
@@ -466,6 +470,7 @@ def _measure(
         ),
         forcing(length, first_length),
         state.scales,
+        held,
     )
     model = options.solver.solve(local)
 

@@ -110,10 +110,12 @@ def box_of(bounds: Bounds | None, params: Params, *, caller: str) -> Box | None:
 def _like(side: Any, leaf: Any, caller: str, name: str) -> jax.Array:
     """Return a bound as an array like a leaf, sharded as the leaf is."""
     shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    if np.broadcast_shapes(np.shape(side), shape) != shape:
+    given = np.shape(side)
+    aligned = zip(given[::-1], shape[::-1], strict=False)
+    if len(given) > len(shape) or any(a not in (1, b) for a, b in aligned):
         raise ValueError(
             f"{caller} needs bounds that can be broadcast to {name} of shape {shape}, "
-            f"got shape {np.shape(side)}"
+            f"got shape {given}"
         )
     return jnp.zeros_like(leaf, dtype) + jnp.asarray(side, dtype)
 
@@ -154,7 +156,9 @@ def projected(box: Box, params: Params) -> Params:
 
 def is_outside(box: Box, params: Params) -> jax.Array:
     """Return whether an entry is outside of its bounds, a bool scalar."""
-    return _any(jax.tree.map(lambda x, low, up: (x < low) | (x > up), params, *box))
+    return holds_any(
+        jax.tree.map(lambda x, low, up: (x < low) | (x > up), params, *box)
+    )
 
 
 def step_within(box: Box, params: Params, step: Params) -> Params:
@@ -250,6 +254,7 @@ def count(held: Params) -> jax.Array:
     return sum(counts, jnp.zeros((), jnp.int32))
 
 
-def _any(tree: Params) -> jax.Array:
+def holds_any(tree: Params) -> jax.Array:
+    """Return whether an entry of a tree of bools holds, a bool scalar."""
     leaves = [jnp.any(leaf) for leaf in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_or, leaves, jnp.zeros((), bool))
