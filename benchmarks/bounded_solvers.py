@@ -25,7 +25,7 @@ def driven(make: Callable[..., optax.GradientTransformation], **options: Any) ->
 
     def solve(problem: Bounded) -> tuple[Outcome, bool]:
         tx = make(bounds=(problem.lower, problem.upper), **options)
-        largest = float(_size(problem, problem.start))
+        largest = float(_free_size(problem))
         gtol = problem.gradient / largest if largest else 0.0
 
         @jax.jit
@@ -48,6 +48,14 @@ def driven(make: Callable[..., optax.GradientTransformation], **options: Any) ->
         return outcome, bool(converged)
 
     return solve
+
+
+def _free_size(problem: Bounded) -> Any:
+    """Return the largest entry of the gradient at the start among those that no bound
+    holds, to which `gtol` is relative."""
+    x, grad = problem.start, jax.grad(problem.value_fn)(problem.start)
+    held = ((x <= problem.lower) & (grad > 0)) | ((x >= problem.upper) & (grad < 0))
+    return jnp.max(jnp.abs(jnp.where(held, 0.0, grad)))
 
 
 def _size(problem: Bounded, x: Any) -> Any:
