@@ -80,6 +80,10 @@ def newton(
         `value_fn=hessopt.composite(model_fn, loss_fn)`. An objective without forward
         derivatives, such as one with a `jax.custom_vjp`, is differentiated in reverse
         mode only.
+      bounds: `(lower, upper)`, each a number, a tree like params or None: all iterates
+        stay within, and the objective is not evaluated outside. See
+        `hessopt.typing.Bounds`. A default line search gets the same bounds, another one
+        has to have them.
       linesearch: a line search that takes the additive update, or None.
 
     Returns:
@@ -219,6 +223,10 @@ def newton_cg(
         gradient; costs one more product.
       rematerialize: whether to linearize the gradient again for every product, which
         uses less memory and more time.
+      bounds: `(lower, upper)`, each a number, a tree like params or None: all iterates
+        stay within, and the objective is not evaluated outside. See
+        `hessopt.typing.Bounds`. A default line search gets the same bounds, another one
+        has to have them.
       linesearch: a line search that takes the additive update, or None.
 
     Returns:
@@ -274,6 +282,10 @@ def bfgs(
       on_bad_curvature: treatment of a pair (s, y) that fails the curvature test:
         `"skip"` does not use the pair, `"powell"` replaces y by a combination of y and
         B s for which `s.y = 0.2 s.Bs`.
+      bounds: `(lower, upper)`, each a number, a tree like params or None: all iterates
+        stay within, and the objective is not evaluated outside. See
+        `hessopt.typing.Bounds`. A default line search gets the same bounds, another one
+        has to have them.
       linesearch: a line search that takes the additive update, or None.
 
     Returns:
@@ -326,6 +338,10 @@ def lbfgs(
         per update.
       memory_dtype: dtype of the stored pairs, such as `jnp.bfloat16` for half the
         memory; by default that of params, at least float32.
+      bounds: `(lower, upper)`, each a number, a tree like params or None: all iterates
+        stay within, and the objective is not evaluated outside. See
+        `hessopt.typing.Bounds`. A default line search gets the same bounds, another one
+        has to have them.
       linesearch: a line search that takes the additive update, or None.
 
     Returns:

@@ -6,7 +6,7 @@ This module defines the variables that the loop carries and the termination test
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class Run(NamedTuple):
     start_size: jax.Array
     extent: jax.Array  # largest magnitude in params at the start
     # bool, whether the start was outside of bounds; None without bounds
-    projected: jax.Array | None
+    projected: Any
     scale: jax.Array  # scale of the objective at the start: max(|f|, |g| |x|)
     # lowest value and smallest size so far, up to changes within rounding; no trees
     record: Point

@@ -144,13 +144,13 @@ def minimize(
       state: a state of `tx` for a warm start, as in `Solution.state`; by default a
         fresh one.
       max_steps: maximum number of updates, below 2^31.
-      gtol: stop (GRADIENT) when max|g| is at most gtol times its value at the start, and
-        the decrease `g.p / 2` that the method predicts for its direction p at most
-        `tol^2 |f|`, where `tol = max(gtol, eps^(3/8))`. If the value tends to zero, and
-        the predicted decrease remains more than a hundredth of it, max|p| must instead
-        be at most tol times max|params|, now or at the start. For a transformation
-        without a model of the objective p is its update, and one of the last two bounds
-        is sufficient.
+      gtol: stop (GRADIENT) when max|g|, over the entries that no bound of tx holds, is
+        at most gtol times its value at the start, and the decrease `g.p / 2` that the
+        method predicts for its direction p at most `tol^2 |f|`, where
+        `tol = max(gtol, eps^(3/8))`. If the value tends to zero, and the predicted
+        decrease remains more than a hundredth of it, max|p| must instead be at most tol
+        times max|params|, now or at the start. For a transformation without a model of
+        the objective p is its update, and one of the last two bounds is sufficient.
       ftol: stop (VALUE) when a step changes the objective by at most ftol times its
         total change since the start.
       xtol: stop (STEP) when no entry moves by more than xtol times the largest entry.
@@ -174,12 +174,16 @@ def minimize(
       over, are those of the exact stationary point nearby. The derivatives with respect
       to the starting point, and those of the state and the counts, are zero.
       Derivatives are NaN where the Hessian is singular or conjugate gradients do not
-      converge. An objective without forward derivatives, such as one with a
+      converge. With bounds, held entries move as their bounds do, and derivatives are
+      NaN where the gradient of one of them vanishes. An objective without forward derivatives, such as one with a
       `jax.custom_vjp`, has derivatives of its solution in reverse mode.
 
     Raises:
       ValueError: for a negative tolerance, a max_steps that is negative or not a whole
         number, or log_every below 1.
+      ValueError, TypeError: for bounds of tx that do not fit params, for complex params
+        with bounds, and for params outside of the bounds, where they are known; where
+        they are traced, the nearest point within is the start.
       TypeError: for data that value_fn requires but does not receive, data that
         value_fn does not take, or data that are not arrays; for params that are not
         floating or complex; for a tx that is not an optax transformation; for has_aux
@@ -406,7 +410,7 @@ def _moved_by_bounds(
     """Return the tangents of held entries, which are those of their bounds."""
 
     def bound(state: optax.OptState) -> Params:
-        box = box_in(state, solution.params)
+        box: Any = box_in(state, solution.params)
         return jax.tree.map(
             lambda x, low, up: jnp.where(x <= low, low, up), solution.params, *box
         )
@@ -448,7 +452,7 @@ def _strictly(
         jax.tree.leaves(jax.lax.stop_gradient(tree))
         for tree in (solution.params, solution.grad)
     )
-    box = jax.lax.stop_gradient(box_in(solution.state, solution.params))
+    box: Any = jax.lax.stop_gradient(box_in(solution.state, solution.params))
     sides = zip(x, g, *map(jax.tree.leaves, box), strict=True)
     size = largest(jax.lax.stop_gradient(hessian(x)))
     weak = [

@@ -2,13 +2,12 @@
 cost."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt.trees.boxes import Box
 from hessopt.trees.vectors import strongly_typed
 from hessopt.typing import Params, ValueFn
 
@@ -30,7 +29,7 @@ class LinesearchState(NamedTuple):
     grad: Params  # result of `jax.grad` at that point, a tree like params
     # scalar, decrease of the objective in the last nonzero step; 0 at the start
     fall: jax.Array
-    box: Box | None  # bounds, trees like params; None without bounds
+    box: Any  # Box, the bounds; None without bounds
     info: LinesearchInfo
 
 

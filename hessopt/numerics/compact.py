@@ -102,7 +102,8 @@ def reduced_coefficients(
     """
 
     def K(column: Vector) -> Vector:
-        return jnp.concatenate(coefficients(compact, *jnp.split(column, 2), gamma))
+        of_S, of_Y = jnp.split(column, 2)
+        return jnp.concatenate(coefficients(compact, of_S, of_Y, gamma))
 
     used = jnp.tile(compact.used, 2)
     gram = jnp.where(used & used[:, None], gram, 0.0)

@@ -67,7 +67,7 @@ class BfgsInfo(NamedTuple):
     predicted: jax.Array
     evaluations: jax.Array  # int32 scalar, of the objective; always 0
     # int32 scalar, entries held at bounds; None without bounds
-    held: jax.Array | None
+    held: Any
 
 
 class BfgsState(NamedTuple):
@@ -83,7 +83,7 @@ class BfgsState(NamedTuple):
     gamma: jax.Array
     # H for scaled gradients; if info.pairs is 0, the next pair restarts it
     inverse: broyden.InverseHessian
-    box: Box | None  # bounds, trees like params; None without bounds
+    box: Any  # Box, the bounds; None without bounds
     info: BfgsInfo
 
 
@@ -105,6 +105,11 @@ def scale_by_bfgs(
         `"skip"` does not use the pair; `"powell"` replaces y by a combination of y and
         B s for which `s.y = 0.2 s.Bs`, with B the inverse of H, if s.Bs is known and
         s.y is smaller.
+      bounds: `(lower, upper)`, each a number, a tree like params or None; see
+        `hessopt.typing.Bounds`. Entries that a short gradient step leads to a bound are
+        held: their direction ends there, and the other entries have the direction of
+        the problem in which these are constants. The chain needs a
+        `scale_by_wolfe_linesearch` with the same bounds.
 
     Returns:
       A transformation of the gradient into `+H g`. `update(grads, state, params, *,
@@ -129,8 +134,11 @@ def scale_by_bfgs(
     Raises:
       ValueError: for an unknown formula or on_bad_curvature.
       TypeError: in `update`, for missing params.
+      ValueError, TypeError: in `init`, for bounds that do not fit params, for complex
+        params with bounds, and for params outside of the bounds, where they are known.
 
-    Cost per update: one product with an n by n matrix, or two if `grads` is not `grad`.
+    Cost per update: one product with an n by n matrix, or two if `grads` is not `grad`;
+    while bounds hold entries, a Cholesky factorization, `n^3/3` multiplications.
     Every 16 updates one pass writes the matrix, with `32 n^2` multiplications; under
     vmap this happens in every update, and up to 128 parameters every update writes it
     with `2 n^2`. No gradient. Memory: `n^2 + 35 n`.

@@ -27,7 +27,6 @@ from hessopt.numerics.secant import accepts, first_scale, to_unit_length
 from hessopt.trees import stacks
 from hessopt.trees.boxes import (
     Bounds,
-    Box,
     Face,
     box_of,
     check_bounds,
@@ -35,6 +34,7 @@ from hessopt.trees.boxes import (
     count,
     face,
     free_part,
+    holds_any,
 )
 from hessopt.trees.sharding import stack_of, zeros
 from hessopt.trees.vectors import eps, inner, inner_products, solve_dtype
@@ -62,7 +62,7 @@ class LbfgsInfo(NamedTuple):
     # int32 scalar, of the objective's gradient: 1 with same_batch_pairs, else 0
     evaluations: jax.Array
     # int32 scalar, entries held at bounds; None without bounds
-    held: jax.Array | None
+    held: Any
 
 
 class LbfgsState(NamedTuple):
@@ -78,7 +78,7 @@ class LbfgsState(NamedTuple):
     # (m, 2), S'old_grad and Y'old_grad; None with same_batch_pairs
     products: Any
     compact: compact.Compact  # products among the pairs
-    box: Box | None  # bounds, trees like params; None without bounds
+    box: Any  # Box, the bounds; None without bounds
     info: LbfgsInfo
 
 
@@ -100,6 +100,11 @@ def scale_by_lbfgs(
         per update.
       memory_dtype: dtype of the stored pairs, such as `jnp.bfloat16` for half the
         memory; by default that of params, at least float32.
+      bounds: `(lower, upper)`, each a number, a tree like params or None; see
+        `hessopt.typing.Bounds`. Entries that a short gradient step leads to a bound are
+        held: their direction ends there, and the other entries have the direction of
+        the problem in which these are constants. The chain needs a
+        `scale_by_wolfe_linesearch` with the same bounds.
 
     Returns:
       A transformation of the gradient into `+H g`. `update(grads, state, params, *,
@@ -121,9 +126,12 @@ def scale_by_lbfgs(
         such as float16.
       TypeError: in `update`, for missing params; with same_batch_pairs also for a
         missing value_fn, or data that it requires.
+      ValueError, TypeError: in `init`, for bounds that do not fit params, for complex
+        params with bounds, and for params outside of the bounds, where they are known.
 
     Cost per update: two passes over the memory, or three if y is small compared to the
-    gradients or `grads` is not `grad`, and about 20 n more. Memory: `2 m n` for the
+    gradients or `grads` is not `grad`, and about 20 n more; while bounds hold entries,
+    one more pass and `4 m^2 n` multiplications. Memory: `2 m n` for the
     pairs, 2 n for the last iterate.
 
     Example:
@@ -141,7 +149,9 @@ def scale_by_lbfgs(
 
     Source: Liu and Nocedal, "On the limited memory BFGS method for large scale
     optimization", 1989; Byrd, Nocedal and Schnabel, "Representations of quasi-Newton
-    matrices and their use in limited memory methods", 1994, theorem 2.2.
+    matrices and their use in limited memory methods", 1994, theorem 2.2; Byrd, Lu,
+    Nocedal and Zhu, "A limited memory algorithm for bound constrained optimization",
+    1995, for the minimization over free entries.
     """
     check_count("memory_size", memory_size)
     if (
@@ -473,23 +483,24 @@ def _combine(
     """Return S'u and Y'u, and the coefficients v and w of the pairs."""
 
     def whole() -> tuple[jax.Array, Vector, Vector]:
-        return memory.u.T, *compact.coefficients(memory.compact, *memory.u.T, gamma)
+        S_u, Y_u = memory.u.T
+        found = compact.coefficients(memory.compact, S_u, Y_u, gamma)
+        return memory.u.T, *found
 
-    if free.held is None:
+    if free.face is None:
         return whole()
+    held = free.face.held
 
     # the pairs in held entries do not count
     def reduced() -> tuple[jax.Array, Vector, Vector]:
         zero = jnp.zeros_like(memory.u)
         (products,) = stacks.products(zero, memory.pairs, free.u)
-        m = len(zero)
-        none = jnp.zeros((m, 2, m, 2), zero.dtype)
-        gram = stacks.gram(none, memory.pairs, free.face.held)
-        gram = gram.transpose(1, 0, 3, 2).reshape(2 * m, 2 * m)
-        found = compact.reduced_coefficients(memory.compact, *products.T, gamma, gram)
+        gram = stacks.gram(zero, memory.pairs, held)
+        S_u, Y_u = products.T
+        found = compact.reduced_coefficients(memory.compact, S_u, Y_u, gamma, gram)
         return products.T, *found
 
-    return jax.lax.cond(free.held > 0, reduced, whole)
+    return jax.lax.cond(holds_any(held), reduced, whole)
 
 
 def _direct(

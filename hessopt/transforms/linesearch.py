@@ -97,6 +97,11 @@ def scale_by_wolfe_linesearch(
         `"quadratic"` estimates it, at most 1, from the decrease of the last step; or a
         callable `(fall, slope) -> t` of that decrease (0 at the start) and the slope, a
         negative scalar.
+      bounds: `(lower, upper)`, each a number, a tree like params or None; see
+        `hessopt.typing.Bounds`. The search then follows the path `params + t u` with
+        every entry ended at its bound. Where bounds cut a step, the objective must
+        decrease by the fraction c1 of what the gradient promises for that step, and its
+        slope along the path must be at least `c2 phi'(0)`.
 
     Returns:
       A transformation whose `update(updates, state, params, *, value, grad, value_fn,
@@ -107,12 +112,15 @@ def scale_by_wolfe_linesearch(
       If no trial is accepted (SEARCH_FAILED), the step is that of the largest decrease
       found, or zero. A trial that is not finite reduces the rate. An update that points
       uphill (NOT_DESCENT), or a value or gradient that is not finite (NONFINITE), gives
-      a step of zero. The state is then unchanged except count and info.
+      a step of zero. The state is then unchanged except count and info. From params
+      outside of the bounds the step leads to the nearest point within (OUTSIDE_BOUNDS).
 
     Raises:
       ValueError: for max_steps < 1, c1 or c2 out of their ranges, max_rate <= 0 or an
         unknown word.
       TypeError: in `update`, for a missing argument; the message names it.
+      ValueError, TypeError: in `init`, for bounds that do not fit params, for complex
+        params with bounds, and for params outside of the bounds, where they are known.
 
     Cost per update: one value and gradient per trial, also under vmap; usually one
     trial if the update is well scaled. The objective is traced once. Memory: one
@@ -129,7 +137,8 @@ def scale_by_wolfe_linesearch(
 
     Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., sections 3.1 and 3.5;
     Hager and Zhang, "A new conjugate gradient method with guaranteed descent and an
-    efficient line search", 2005.
+    efficient line search", 2005; Ferry, Gill, Wong and Zhang, "Projected-search methods
+    for bound-constrained optimization", 2024, for bounds.
     """
     check_count("max_steps", max_steps)
     check_range("slope_rtol", slope_rtol, 0, 0.5)

@@ -19,7 +19,7 @@ al., arXiv 1406.2572.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,6 @@ from hessopt.numerics.indefiniteness import INDEFINITE_TREATMENTS, IndefiniteTre
 from hessopt.numerics.norms import norm, unit_scale
 from hessopt.trees.boxes import (
     Bounds,
-    Box,
     Face,
     box_of,
     check_bounds,
@@ -86,7 +85,7 @@ class NewtonInfo(NamedTuple):
     predicted: jax.Array
     evaluations: jax.Array  # int32 scalar, of the objective besides the Hessian: 0
     # int32 scalar, entries held at bounds; None without bounds
-    held: jax.Array | None = None
+    held: Any = None
 
 
 class NewtonState(NamedTuple):
@@ -99,7 +98,7 @@ class NewtonState(NamedTuple):
     # per block (n_b,), the diagonal of D, 0 where the curvature was always 0
     scales: Params
     factors: Params  # with update_every > 1, the blocks' factors; else None
-    box: Box | None  # bounds, trees like params; None without bounds
+    box: Any  # Box, the bounds; None without bounds
     info: NewtonInfo
 
 
@@ -134,6 +133,11 @@ def scale_by_newton(
         `value_fn=hessopt.composite(model_fn, loss_fn)`. An objective without forward
         derivatives, such as one with a `jax.custom_vjp`, is differentiated in reverse
         mode only.
+      bounds: `(lower, upper)`, each a number, a tree like params or None; see
+        `hessopt.typing.Bounds`. Entries that a short gradient step leads to a bound are
+        held: their direction ends there, and the other entries have the direction of
+        the problem in which these are constants. The chain needs a
+        `scale_by_wolfe_linesearch` with the same bounds.
 
     Returns:
       A transformation of the gradient into `+p`, whose `update(grads, state, params, *,
@@ -150,6 +154,8 @@ def scale_by_newton(
       ValueError: for damping < 0, update_every < 1 or an unknown word.
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
         missing.
+      ValueError, TypeError: in `init`, for bounds that do not fit params, for complex
+        params with bounds, and for params outside of the bounds, where they are known.
 
     Cost per update: sum n_b products of about two gradients each and n_b^3/3
     multiplications per attempted factorization (`"shift"`: usually one or two attempts),
@@ -284,7 +290,8 @@ def _step(
         direction = combine(p, direction)
     info, box = blocks.info, state.box
     if side is not None:
-        direction = zero_unless(call.finite, completed(side, direction))
+        known = jnp.asarray(call.finite)
+        direction = zero_unless(known, completed(side, direction))
         info = info._replace(held=count(side.held))
     slope, uphill = _slope(direction, whole)
     status |= step_status({StepStatus.NOT_DESCENT: uphill})

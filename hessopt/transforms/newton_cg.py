@@ -71,7 +71,7 @@ class NewtonCgInfo(NamedTuple):
     # int32 scalar, evaluations of the objective outside of products; always 0
     evaluations: jax.Array
     # int32 scalar, entries held at bounds; None without bounds
-    held: jax.Array | None
+    held: Any
 
 
 class NewtonCgState(NamedTuple):
@@ -81,7 +81,7 @@ class NewtonCgState(NamedTuple):
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
     # with warm_start, p of the last update, a tree like params; else None
     direction: Params
-    box: Box | None  # bounds, trees like params; None without bounds
+    box: Any  # Box, the bounds; None without bounds
     info: NewtonCgInfo
 
 
@@ -110,6 +110,11 @@ def scale_by_newton_cg(
         gradient; costs one more product.
       rematerialize: whether to linearize the gradient again for every product, which
         uses less memory and more time.
+      bounds: `(lower, upper)`, each a number, a tree like params or None; see
+        `hessopt.typing.Bounds`. Entries that a short gradient step leads to a bound are
+        held: their direction ends there, and the other entries have the direction of
+        the problem in which these are constants. The chain needs a
+        `scale_by_wolfe_linesearch` with the same bounds.
 
     Returns:
       A transformation of the gradient into `+p`, whose `update(grads, state, params, *,
@@ -126,9 +131,11 @@ def scale_by_newton_cg(
       ValueError: for max_iterations < 1 or an unknown curvature.
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
         missing.
+      ValueError, TypeError: in `init`, for bounds that do not fit params, for complex
+        params with bounds, and for params outside of the bounds, where they are known.
 
     Cost per update: one gradient, and about two gradients per product, with
-    rematerialize three. Memory: the intermediates of the gradient and of its tangent,
+    rematerialize three; with bounds one product more. Memory: the intermediates of the gradient and of its tangent,
     and five vectors like params; with rematerialize the intermediates are held only
     during a product.
 

@@ -123,7 +123,7 @@ class TrustRegionInfo(NamedTuple):
     # int32 scalar, values: one per trial, and one at params if it was not given
     evaluations: jax.Array
     # int32 scalar, entries held at bounds; None without bounds
-    held: jax.Array | None
+    held: Any
 
 
 class TrustRegionState(NamedTuple):
@@ -135,7 +135,7 @@ class TrustRegionState(NamedTuple):
     first_length: jax.Array  # scalar, |g| at the first update; 0 before
     # (n,), the diagonal of D, 0 where the curvature was always 0; None if D = 1
     scales: Params
-    box: Box | None  # bounds, trees like params; None without bounds
+    box: Any  # Box, the bounds; None without bounds
     info: TrustRegionInfo
 
 
@@ -178,6 +178,11 @@ def trust_region_newton(
       geodesic_acceleration: whether to correct steps by the second derivative of the
         outputs; for `"gauss_newton"` and `"exact"`, and for a model with forward
         derivatives.
+      bounds: `(lower, upper)`, each a number, a tree like params or None: all iterates
+        stay within, and the objective is not evaluated outside. See
+        `hessopt.typing.Bounds`. Entries that a short gradient step leads to a bound are
+        held, and have no coupling to the others in the model; every entry of a trial
+        step ends at its bound.
 
     Returns:
       An optimizer that is used without a chain: it maps the gradient to an additive
@@ -197,10 +202,12 @@ def trust_region_newton(
         geodesic_acceleration with another curvature or subproblem than it is for.
       TypeError: in `update`, if params, value_fn, or data that value_fn requires is
         missing; for geodesic_acceleration also if the model has no forward derivatives.
+      ValueError, TypeError: in `init`, for bounds that do not fit params, for complex
+        params with bounds, and for params outside of the bounds, where they are known.
 
     Cost per update: n products of about two gradients each (with a diagonal loss:
     tangents of the model and `2 m n^2` multiplications, m outputs) and about `9 n^3`
-    multiplications; per trial one value and `n^2`. With `"cg"` one such product and `4
+    multiplications; per trial one value and `n^2`, and with bounds one product. With `"cg"` one such product and `4
     k n` multiplications for the k-th dimension. Memory: `n^2` three times; m n; 50 n.
 
     Example:
@@ -214,7 +221,9 @@ def trust_region_newton(
     Source: Conn, Gould and Toint, "Trust-Region Methods", 2000; Cartis, Gould and
     Toint, "Adaptive cubic regularisation methods for unconstrained optimization", 2011;
     Gould, Lucidi, Roma and Toint, "Solving the trust-region subproblem using the
-    Lanczos method", 1999; Transtrum and Sethna, arXiv 1201.5885.
+    Lanczos method", 1999; Transtrum and Sethna, arXiv 1201.5885; Lin and More,
+    "Newton's method for large bound-constrained optimization problems", 1999, for
+    bounds.
     """
     check_count("max_trials", max_trials)
     if initial_radius is not None:

@@ -5,13 +5,14 @@ constraints", 1982.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from hessopt.kinds.protocol import Call, transformation
-from hessopt.trees.boxes import Bounds, Box, box_of, check_bounds, step_within
+from hessopt.trees.boxes import Bounds, box_of, check_bounds, step_within
 from hessopt.trees.sharding import beside
 from hessopt.typing import Params
 
@@ -19,8 +20,8 @@ from hessopt.typing import Params
 class WithinState(NamedTuple):
     """State of `keep_within`."""
 
-    count: object  # int32 scalar, updates so far
-    box: Box | None  # bounds, trees like params
+    count: jax.Array  # int32 scalar, updates so far
+    box: Any  # Box, the bounds
 
 
 def keep_within(bounds: Bounds | None) -> optax.GradientTransformationExtraArgs:

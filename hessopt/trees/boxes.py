@@ -21,9 +21,10 @@ from hessopt.trees.sharding import beside
 from hessopt.typing import Params
 
 Bounds = tuple[Any, Any]
-"""`(lower, upper)`: each a number, a tree like params or a prefix of one, with arrays
-that can be broadcast to the leaves, or None for no bound. Infinite entries are not
-bounds; an entry with `lower == upper` is fixed."""
+"""`(lower, upper)`, each a number, a tree like params or a prefix of one, with arrays
+that can be broadcast to the leaves and None for leaves without bounds, or None. Entries
+with an infinite bound are free on that side, and those with `lower == upper` are fixed.
+The values may be traced, as under `vmap`."""
 
 
 class Box(NamedTuple):

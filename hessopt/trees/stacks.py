@@ -88,13 +88,16 @@ def combination(stack: Params, weights: jax.Array) -> Params:
 
 
 def gram(zero: jax.Array, stack: Params, mask: Params) -> jax.Array:
-    """Return `A'A` over the entries where a mask holds, `(m, 2, m, 2)`, summed over the
-    leaves; the sum starts with `zero`."""
+    """Return `A'A` over the entries where a mask holds, `(2 m, 2 m)` with the first
+    vectors of all pairs before the second ones, summed over the leaves. `zero` is
+    `(m, 2)` and determines the dtype."""
+    m, dtype = len(zero), zero.dtype
+    total = jnp.zeros((m, 2, m, 2), dtype)
     for rows, chosen in zip(*map(jax.tree.leaves, (stack, mask)), strict=True):
         wide = rows.astype(jnp.promote_types(jnp.float32, rows.dtype))
         part = jnp.where(chosen, wide, 0)
-        zero = zero + contract(part, part, chosen.ndim)
-    return zero
+        total += contract(part, part, chosen.ndim).astype(dtype)
+    return total.transpose(1, 0, 3, 2).reshape(2 * m, 2 * m)
 
 
 def by_size(
