@@ -485,7 +485,7 @@ def _on_face(
     reach = first_scale(facts.gamma, found.vv)
     reach = jax.tree.map(lambda _: reach, call.params)
     side = face(box, call.params, call.updates, reach)
-    free, ahead = ~ravel_mask(side.held, call.params), ravel(side.ahead)
+    free, ahead = ~ravel_mask(side.held), ravel(side.ahead)
     v = jnp.where(free, found.v, 0.0)
     p = jax.lax.cond(
         jnp.any(~free),

@@ -338,8 +338,7 @@ def _factorize(
         before = _Block(old[group], state.shift[group], state.scales[group])
         held = None
         if side is not None:
-            part = take(call.params, labels, group)
-            held = ravel_mask(take(side.held, labels, group), part)
+            held = ravel_mask(take(side.held, labels, group))
         block, info = _factorize_block(options.treatment, H, g, lam, before, held)
         factors.append(block.factor)
         shifts.append(block.shift)

@@ -401,7 +401,7 @@ def _measure_on_face(
     else:
         reach = unravel(divide(1.0, state.scales, state.scales > 0) ** 2, params)
     side = face(box, params, gradient, reach)
-    held = ravel_mask(side.held, params)
+    held = ravel_mask(side.held)
     problem = _measure(options, on_face(call, side), call, state, held)
 
     near = jax.tree.map(lambda h, t: h & ~t, side.held, there)

@@ -184,7 +184,7 @@ def step_within(box: Box, params: Params, step: Params) -> Params:
         return jnp.where(is_within, d, jnp.nextafter(d, shorter))
 
     # XLA would compute the sum without rounding the step
-    step = jax.lax.optimization_barrier(step)
+    step = jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, step))
     return jax.tree.map(one, params, step, *box)
 
 
@@ -222,19 +222,27 @@ def face(box: Box, params: Params, grad: Params, reach: Params) -> Face:
     of all would end after the short distance of that entry.
     """
 
-    def one(
-        x: jax.Array, g: jax.Array, low: jax.Array, up: jax.Array, a: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        target = x - a.astype(x.dtype) * g.astype(x.dtype)
-        is_finite = jnp.isfinite(g)
-        ends_low = (target <= low) & (g > 0) & is_finite
-        ends_up = (target >= up) & (g < 0) & is_finite
-        held = ends_low | ends_up | (low == up) | (x < low) | (x > up)
-        bound = jnp.where(ends_low | (x < low), low, up)
-        return held, jnp.where(held, x - bound, 0).astype(x.dtype)
+    def held(x: Any, g: Any, low: jax.Array, up: jax.Array, a: Any) -> jax.Array:
+        ends = _ends(x, g, low, up, a)
+        return ends[0] | ends[1] | (low == up) | (x < low) | (x > up)
 
-    pairs = jax.tree.map(one, params, grad, *box, reach)
-    return Face(*jax.tree.transpose(jax.tree.structure(params), None, pairs))
+    def ahead(x: Any, g: Any, low: jax.Array, up: jax.Array, a: Any) -> jax.Array:
+        at_low = _ends(x, g, low, up, a)[0] | (x < low)
+        step = x - jnp.where(at_low, low, up)
+        return jnp.where(held(x, g, low, up, a), step, 0).astype(low.dtype)
+
+    trees = params, grad, *box, reach
+    return Face(jax.tree.map(held, *trees), jax.tree.map(ahead, *trees))
+
+
+def _ends(
+    x: Any, g: Any, low: jax.Array, up: jax.Array, a: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Return whether the step `-a g` of a leaf leads to the lower and to the upper
+    bound."""
+    target = x - jnp.asarray(a, low.dtype) * jnp.asarray(g, low.dtype)
+    is_finite = jnp.isfinite(g)
+    return (target <= low) & (g > 0) & is_finite, (target >= up) & (g < 0) & is_finite
 
 
 def free_part(held: Params, tree: Params) -> Params:

@@ -71,10 +71,10 @@ def ravel(tree: Params) -> Vector:
     )
 
 
-def ravel_mask(mask: Params, like: Params) -> Vector:
-    """Concatenate a tree of bools like the real tree `like` into one vector `(n,)`, as
+def ravel_mask(mask: Params) -> Vector:
+    """Concatenate a tree of bools like real params into one vector `(n,)` of bools, as
     `ravel` does."""
-    return ravel(jax.tree.map(lambda m, x: jnp.asarray(m, x.dtype), mask, like)) > 0
+    return ravel(jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), mask)) > 0
 
 
 def unravel(vector: Vector, like: Params) -> Params:
