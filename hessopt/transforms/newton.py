@@ -249,7 +249,12 @@ def _step(
     labels, names = group_labels(call.params, options.blocks)
     whole, side = call, None
     if state.box is not None:
-        side = face(state.box, call.params, call.updates, _reach(call, state, labels))
+        side = face(
+            state.box,
+            call.params,
+            call.updates,
+            _reach(call, state, labels, len(names)),
+        )
         call = on_face(call, side)
 
     # the gradient of each block; if the value is not finite, no gradient is usable
@@ -306,12 +311,12 @@ def _step(
     )
 
 
-def _reach(call: Call, state: NewtonState, labels: Labels) -> Params:
+def _reach(call: Call, state: NewtonState, labels: Labels, blocks: int) -> Params:
     """Return the inverse of the diagonal of D^2, a tree like params; 0 where D is not
     known."""
     reach = call.params
-    for group, D in enumerate(state.scales):
-        part = take(call.params, labels, group)
+    for group in range(blocks):
+        part, D = take(call.params, labels, group), state.scales[group]
         reach = combine(unravel(divide(1.0, D, D > 0) ** 2, part), reach)
     return reach
 
