@@ -11,7 +11,7 @@ a rate.
 `hessopt.trust_region_newton(curvature="gauss_newton", bounds=...)` fits a
 `hessopt.composite` of model and loss. It holds r at 0, moves along this bound, and ends
 at the least sum of squares there. The same method without bounds, from the same start,
-enters the region where the formula of the concentrations has no real value, and stalls.
+stalls at the edge of the region where the formula has no real value.
 `scipy.optimize.least_squares` is given the same functions and bounds; its iterates are
 inside of the bounds and approach them.
 
@@ -126,13 +126,14 @@ def fit_by_scipy(data: dict[str, jax.Array]) -> OptimizeResult:
 
     outputs, jacobian = jax.jit(flat), jax.jit(jax.jacfwd(flat))
     upper = [np.inf if UPPER[name] is None else UPPER[name] for name in names]
+    options: dict[str, Any] = {"jac": lambda x: np.asarray(jacobian(x))}
     return least_squares(
         lambda x: np.asarray(outputs(x)),
         np.array([START[name] for name in names]),
-        jac=lambda x: np.asarray(jacobian(x)),
         bounds=(LOWER, upper),
         xtol=1e-12,
         gtol=1e-12,
+        **options,
     )
 
 
