@@ -213,7 +213,8 @@ METHODS: dict[str, dict[str, str]] = {
         "jaxopt": "NonlinearCG",
         "optimistix": "NonlinearCG",
     },
-    "bounds and constraints": {"jaxopt": "LBFGSB"},
+    "bounds": {"hessopt": "lbfgs", "jaxopt": "LBFGSB"},
+    "other constraints": {"jaxopt": "ProjectedGradient"},
     "roots and fixed points": {"jaxopt": "Broyden", "optimistix": "root_find"},
 }
 """By the names that stand for them."""
@@ -225,7 +226,9 @@ def measure(quick: bool) -> tuple[dict[str, Any], Any]:
     jax.config.update("jax_num_cpu_devices", 4)
     rows = []
     for check in CHECKS[:2] if quick else CHECKS:
-        row: dict[str, Any] = {"check": (check.__doc__ or "").rstrip(".")}
+        row: dict[str, Any] = {
+            "check": " ".join((check.__doc__ or "").split()).rstrip(".")
+        }
         for library in LIBRARIES:
             try:
                 row[library.name] = "yes" if check(library) else "no"

@@ -6,7 +6,14 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-GUIDE = ("choosing", "guarantees", "migration", "training", "troubleshooting")
+GUIDE = (
+    "bounds",
+    "choosing",
+    "guarantees",
+    "migration",
+    "training",
+    "troubleshooting",
+)
 PAGES = ("README.md", *(f"docs/pages/{name}.md" for name in GUIDE))
 
 
