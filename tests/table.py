@@ -272,7 +272,7 @@ HESSOPT += (
     ),
 )
 
-BOUNDS = {"bounds": (-0.5, 0.62)}
+BOUNDS = {"bounds": (-0.56, 0.66)}
 """Bounds that contain the start of the contract's objective, and not its minimum."""
 
 

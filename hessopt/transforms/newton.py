@@ -402,12 +402,17 @@ def _factorize_block(
     diagonal of 1."""
     length = norm(g)
     flat = (H.size > 0) & ~jnp.any(H) & (lam == 0)
+    if held is not None:
+        flat &= ~jnp.all(held)
     diagonal = jnp.where(flat, or_one(length), lam)
     A = H + diagonal * jnp.eye(len(H), dtype=H.dtype)
-    scales, t = largest_scales(old.scales, equilibration(A), jnp.any(A != 0, axis=1))
+    known = jnp.any(A != 0, axis=1)
+    if held is not None:
+        known &= ~held
+    scales, t = largest_scales(old.scales, equilibration(A), known)
     scaled = A * t * t[:, None]
     if held is not None:
-        scaled += jnp.diag(held.astype(H.dtype))
+        scaled = jnp.where(jnp.diag(held), 1.0, scaled)
     new = treatment.factorize(scaled, old.shift)
 
     smallest = jnp.min(new.pivots, initial=jnp.inf)

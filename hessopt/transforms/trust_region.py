@@ -357,6 +357,8 @@ def _step(
     if bounded is not None:
         predicted += bounded.promise
         status[StepStatus.OUTSIDE_BOUNDS] = bounded.outside
+        # a step from outside tells nothing about the model
+        last = last._replace(size=select(bounded.outside, state.size, last.size))
     step = optax.tree.cast_like(zero_unless(taken, last.p), gradient)
     found = last.size, problem.first_length, problem.model.scales
     before = state.size, state.first_length, state.scales

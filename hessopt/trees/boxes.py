@@ -61,7 +61,9 @@ def check_bounds(bounds: Bounds | None) -> Bounds | None:
         if not (isinstance(leaf, int | float) or hasattr(leaf, "dtype")):
             raise TypeError(f"bounds must be numbers or arrays, got {leaf!r}")
         if not isinstance(leaf, Tracer) and np.any(np.isnan(np.asarray(leaf))):
-            raise ValueError(f"bounds must not be NaN, got {leaf}")
+            raise ValueError(
+                f"bounds must not be NaN, got {leaf}: use -inf and inf for no bound"
+            )
     is_known = not any(isinstance(leaf, Tracer) for leaf in leaves)
     if is_known and not any(np.any(np.isfinite(np.asarray(leaf))) for leaf in leaves):
         return None
@@ -88,9 +90,7 @@ def box_of(bounds: Bounds | None, params: Params, *, caller: str) -> Box | None:
     paths = jax.tree_util.tree_leaves_with_path(params)
     if not paths:  # no parameters, or the placeholder of `optax.tree.map_params`
         return Box(params, params)
-    sides = [
-        given_labels(f"bounds[{i}]", side, params) for i, side in enumerate(bounds)
-    ]
+    sides = [_leaves(side, params, caller) for side in bounds]
     lowers, uppers = [], []
     for (path, leaf), lower, upper in zip(paths, *sides, strict=True):
         name = f"params{jax.tree_util.keystr(path)}"
@@ -106,6 +106,18 @@ def box_of(bounds: Bounds | None, params: Params, *, caller: str) -> Box | None:
     treedef = jax.tree.structure(params)
     box = Box(*(jax.tree.unflatten(treedef, side) for side in (lowers, uppers)))
     return beside(box, params)
+
+
+def _leaves(side: Any, params: Params, caller: str) -> list[Any]:
+    """Return one side of the bounds for each leaf of params."""
+    try:
+        return given_labels("bounds", side, params)
+    except ValueError:
+        raise ValueError(
+            f"{caller} needs bounds that are numbers, arrays, or trees like params "
+            f"(an array in place of a list), got {side!r} for params of structure "
+            f"{jax.tree.structure(params)}"
+        ) from None
 
 
 def _like(side: Any, leaf: Any, caller: str, name: str) -> jax.Array:
