@@ -25,7 +25,6 @@ Lucidi, Roma and Toint, "Solving the trust-region subproblem using the Lanczos m
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +45,12 @@ from hessopt.calculus.curvature import (
     resolve,
 )
 from hessopt.calculus.linearization import has_forward_derivative, linearize_gradient
+from hessopt.kinds.bounded_steps import (
+    BoundedStep,
+    SingleEntries,
+    projected_step,
+    with_single_entries,
+)
 from hessopt.kinds.faces import on_face, short_reach
 from hessopt.kinds.protocol import Call, transformation
 from hessopt.kinds.step_bounds import STEP_BOUNDS, TAKEN_RATIO, StepBound, gain_ratio
@@ -71,8 +76,6 @@ from hessopt.trees.boxes import (
     free_part,
     is_outside,
     outward,
-    projected,
-    step_within,
 )
 from hessopt.trees.sharding import zeros
 from hessopt.trees.vectors import (
@@ -94,12 +97,6 @@ FULL_REACH = 100.0
 curvature, and the full step of many fits is long: it is the first trial unless it is
 out of proportion. A short first step can end in another basin, from which a fit does
 not return."""
-
-PROMISED_SHARE = 0.01
-"""Smallest share of the decrease promised by the gradient that the model must confirm
-for a step within bounds."""
-MIN_PROJECTED = 2.0**-10
-"""Smallest factor of a step that is projected to bounds."""
 
 MAX_ACCELERATION = 0.75
 """Largest ratio of the length of an acceleration to that of its step. Above it the
@@ -207,8 +204,8 @@ def trust_region_newton(
 
     Cost per update: n products of about two gradients each (with a diagonal loss:
     tangents of the model and `2 m n^2` multiplications, m outputs) and about `9 n^3`
-    multiplications; per trial one value and `n^2`, and with bounds one product. With `"cg"` one such product and `4
-    k n` multiplications for the k-th dimension. Memory: `n^2` three times; m n; 50 n.
+    multiplications; per trial one value and `n^2`, and with bounds one product. With
+    `"cg"` one such product and `4 k n` multiplications for the k-th dimension. Memory: `n^2` three times; m n; 50 n.
 
     Example:
       >>> import jax.numpy as jnp, hessopt
@@ -290,20 +287,6 @@ class _Problem(NamedTuple):
     finite: jax.Array  # bool scalar, of value, gradient and curvature
 
 
-class _Bounded(NamedTuple):
-    """The bounds on a step, over real leaves."""
-
-    box: Box
-    gradient: Leaves  # of all entries
-    held: jax.Array  # int32 scalar, entries without coupling to the others
-    # scalar, decrease that held entries promise on the way to their bounds
-    promise: jax.Array
-    w: Vector  # eigenvalues of the curvature of the free entries
-    z: Vector  # coefficients of their gradient
-    outside: jax.Array  # bool scalar, whether params are outside of the box
-    product: Callable[[Leaves], Leaves]  # with the curvature of all entries
-
-
 class _Trial(NamedTuple):
     """A trial step and its test by the objective."""
 
@@ -382,7 +365,7 @@ def _step(
 
 def _measure_on_face(
     options: _Options, call: Call, state: TrustRegionState
-) -> tuple[_Problem, _Bounded]:
+) -> tuple[_Problem, BoundedStep]:
     """Return the problem of the entries that no bound holds, and the bounds.
 
     Held entries are those that a gradient step leads to a bound, with the inverse of
@@ -408,49 +391,20 @@ def _measure_on_face(
 
     near = jax.tree.map(lambda h, t: h & ~t, side.held, there)
     slopes = jax.tree.map(lambda n, g: jnp.where(n, g, 0), near, gradient)
-    model = _with_single_entries(problem, held, ravel(slopes), ravel(reach))
+    single = SingleEntries(held, ravel(slopes), ravel(reach))
+    model = with_single_entries(problem.model, parts, single, problem.finite)
     flat = [jax.tree.leaves(tree) for tree in (*box, gradient)]
-    bounded = _Bounded(
-        Box(*flat[:2]),
-        flat[2],
-        count(side.held),
-        inner(side.ahead, slopes),
-        problem.model.w,
-        problem.model.z,
-        is_outside(box, params),
-        product,
+    bounded = BoundedStep(
+        box=Box(*flat[:2]),
+        gradient=flat[2],
+        held=count(side.held),
+        promise=inner(side.ahead, slopes),
+        w=problem.model.w,
+        z=problem.model.z,
+        outside=is_outside(box, params),
+        product=product,
     )
     return problem._replace(model=model), bounded
-
-
-def _with_single_entries(
-    problem: _Problem, held: Vector, slopes: Vector, reach: Vector
-) -> EigenModel:
-    """Return the model with held entries for more eigenvectors: with given slopes, and
-    the curvature for which the minimizer is the gradient step of length `reach`."""
-    model, dtype = problem.model, problem.model.w.dtype
-    k, used = len(model.w), slopes != 0
-    # in the units of D, in which lengths of steps are measured
-    t = jnp.ones_like(slopes)
-    if model.scales is not None:
-        t = divide(1.0, model.scales, used)
-    w = divide(t**2, reach, used, jnp.max(jnp.abs(model.w))).astype(dtype)
-    z = jnp.where(problem.finite, t * slopes, 0.0).astype(dtype)
-
-    def lift(y: Vector) -> Leaves:
-        # rounding must not move an entry off its bound
-        others = ravel(model.lift(y[:k]))
-        return unravel(jnp.where(held, t * y[k:], others), problem.parts)
-
-    def project(c: Leaves) -> Vector:
-        return jnp.append(model.project(c), jnp.zeros_like(z))
-
-    return model._replace(
-        w=jnp.append(model.w, w),
-        z=jnp.append(model.z, z),
-        lift=lift,
-        project=project,
-    )
 
 
 def _measure(
@@ -520,7 +474,7 @@ def _size(
 
 
 def _attempt(
-    options: _Options, problem: _Problem, bounded: _Bounded | None, last: _Trial
+    options: _Options, problem: _Problem, bounded: BoundedStep | None, last: _Trial
 ) -> _Trial:
     """Minimize the bounded model, and test the step with the objective."""
     objective, evaluate, parts, value, noise, model, *_ = problem
@@ -538,7 +492,7 @@ def _attempt(
     p = optax.tree.cast_like(zero_unless(sound, p), parts)
     told = step.decrease > noise
     if bounded is not None:
-        p, step = _projected(bounded, problem, p, step)
+        p, step = projected_step(bounded, parts, model.scales, p, step)
 
     # the gain ratio; if the predicted decrease is below rounding, the ratio does not
     # measure the accuracy of the model, and 1 is used, which relaxes the bound
@@ -551,42 +505,6 @@ def _attempt(
     judged = jnp.where(told | ~jnp.isfinite(fall), ratio, 1.0)
     size = options.step_bound.adapt(model.w, model.z, last.size, judged, step)
     return _Trial(p, size, ratio, step.shift, told, last.count + 1)
-
-
-def _projected(
-    bounded: _Bounded, problem: _Problem, p: Leaves, step: secular.Shifted
-) -> tuple[Leaves, secular.Shifted]:
-    """Return the step within the bounds, and its length and predicted decrease.
-
-    If the bounds cut off too much of the decrease, shorter steps are projected: the
-    decrease must be a share of that which the gradient promises, as for a line search
-    (Lin and More, 1999, section 3).
-    """
-    box, gradient, outside = bounded.box, bounded.gradient, bounded.outside
-    parts, scales = problem.parts, problem.model.scales
-    nearest = jax.tree.map(jnp.subtract, projected(box, parts), parts)
-
-    def along(t: jax.Array) -> tuple[Leaves, jax.Array, jax.Array]:
-        u = [(t * leaf).astype(leaf.dtype) for leaf in p]
-        s = step_within(box, parts, select(outside, nearest, u))
-        promise = -inner(gradient, s)
-        return s, promise, promise - inner(s, bounded.product(s)) / 2
-
-    def too_long(carry: tuple[jax.Array, Any]) -> jax.Array:
-        t, (_, promise, decrease) = carry
-        return (t > MIN_PROJECTED) & ~(decrease >= PROMISED_SHARE * promise)
-
-    def shorter(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return carry[0] / 2, along(carry[0] / 2)
-
-    one = jnp.ones_like(step.length)
-    _, (s, _, decrease) = jax.lax.while_loop(too_long, shorter, (one, along(one)))
-    length = tree_norm(s) if scales is None else norm(scales * ravel(s))
-    length, decrease = (x.astype(step.length.dtype) for x in (length, decrease))
-    sound = jnp.isfinite(step.length)
-    return s, step._replace(
-        length=jnp.where(sound, length, step.length), decrease=decrease
-    )
 
 
 def _bending(objective: Objective, parts: Leaves, p: Leaves) -> Leaves:

@@ -44,8 +44,8 @@ class Face(NamedTuple):
 
 
 def check_bounds(bounds: Bounds | None) -> Bounds | None:
-    """Return the bounds, or None if no entry is known to be finite; raise an error for
-    anything but a pair of numbers and trees of numbers."""
+    """Return the bounds, or None if they are known to leave every entry free; raise an
+    error for anything but a pair of numbers and trees of numbers."""
     if bounds is None:
         return None
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
@@ -64,10 +64,11 @@ def check_bounds(bounds: Bounds | None) -> Bounds | None:
             raise ValueError(
                 f"bounds must not be NaN, got {leaf}: use -inf and inf for no bound"
             )
-    is_known = not any(isinstance(leaf, Tracer) for leaf in leaves)
-    if is_known and not any(np.any(np.isfinite(np.asarray(leaf))) for leaf in leaves):
-        return None
-    return lower, upper
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        return lower, upper
+    is_free = all(np.all(np.asarray(low) == -np.inf) for low in jax.tree.leaves(lower))
+    is_free &= all(np.all(np.asarray(up) == np.inf) for up in jax.tree.leaves(upper))
+    return None if is_free else (lower, upper)
 
 
 def _without_none(side: Any, infinite: float) -> Any:
