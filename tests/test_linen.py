@@ -80,6 +80,22 @@ def test_newton_trains_a_flax_model_and_aux_is_returned():
     assert optax.tree.norm(grads) < 1e-3
 
 
+def test_params_of_a_flax_model_stay_within_bounds():
+    params = create(optax.sgd(1.0)).params
+    largest = max(jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(params))
+    tx = hessopt.newton_cg(bounds=(-largest, largest))
+
+    @jax.jit
+    def run(state):
+        step = lambda state, _: (state.step_with(loss_fn, X, Y)[0], None)
+        return jax.lax.scan(step, state, None, length=10)[0]
+
+    found = run(create(tx)).params
+    sizes = [jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(found)]
+    assert max(sizes) == largest
+    assert loss_fn(found, X, Y) < loss_fn(params, X, Y)
+
+
 def test_any_optax_optimizer_takes_the_same_step_as_in_flax():
     from flax.training import train_state
 

@@ -47,6 +47,7 @@ OPTIMIZERS = {
     "grouped_newton": lambda: hessopt.grouped_newton(optax.sgd(0.1)),
     "lbfgs": hessopt.lbfgs,
     "newton_cg": hessopt.newton_cg,
+    "lbfgs, bounds": lambda: hessopt.lbfgs(bounds=(-1.5, 1.2)),
 }
 
 
