@@ -35,8 +35,18 @@ GAUSS_NEWTON = {
         hessopt.trust_region_newton, curvature="gauss_newton"
     ),
 }
-every_method = pytest.mark.parametrize("method", list(METHODS))
-every_fit = pytest.mark.parametrize("method", [*METHODS, *GAUSS_NEWTON])
+SLOW = ("ssbroyden", "trust region, cg")
+
+
+def _marked(*methods: str) -> Any:
+    return [
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        for name in methods
+    ]
+
+
+every_method = pytest.mark.parametrize("method", _marked(*METHODS))
+every_fit = pytest.mark.parametrize("method", _marked(*METHODS, *GAUSS_NEWTON))
 
 
 def make(method: str, **arguments: Any) -> Any:

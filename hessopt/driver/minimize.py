@@ -39,7 +39,7 @@ from hessopt.numerics.guards import select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import as_objective, precompose, require_taken
 from hessopt.objective.closure import identified, open_closure
-from hessopt.trees.boxes import count, outward
+from hessopt.trees.boxes import count, is_outside, outward
 from hessopt.trees.vectors import (
     largest,
     ravel,
@@ -247,7 +247,9 @@ def minimize(
     # a fresh state is created inside the program, except one with bounds: these may be
     # traced values, and are compared with the start where both are known
     if state is None and _has_bounds(tx, params):
-        state = tx.init(params)
+        state, outside = _init_within_jit(tx, params)
+        if not isinstance(outside, Tracer) and outside:
+            tx.init(params)  # raises an error that names the entry
     opt_state = None if state is None else strongly_typed(state)
     real = jax.dtypes.canonicalize_dtype(float)
     limits = Limits(
@@ -299,6 +301,15 @@ def _solution(problem: Problem, run: Run, data: Data) -> Solution:
 _BOUNDED: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, bool]]
 _BOUNDED = weakref.WeakKeyDictionary()
 """Whether a transformation has bounds, by its `init` and the shapes of params."""
+
+
+def _init_within(
+    tx: optax.GradientTransformation, params: Params
+) -> tuple[optax.OptState, jax.Array]:
+    """Return a fresh state, and whether params are outside of its bounds."""
+    state = tx.init(params)
+    box: Any = box_in(state, params)
+    return state, is_outside(box, params)
 
 
 def _has_bounds(tx: optax.GradientTransformation, params: Params) -> bool:
@@ -498,6 +509,7 @@ def _no_tangent(x: jax.Array) -> jax.Array | np.ndarray:
 
 
 _solve_jit = jax.jit(_solve, static_argnums=0)
+_init_within_jit = jax.jit(_init_within, static_argnums=0)
 _begin_jit = jax.jit(begin, static_argnums=0)
 _advance_jit = jax.jit(advance, static_argnums=0)
 _solution_jit = jax.jit(_solution, static_argnums=0)
