@@ -33,6 +33,8 @@ class Case(NamedTuple):
     float32_unit: float = 1e25
     scaled: bool = False  # its steps are the same in whatever units parameters are
     real: bool = False  # takes real parameters only
+    # shares its state with the main row of bounds, which runs the costly sweeps
+    light: bool = False
     main: bool = False  # one that runs the costly sweeps in the fast suite too
     # facts, besides negative curvature, of its first step here
     reports: hessopt.StepStatus = hessopt.StepStatus.OK
@@ -285,6 +287,7 @@ def bounded(name: str, factory: Callable[..., Any], **arguments: Any) -> Case:
         needs=needs,
         unitless=True,
         real=True,
+        light=factory is not hessopt.lbfgs,
         composite="curvature" in arguments,
     )
 
@@ -295,7 +298,6 @@ HESSOPT += (
     bounded("newton", hessopt.newton),
     bounded("newton_cg", hessopt.newton_cg),
     bounded("trust_region_newton", hessopt.trust_region_newton),
-    bounded("trust_region_newton, cg", hessopt.trust_region_newton, subproblem="cg"),
     bounded(
         "trust_region_newton, Gauss-Newton",
         hessopt.trust_region_newton,

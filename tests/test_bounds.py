@@ -35,12 +35,12 @@ GAUSS_NEWTON = {
         hessopt.trust_region_newton, curvature="gauss_newton"
     ),
 }
-SLOW = ("ssbroyden", "trust region, cg")
+FAST = ("lbfgs", "newton", "trust region", "trust region, Gauss-Newton")
 
 
 def _marked(*methods: str) -> Any:
     return [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
         for name in methods
     ]
 

@@ -13,6 +13,8 @@ CASES = {case.name: case for case in (*HESSOPT, *FOREIGN)}
 def _pairs():
     for case in CASES.values():
         for law in contract.LAWS:
+            if case.light and law in contract.COSTLY:
+                continue
             marks = (
                 [pytest.mark.slow] if law in contract.COSTLY and not case.main else []
             )
