@@ -293,7 +293,7 @@ def _step(
         status |= step_status(facts)
         p = zero_unless(solved, p)
         direction = combine(p, direction)
-    info, box = blocks.info, state.box
+    info = blocks.info
     if side is not None:
         known = jnp.asarray(call.finite)
         direction = zero_unless(known, completed(side, direction))
@@ -306,7 +306,7 @@ def _step(
         shift=blocks.shift,
         scales=blocks.scales,
         factors=blocks.factors if options.update_every > 1 else None,
-        box=box,
+        box=state.box,
         info=info._replace(status=status, predicted=jnp.maximum(slope / 2, 0.0)),
     )
 

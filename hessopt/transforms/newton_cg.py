@@ -135,9 +135,9 @@ def scale_by_newton_cg(
         params with bounds, and for params outside of the bounds, where they are known.
 
     Cost per update: one gradient, and about two gradients per product, with
-    rematerialize three; with bounds one product more. Memory: the intermediates of the gradient and of its tangent,
-    and five vectors like params; with rematerialize the intermediates are held only
-    during a product.
+    rematerialize three; with bounds one product more. Memory: the intermediates of the
+    gradient and of its tangent, and five vectors like params; with rematerialize the
+    intermediates are held only during a product.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
