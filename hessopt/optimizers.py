@@ -36,12 +36,14 @@ DEFAULT_LINESEARCH = scale_by_wolfe_linesearch()
 """Default of `newton_cg` and `lbfgs`: their steps usually have the right length, so the
 first trial is 1."""
 
-CAPPED_LINESEARCH = scale_by_wolfe_linesearch(max_rate=1.0)
+_CAPPED: dict[str, Any] = {"max_rate": 1.0}
+CAPPED_LINESEARCH = scale_by_wolfe_linesearch(**_CAPPED)
 """Default of `newton`: rates are at most 1, since the quadratic model is minimal at the
 full step. (Digits, 5 seeds: a test accuracy of 0.97 with all seeds; with four seeds if
 the search may go farther.)"""
 
-QUADRATIC_LINESEARCH = scale_by_wolfe_linesearch(initial_guess="quadratic")
+_QUADRATIC: dict[str, Any] = {"initial_guess": "quadratic"}
+QUADRATIC_LINESEARCH = scale_by_wolfe_linesearch(**_QUADRATIC)
 """Default of `bfgs`: steps are too long at first and after self-scaling, so the first
 trial is estimated from the last decrease. (A PINN, 2000 steps of SSBroyden: 1.02
 gradients per step, compared to 1.57 with a first trial of 1.)"""
@@ -644,9 +646,10 @@ def _descend(
         if learning_rate is None
         else optax.scale_by_learning_rate(learning_rate)
     )
-    search = [] if linesearch is None else [fitted(linesearch)]
     if check_bounds(bounds) is not None:
         search = [_bounded(linesearch, bounds)]
+    else:
+        search = [] if linesearch is None else [fitted(linesearch)]
     return optax.with_extra_args_support(optax.chain(direction, sign, *search))
 
 
@@ -657,12 +660,13 @@ def _bounded(
     another search as it is."""
     if linesearch is None:
         return keep_within(bounds)
-    if linesearch is CAPPED_LINESEARCH:
-        return scale_by_wolfe_linesearch(max_rate=1.0, bounds=bounds)
-    if linesearch is QUADRATIC_LINESEARCH:
-        return scale_by_wolfe_linesearch(initial_guess="quadratic", bounds=bounds)
-    if linesearch is DEFAULT_LINESEARCH:
-        return scale_by_wolfe_linesearch(bounds=bounds)
+    for default, options in (
+        (DEFAULT_LINESEARCH, {}),
+        (CAPPED_LINESEARCH, _CAPPED),
+        (QUADRATIC_LINESEARCH, _QUADRATIC),
+    ):
+        if linesearch is default:
+            return scale_by_wolfe_linesearch(**options, bounds=bounds)
     check_transformation("linesearch", linesearch)
 
     def init(params: Params) -> optax.OptState:

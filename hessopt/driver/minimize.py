@@ -39,7 +39,7 @@ from hessopt.numerics.guards import select
 from hessopt.numerics.norms import norm
 from hessopt.objective.binding import as_objective, precompose, require_taken
 from hessopt.objective.closure import identified, open_closure
-from hessopt.trees.boxes import count, is_outside, outward
+from hessopt.trees.boxes import count, free_part, is_outside, outward
 from hessopt.trees.vectors import (
     largest,
     ravel,
@@ -175,8 +175,9 @@ def minimize(
       to the starting point, and those of the state and the counts, are zero.
       Derivatives are NaN where the Hessian is singular or conjugate gradients do not
       converge. With bounds, held entries move as their bounds do, and derivatives are
-      NaN where the gradient of one of them vanishes. An objective without forward derivatives, such as one with a
-      `jax.custom_vjp`, has derivatives of its solution in reverse mode.
+      NaN where the gradient of one of them vanishes. An objective without forward
+      derivatives, such as one with a `jax.custom_vjp`, has derivatives of its solution
+      in reverse mode.
 
     Raises:
       ValueError: for a negative tolerance, a max_steps that is negative or not a whole
@@ -384,23 +385,26 @@ def _solve_jvp(
     _, shift = jax.jvp(lambda data: gradient(parts, data), (data,), (d_data,))
     against = jax.tree.map(jnp.negative, shift)
     restored = precompose(objective_and_aux(problem, data)[0], restore)
-    hessian = hessian_product(restored, lambda parts: parts, parts)
-    held = None
+    is_dense, held = sum(part.size for part in parts) <= MAX_DENSE_SIZE, None
+    hessian: Any = None
+    if not is_dense or solution.held is not None:
+        hessian = hessian_product(restored, lambda parts: parts, parts)
     if solution.held is not None:
+        # held entries move with their bounds, and the others by H_FF d_F = rhs - H_FA d_A
         held = jax.tree.leaves(solution.held)
         d_held = _moved_by_bounds(solution, primals[1], tangents[1])
-        against = _with_held(held, d_held, against, hessian)
+        still = jax.tree.map(jnp.logical_not, held)
+        moved = hessian(free_part(still, d_held))
+        against = jax.tree.map(jnp.subtract, against, moved)
+        against = jax.tree.map(jnp.where, held, d_held, against)
         against = _strictly(solution, hessian, against)
-    if sum(part.size for part in parts) <= MAX_DENSE_SIZE:
+    if is_dense:
         (H,) = block_hessians(restored, parts, [0] * len(parts), 1)
         d_parts = _solve_dense(H if held is None else _without(held, H), against)
     else:
-
-        def free_hessian(v: list[jax.Array]) -> list[jax.Array]:
-            return hessian(v) if held is None else _with_held(held, v, None, hessian)
-
+        product = hessian if held is None else _identity_on(held, hessian)
         d_parts = jax.lax.custom_linear_solve(
-            free_hessian, against, _conjugate_gradients, symmetric=True
+            product, against, _conjugate_gradients, symmetric=True
         )
 
     def outputs(parts: list[jax.Array], data: Data) -> tuple[Params, ...]:
@@ -429,20 +433,12 @@ def _moved_by_bounds(
     return jax.tree.leaves(jax.jvp(bound, (state,), (d_state,))[1])
 
 
-def _with_held(
-    held: list[jax.Array],
-    v: list[jax.Array],
-    rhs: list[jax.Array] | None,
-    hessian: Callable[[list[jax.Array]], list[jax.Array]],
-) -> list[jax.Array]:
-    """Return v in held entries, and in the others `rhs - H v` for the v of held
-    entries, or without rhs `H v` for the v of free entries."""
-    if rhs is None:
-        image = hessian([jnp.where(h, 0, x) for h, x in zip(held, v, strict=True)])
-    else:
-        moved = hessian([jnp.where(h, x, 0) for h, x in zip(held, v, strict=True)])
-        image = jax.tree.map(jnp.subtract, rhs, moved)
-    return [jnp.where(h, x, y) for h, x, y in zip(held, v, image, strict=True)]
+def _identity_on(
+    held: list[jax.Array], hessian: Callable[[list[jax.Array]], list[jax.Array]]
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """Return the product with H, the rows and columns of held entries replaced by those
+    of the identity."""
+    return lambda v: jax.tree.map(jnp.where, held, v, hessian(free_part(held, v)))
 
 
 def _without(held: list[jax.Array], H: Matrix) -> Matrix:

@@ -483,7 +483,6 @@ def _on_face(
     Held entries are those that a gradient step of length gamma leads to a bound.
     """
     reach = first_scale(facts.gamma, found.vv)
-    reach = jax.tree.map(lambda _: reach, call.params)
     side = face(box, call.params, call.updates, reach)
     free, ahead = ~ravel_mask(side.held), ravel(side.ahead)
     v = jnp.where(free, found.v, 0.0)

@@ -226,7 +226,6 @@ class _Free(NamedTuple):
     u: Params
     uu: jax.Array  # scalar, |u|^2
     face: Face | None  # None without bounds
-    held: jax.Array | None  # int32 scalar, number of held entries
 
 
 class _Weights(NamedTuple):
@@ -293,8 +292,9 @@ def _step(
     free = _release(call, state, memory, pair.uu)
     weights, slope, lost = _weigh(memory, verdict, free)
     direction = _direct(call, memory, weights, verdict, free)
+    held = None
     if free.face is not None:
-        slope = inner(direction, call.updates)
+        slope, held = inner(direction, call.updates), count(free.face.held)
     small = select(lost, compact.emptied(memory.compact), memory.compact)
 
     def kept(new: Any, old: Any) -> Any:
@@ -322,7 +322,7 @@ def _step(
             scale=weights.gamma * factor,
             predicted=jnp.where(verdict.finite, slope / 2, 0.0) / factor,
             evaluations=jnp.int32(options.same_batch_pairs),
-            held=free.held,
+            held=held,
         ),
     )
 
@@ -447,13 +447,11 @@ def _release(call: Call, state: LbfgsState, memory: _Memory, uu: jax.Array) -> _
     """Return the updates in the free entries: all but those that a gradient step with
     the scale of the initial matrix leads to a bound."""
     if state.box is None:
-        return _Free(call.updates, uu, None, None)
+        return _Free(call.updates, uu, None)
     reach = first_scale(memory.compact.gamma, uu)
-    held = face(
-        state.box, call.params, call.updates, jax.tree.map(lambda _: reach, call.params)
-    )
-    u = free_part(held.held, call.updates)
-    return _Free(u, inner(u, u), held, count(held.held))
+    side = face(state.box, call.params, call.updates, reach)
+    u = free_part(side.held, call.updates)
+    return _Free(u, inner(u, u), side)
 
 
 def _weigh(

@@ -307,7 +307,6 @@ def _face(
     g = free_part(jax.tree.leaves(outward(box, call.params, call.updates)), g)
     # g is multiplied by the factor, H g by its square
     reach = factor * short_reach(g, multiply(g))
-    reach = jax.tree.map(lambda _: reach, call.params)
     return face(box, call.params, call.updates, reach)
 
 

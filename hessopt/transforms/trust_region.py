@@ -205,7 +205,8 @@ def trust_region_newton(
     Cost per update: n products of about two gradients each (with a diagonal loss:
     tangents of the model and `2 m n^2` multiplications, m outputs) and about `9 n^3`
     multiplications; per trial one value and `n^2`, and with bounds one product. With
-    `"cg"` one such product and `4 k n` multiplications for the k-th dimension. Memory: `n^2` three times; m n; 50 n.
+    `"cg"` one such product and `4 k n` multiplications for the k-th dimension. Memory:
+    `n^2` three times; m n; 50 n.
 
     Example:
       >>> import jax.numpy as jnp, hessopt

@@ -228,7 +228,7 @@ def face(box: Box, params: Params, grad: Params, reach: Params) -> Face:
       box: the bounds.
       params: tree of arrays.
       grad: tree like params.
-      reach: inverse curvature, a tree like params, or with scalars for its leaves; with
+      reach: inverse curvature, a tree like params, or one scalar for all entries; with
         0 an entry is held only where it is at its bound.
 
     An entry near its bound is moved there, separately from the others: otherwise a step
@@ -244,6 +244,8 @@ def face(box: Box, params: Params, grad: Params, reach: Params) -> Face:
         step = x - jnp.where(at_low, low, up)
         return jnp.where(held(x, g, low, up, a), step, 0).astype(low.dtype)
 
+    if jax.tree.structure(reach) != jax.tree.structure(params):
+        reach = jax.tree.map(lambda _: reach, params)
     trees = params, grad, *box, reach
     return Face(jax.tree.map(held, *trees), jax.tree.map(ahead, *trees))
 
