@@ -95,6 +95,8 @@ class Run(NamedTuple):
     # lowest value and smallest size so far, up to changes within rounding; no trees
     record: Point
     waited: jax.Array  # int32, steps since the record, weighted
+    # scalar, largest magnitude in the last change of params; None where nobody asks
+    move: Any
     steps: jax.Array
     evaluations: jax.Array
     termination: jax.Array
@@ -181,6 +183,7 @@ def begin(
         scale=scale.astype(here.value.dtype),
         record=here._replace(params=None, grad=None),
         waited=jnp.zeros((), jnp.int32),
+        move=None,
         steps=jnp.zeros((), jnp.int32),
         evaluations=jnp.ones((), jnp.int32),
         termination=jnp.zeros((), jnp.int32),
@@ -262,6 +265,7 @@ def _step(update: UpdateFn, objective: ValueFn, limits: Limits, run: Run) -> Run
         state=state,
         record=record,
         waited=jnp.where(progress, 0, run.waited + counts).astype(jnp.int32),
+        move=None if run.move is None else move,
         steps=run.steps + 1,
         evaluations=jnp.where(counted, run.evaluations + spent + (kept is None), -1),
     )

@@ -10,6 +10,7 @@ Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv
 """
 
 import functools
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeAlias
@@ -72,9 +73,21 @@ class BoundsInfo(NamedTuple):
     projected: jax.Array
 
 
+class History(NamedTuple):
+    """The course of a run. All fields are NumPy arrays of one length: an entry for the
+    start, and one for every block of `log_every` steps so far."""
+
+    steps: np.ndarray  # int, updates applied
+    values: np.ndarray  # objective
+    gradients: np.ndarray  # largest magnitude in the gradient, of what no bound holds
+    step_sizes: np.ndarray  # largest magnitude in the last change of params; 0 first
+    evaluations: np.ndarray  # int, evaluations so far; -1 if not counted
+    seconds: np.ndarray  # wall-clock time since the call, including compilation
+
+
 class Solution(NamedTuple):
-    """The result of a minimization. All fields except `params`, `grad`, `aux`, `state`
-    and `held` are scalar arrays."""
+    """The result of a minimization. All fields except `params`, `grad`, `aux`, `state`,
+    `held` and `history` are scalar arrays."""
 
     # point of lowest value; for termination GRADIENT, the stationary point found
     params: Params
@@ -91,6 +104,7 @@ class Solution(NamedTuple):
     # outward, and the fixed ones; None without bounds
     held: Params = None
     info: BoundsInfo | None = None  # None without bounds
+    history: History | None = None  # None without progress or a callback
 
     @property
     def converged(self) -> jax.Array:
@@ -156,12 +170,15 @@ def minimize(
       xtol: stop (STEP) when no entry moves by more than xtol times the largest entry.
       has_aux: whether value_fn returns `(value, aux)`; aux is evaluated once, at the
         solution.
-      progress: whether to show a progress bar (requires tqdm). The run is then divided
-        into compiled blocks of log_every steps. Ctrl-C between two blocks returns the
-        best point so far, as INTERRUPTED. Not available under jit, vmap or grad.
+      progress: whether to show a progress bar (requires tqdm), also in notebooks, with
+        the value, the gradient, the size of the last step and the evaluations. The run
+        is then divided into compiled blocks of log_every steps. Ctrl-C between two
+        blocks returns the best point so far, as INTERRUPTED. Not available under jit,
+        vmap or grad.
       log_every: steps per block, with progress or a callback.
       callback: `callback(solution)`, called with the best point so far after every
-        block; a true return value stops the run, as INTERRUPTED.
+        block; a true return value stops the run, as INTERRUPTED. `solution.history`
+        is the course of the run, also in the result.
 
     Returns:
       A `Solution`. `solution.converged` tells whether a tolerance ended the run,
@@ -532,28 +549,73 @@ def _in_blocks(
     callback: Callable[[Solution], object] | None,
 ) -> Solution:
     """Run in blocks of `log_every` steps, with a report after each block."""
+    began = time.perf_counter()
     run = _begin_jit(problem, params, state, data, limits)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
         raise TypeError(
             "minimize supports progress and callback only in a plain call, not under jit, vmap or grad"
         )
+    run = run._replace(move=jnp.zeros_like(run.extent))
+    course = _Course(_row(run, began))
     reason = Termination.MAX_STEPS
     try:
         while run.termination == Termination.RUNNING and run.steps < limits.max_steps:
             run = _advance_jit(problem, run, data, limits, run.steps + log_every)
             # `run` is assigned before the wait, so an interruption loses no steps
-            jax.block_until_ready(run)
+            course.add(_row(run, began))
             if bar is not None:
-                bar.update(int(run.steps) - bar.n)
-                bar.set_postfix(
-                    value=f"{run.here.value:.6g}", gradient=f"{run.here.size:.1e}"
-                )
-            if callback is not None and callback(_solution_jit(problem, run, data)):
-                reason = Termination.INTERRUPTED
-                break
+                _show(bar, course.history())
+            if callback is not None:
+                seen = _solution_jit(problem, run, data)
+                if callback(seen._replace(history=course.history())):
+                    reason = Termination.INTERRUPTED
+                    break
     except KeyboardInterrupt:
         reason = Termination.INTERRUPTED
     finally:
         if bar is not None:
             bar.close()
-    return _solution_jit(problem, end(run, reason), data)
+    solution = _solution_jit(problem, end(run, reason), data)
+    return solution._replace(history=course.history())
+
+
+class _Course:
+    """The entries of a history. The table has room for more, so that the cost of a
+    history does not grow with the run."""
+
+    def __init__(self, row: tuple[float, ...]) -> None:
+        self.table = np.array([row], float)
+        self.size = 1
+
+    def add(self, row: tuple[float, ...]) -> None:
+        if self.size == len(self.table):
+            self.table = np.concatenate([self.table, np.empty_like(self.table)])
+        self.table[self.size] = row
+        self.size += 1
+
+    def history(self) -> History:
+        found = History(*self.table[: self.size].T)
+        return found._replace(
+            steps=found.steps.astype(int), evaluations=found.evaluations.astype(int)
+        )
+
+
+def _row(run: Run, began: float) -> tuple[float, ...]:
+    """Return an entry of the history, after waiting for the run."""
+    here = run.here
+    numbers = run.steps, here.value, here.size, run.move, run.evaluations
+    found = [x.item() for x in jax.device_get(numbers)]
+    return *found, time.perf_counter() - began
+
+
+def _show(bar: "tqdm[NoReturn]", history: History) -> None:
+    """Show the newest entry of the history at the bar."""
+    bar.update(int(history.steps[-1]) - bar.n)
+    shown = {
+        "value": f"{history.values[-1]:.6g}",
+        "gradient": f"{history.gradients[-1]:.1e}",
+        "step": f"{history.step_sizes[-1]:.1e}",
+    }
+    if history.evaluations[-1] >= 0:
+        shown["evaluations"] = f"{history.evaluations[-1]}"
+    bar.set_postfix(shown)

@@ -727,9 +727,33 @@ def test_progress_and_callback_see_every_block_and_change_nothing(capsys):
         callback=lambda s: seen.append(int(s.steps)),
     )
     plain = minimize(rosenbrock, start, NEWTON)
-    chex.assert_trees_all_close(solution, plain, rtol=1e-12)
+    chex.assert_trees_all_close(solution._replace(history=None), plain, rtol=1e-12)
     assert seen == [*range(4, int(plain.steps), 4), int(plain.steps)]
-    assert "value=" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert all(f"{x}=" in shown for x in ("value", "gradient", "step", "evaluations"))
+
+
+def test_the_history_is_that_of_single_steps_by_hand():
+    start, seen, points = jnp.array([-1.2, 1.0]), [], []
+
+    def callback(solution):
+        seen.append(solution.history)
+        points.append(solution.params)
+
+    solution = minimize(rosenbrock, start, NEWTON, log_every=1, callback=callback)
+    history = solution.history
+    assert history.steps.tolist() == list(range(int(solution.steps) + 1))
+    assert [h.steps[-1] for h in seen] == history.steps[1:].tolist()
+    chex.assert_trees_all_equal(seen[-1], history)
+    assert history.evaluations[-1] == solution.evaluations
+    assert np.all(np.diff(history.seconds) > 0)
+    # Newton's method with this search decreases the value at every step
+    values = [rosenbrock(x) for x in (start, *points)]
+    np.testing.assert_allclose(history.values, values, rtol=1e-9, atol=1e-20)
+    sizes = [jnp.max(jnp.abs(jax.grad(rosenbrock)(x))) for x in (start, *points)]
+    np.testing.assert_allclose(history.gradients, sizes, rtol=1e-6, atol=1e-12)
+    moves = np.max(np.abs(np.diff([start, *points], axis=0)), axis=1)
+    np.testing.assert_allclose(history.step_sizes, [0.0, *moves], rtol=1e-9)
 
 
 def test_a_callback_may_end_the_run():
