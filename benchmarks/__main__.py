@@ -9,17 +9,22 @@ import sys
 
 import jax
 
-from benchmarks import harness, report
+from benchmarks import harness, report, scoreboard
 from benchmarks.suites import SUITES
+
+GROUPS = {"all": SUITES, "scoreboard": scoreboard.LISTS}
+"""Suites that one command measures, each in a process of its own."""
 
 
 def main() -> None:
-    """Parse the command line and run the suite, or every suite in a process of its own."""
+    """Parse the command line and run the suite or the group of suites."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Measure hessopt beside its peers."
     )
     parser.add_argument(
-        "suite", choices=[*SUITES, "all", "report"], help="report: measure nothing"
+        "suite",
+        choices=[*SUITES, *GROUPS, "report"],
+        help="all and scoreboard: several suites; report: measure nothing",
     )
     parser.add_argument(
         "--quick",
@@ -30,8 +35,8 @@ def main() -> None:
         "--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results"
     )
     options = parser.parse_args()
-    if options.suite == "all":
-        for name in SUITES:
+    if options.suite in GROUPS:
+        for name in GROUPS[options.suite]:
             if name == "torch" and not importlib.util.find_spec("torch"):
                 continue
             if name == "gpu" and jax.default_backend() == "cpu" and not options.quick:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import cutest, features, gauss_newton, pinn
+from benchmarks import cutest, features, gauss_newton, pinn, scoreboard
 from benchmarks.suites import SUITES
 
 HEAD = """# Results
@@ -21,7 +21,12 @@ Written by `python -m benchmarks`, not by hand: the records in `results/`, by de
 HOME = "cpu-2-cores"
 """The device that the README cites."""
 
-CITING = ("README.md", "docs/pages/comparison.md", "docs/study.md")
+CITING = (
+    "README.md",
+    "docs/pages/comparison.md",
+    "docs/pages/scoreboard.md",
+    "docs/study.md",
+)
 
 Records = Mapping[str, dict[str, Any]]
 """What was measured, by suite."""
@@ -91,9 +96,13 @@ def _table(lines: list[str], number: int) -> list[str]:
 
 
 def write(results: pathlib.Path) -> None:
-    """Write the page beside the folder, and what cites it if the folder is that of a
-    checkout."""
+    """Write the page beside the folder, the figures of the scoreboard, and what cites
+    the records if the folder is that of a checkout."""
     (results.parent / "RESULTS.md").write_text(page(results))
+    for folder in (path for path in results.iterdir() if path.is_dir()):
+        found = records(folder)
+        if found.keys() >= scoreboard.LISTS.keys():
+            scoreboard.figure(found).savefig(folder / "scoreboard.png", dpi=150)
     for file in (results.parent.parent / name for name in CITING):
         if file.exists():
             file.write_text(filled(file.read_text(), records(results / HOME)))
@@ -235,5 +244,6 @@ def _lanes(home: Records) -> tuple[str, str, str]:
 BLOCKS: dict[str, Callable[[Records], list[str]]] = {
     "features": lambda home: features.markdown(home["features"]),
     "gaussnewton": lambda home: _table(gauss_newton.markdown(home["gauss-newton"]), 1),
+    "scoreboard": scoreboard.markdown,
     "summary": summary,
 }

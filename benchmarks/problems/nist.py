@@ -39,6 +39,11 @@ def names() -> list[str]:
     return list(_facts())
 
 
+def size(name: str) -> int:
+    """The number of parameters of a data set."""
+    return len(_facts()[name]["certified"])
+
+
 def load(name: str) -> Fit:
     """Build one data set."""
     facts, model = _facts()[name], _MODELS[name]
