@@ -1,12 +1,16 @@
 """Double precision everywhere; float32 is asked for by dtype where it is meant."""
 
+import gc
 import itertools
+import os
 
 import jax
-import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_num_cpu_devices", 8)
+# laws hold at any level of optimization, and compilation is most of the time of a run
+if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    jax.config.update("jax_disable_most_optimizations", True)
 
 MANY = 200
 """Tests after which a worker forgets its programs: they pile up until no more memory
@@ -15,13 +19,11 @@ can be mapped."""
 _tests = itertools.count(1)
 
 
-@pytest.fixture
-def quick_compiles():
-    """For tests that hold at any level of optimization, and whose time is mostly
-    compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+def pytest_collection_finish():
+    """Collect garbage less often, and never what the modules have created: the
+    collector would visit all of it again and again while JAX traces."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def pytest_runtest_teardown():

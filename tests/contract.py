@@ -651,6 +651,7 @@ COSTLY = (
     runs_on_eight_devices_as_on_one,
     is_guarded_by_apply_if_finite,
     accumulates_in_multi_steps,
+    does_not_depend_on_the_unit_of_the_objective,
     does_not_depend_on_the_units_of_parameters,
     continues_from_a_checkpoint_bit_for_bit,
 )

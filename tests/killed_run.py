@@ -1,5 +1,5 @@
-"""`python -m tests.killed_run FOLDER STEPS [CASE ...]`: train by all transformations of
-the table, with checkpoints.
+"""`python -m tests.killed_run FOLDER STEPS`: train by all transformations of the table,
+with checkpoints.
 
 Goes on from the newest checkpoint in the folder, writes one after every step, and at
 the end all arrays.
@@ -22,14 +22,13 @@ def full(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, tree)
 
 
-def main(folder: pathlib.Path, steps: int, names: list[str]) -> None:
+def main(folder: pathlib.Path, steps: int) -> None:
     """Train, from the newest checkpoint on."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
-    cases = [case for case in HESSOPT if not names or case.name in names]
     runs: dict[str, Any] = {}
     updates = {}
-    for case in cases:
+    for case in HESSOPT:
         tx, params = case.make(), contract.initial(np.float64)
         runs[case.name] = {"params": params, "state": tx.init(params)}
 
@@ -69,4 +68,4 @@ def main(folder: pathlib.Path, steps: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]).absolute(), int(sys.argv[2]), sys.argv[3:])
+    main(pathlib.Path(sys.argv[1]).absolute(), int(sys.argv[2]))

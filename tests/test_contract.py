@@ -5,8 +5,6 @@ import pytest
 from tests import contract
 from tests.table import FOREIGN, HESSOPT
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CASES = {case.name: case for case in (*HESSOPT, *FOREIGN)}
 
 

@@ -10,6 +10,7 @@ from flax import nnx
 
 import hessopt
 from hessopt.nnx import Optimizer
+from tests.marks import slow_if
 
 X = jax.random.normal(jax.random.key(1), (20, 3), jnp.float32)
 Y = (X[:, 0] > 0).astype(jnp.int32)
@@ -51,7 +52,10 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    slow_if(("lbfgs, bounds", "grouped_newton", "newton_cg").__contains__, OPTIMIZERS),
+)
 def test_a_model_trains_as_its_pure_parameters_do(name):
     model, tx = Net(nnx.Rngs(0)), OPTIMIZERS[name]()
     graph, state, rest = nnx.split(model, nnx.Param, ...)

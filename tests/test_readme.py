@@ -5,6 +5,8 @@ import re
 
 import pytest
 
+from tests.marks import slow_if
+
 ROOT = pathlib.Path(__file__).parents[1]
 GUIDE = (
     "bounds",
@@ -14,6 +16,9 @@ GUIDE = (
     "training",
     "troubleshooting",
 )
+LONG = [f"docs/pages/{name}.md" for name in ("bounds", "migration", "training")]
+"""Pages whose programs compile for long, left to the slow suite."""
+
 PAGES = ("README.md", *(f"docs/pages/{name}.md" for name in GUIDE))
 
 
@@ -30,7 +35,7 @@ def source(text):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", slow_if(LONG.__contains__, PAGES))
 def test_code_of_the_page_runs(page):
     code = source((ROOT / page).read_text())
     assert code.strip()

@@ -17,8 +17,6 @@ from hessopt.calculus.separability import is_diagonal
 from hessopt.trees.vectors import real_leaves
 from tests.marks import slow_if
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 RNG = np.random.default_rng(0)
 PARAMS = {"W": RNG.normal(size=(3, 4)), "b": RNG.normal(size=4), "s": np.array(0.7)}
 ROWS = RNG.normal(size=(5, 3))

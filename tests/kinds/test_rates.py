@@ -230,7 +230,8 @@ def same_path(a, b):
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize(
-    ("damping", "curvature_decay", "rate_decay"), [(1.0, 0.0, 0.0), (0.3, 0.6, 0.5)]
+    ("damping", "curvature_decay", "rate_decay"),
+    [pytest.param(1.0, 0.0, 0.0, marks=pytest.mark.slow), (0.3, 0.6, 0.5)],
 )
 def test_without_safeguard_grouped_newton_is_the_published_algorithm(
     base, damping, curvature_decay, rate_decay

@@ -8,6 +8,7 @@ import pytest
 
 import hessopt
 from hessopt import composite, microbatched
+from tests.marks import slow_if
 from tests.problems import init_mlp, mlp
 
 X = jax.random.normal(jax.random.key(0), (24, 5))
@@ -29,7 +30,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name", slow_if(lambda name: name != "generalized_newton", OPTIMIZERS)
+)
 def test_an_optimizer_sees_the_whole_batch(name):
     tx = OPTIMIZERS[name]()
     data = {"x": X, "y": Y, "weight": 2.0, "penalty": 1e-3}

@@ -18,8 +18,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import hessopt
 from tests.marks import needs_explicit, slow_if
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 LEAFWISE = {
     "search": lambda: optax.chain(
         optax.scale(-0.1), hessopt.scale_by_wolfe_linesearch()
@@ -45,7 +43,7 @@ DENSE = {
     "trust region": hessopt.trust_region_newton,
 }
 
-QUICK = ("search", "lbfgs", "generalized_newton", "newton")
+QUICK = ("search", "lbfgs")
 """Those that run in the fast suite; `test_contract.py` has a row of eight devices for
 all."""
 
