@@ -1,12 +1,11 @@
-"""Oracles: the tracked files; twine; a fresh environment with nothing but the wheel and
-what it asks for."""
+"""Oracles: the tracked files; twine; fresh environments with nothing but the wheel or
+the sdist and what it asks for."""
 
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import venv
 
 import pytest
 
@@ -97,10 +96,37 @@ def test_release_is_described(built):
     )
 
 
-def test_installed_wheel_trains(built, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
+def interpreter(version):
+    """The interpreter of a minor version, on PATH or under pyenv; None without one."""
+    root = os.environ.get("PYENV_ROOT", pathlib.Path.home() / ".pyenv")
+    under_pyenv = sorted(pathlib.Path(root, "versions").glob(f"{version}.*/bin/python"))
+    for found in (shutil.which(f"python{version}"), *map(str, under_pyenv)):
+        works = found and subprocess.run([found, "-c", "import venv"], check=False)
+        if works and works.returncode == 0:
+            return found
+    return None
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "constraints"),
+    [
+        ("3.11", "wheel", ["--constraint", str(ROOT / ".ci" / "oldest.txt")]),
+        ("3.12", "wheel", []),
+        ("3.13", "wheel", []),
+        ("3.13", "sdist", []),
+    ],
+    ids=["oldest wheel", "3.12 wheel", "3.13 wheel", "3.13 sdist"],
+)
+def test_what_is_released_installs_alone_and_trains(
+    built, tmp_path, version, kind, constraints
+):
+    found = interpreter(version)
+    if found is None:
+        pytest.skip(f"there is no Python {version} here")
+    run(tmp_path, found, "-m", "venv", "venv")
     python = str(tmp_path / "venv" / "bin" / "python")
-    run(tmp_path, python, "-m", "pip", "install", str(built[2]))
+    artifact = {"sdist": built[1], "wheel": built[2]}[kind]
+    run(tmp_path, python, "-m", "pip", "install", *constraints, str(artifact))
     file, ended = run(tmp_path, python, "-c", TRAIN).split()
     assert pathlib.Path(file).is_relative_to(tmp_path)
     assert ended == "GRADIENT"
