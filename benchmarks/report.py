@@ -1,16 +1,18 @@
 """`RESULTS.md`: every record as tables, with its figure; and the measurements that the
 README cites."""
 
+import collections
 import itertools
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks import cutest, features, gauss_newton, pinn, scoreboard
+from benchmarks import features, gauss_newton, pinn, scoreboard
+from benchmarks.problems import poisson
 from benchmarks.suites import SUITES
 
 HEAD = """# Results
@@ -110,30 +112,37 @@ def write(results: pathlib.Path) -> None:
 
 def summary(home: Records) -> list[str]:
     """The main figures, one line each."""
+    lists = scoreboard.measured(home)
+    counted = [_solved(title, lists[name]) for name, title in SOLVED.items()]
+    others = (_pinn, _training, _hessian, _taylor, _lanes)
     lines = ["| on 2 CPU cores | hessopt | other libraries |", "|---|---|---|"]
     return lines + [
-        "| " + " | ".join(line(home)) + " |"
-        for line in (_cutest, _pinn, _training, _hessian, _taylor, _lanes)
+        "| " + " | ".join(cells) + " |"
+        for cells in (*counted, *(line(home) for line in others))
     ]
 
 
-def _cutest(home: Records) -> tuple[str, str, str]:
-    rows = home["cutest"]["runs"]
-    solved = {solver: both for solver, (_, _, both) in cutest.solved(rows).items()}
-    best = sorted(solved, key=lambda solver: -solved[solver])
-    ours, theirs = (
-        [s for s in best if s.startswith("hessopt") is kind] for kind in (True, False)
+SOLVED = {
+    "cutest": "CUTEst problems solved, of {count} with up to {size} variables",
+    "validation": "the same, of {count} not used in development",
+    "nist": "NIST fits with six right digits, of {count}",
+    "bounded": "CUTEst problems with bounds solved, of {count}",
+}
+"""What the lines on lists of problems are called."""
+
+
+def _solved(title: str, runs: Sequence[scoreboard.Run]) -> tuple[str, str, str]:
+    solved = collections.Counter({run.solver: 0 for run in runs})
+    solved.update(run.solver for run in runs if run.solved)
+    sides = ([], [])
+    for solver, count in solved.most_common():
+        is_peer = not solver.startswith(scoreboard.OURS)
+        sides[is_peer].append(f"{solver.removeprefix(scoreboard.OURS)} {count}")
+    named = title.format(
+        count=len({run.problem for run in runs}), size=max(run.size for run in runs)
     )
-    named = ", ".join(
-        f"{solver.removeprefix('hessopt ')} {solved[solver]}" for solver in ours
-    )
-    count = len({row["problem"] for row in rows})
-    return (
-        f"CUTEst problems solved, of {count}",
-        named,
-        ", ".join(f"{solver} {solved[solver]}" for solver in theirs[:4])
-        + " (the best four)",
-    )
+    best = " (the best four)" if len(sides[1]) > 4 else ""
+    return named, ", ".join(sides[0]), ", ".join(sides[1][:4]) + best
 
 
 def _pinn(home: Records) -> tuple[str, str, str]:
@@ -154,8 +163,9 @@ def _pinn(home: Records) -> tuple[str, str, str]:
     whole = home["gauss-newton"]["whole"]
     named += f", after {whole['steps'][-1]} Gauss-Newton {whole['errors'][-1]:.1e}"
     named += f" ({whole['seconds'][-1]:.0f} s)"
+    size = sum((m + 1) * n for m, n in itertools.pairwise(poisson.SIZES))
     return (
-        f"relative error of a PINN after {steps} steps",
+        f"relative error of a PINN of the 3-D Poisson equation, n = {size}, after {steps} steps",
         named,
         f"Adam {errors['adam']:.1e}",
     )
@@ -180,7 +190,7 @@ def _training(home: Records) -> tuple[str, str, str]:
     own = min(home["training"]["scikit-learn"], key=lambda row: row["loss"])
     epochs = home["training"]["epochs"]
     return (
-        f"loss on digits after {epochs} epochs",
+        f"loss of a 64-100-10 network on digits after {epochs} epochs in batches of 200",
         f"{named}, without a learning rate",
         f"{best}, each at the best rate of a grid; scikit-learn {own['loss']:.4f}",
     )
@@ -208,7 +218,7 @@ def _hessian(home: Records) -> tuple[str, str, str]:
     of = "Hessian, 64-32-10", "hessopt.hessian", "jax.hessian"
     time, memory = _ratio(home, *of), _ratio(home, *of, "temporary MB")
     return (
-        "Hessian of a 64-32-10 network",
+        "Hessian of a 64-32-10 network, 1500 images",
         f"`hessian`: {time:.2f} of the time, {memory:.3f} of the memory",
         "`jax.hessian`: 1",
     )
@@ -221,7 +231,7 @@ def _taylor(home: Records) -> tuple[str, str, str]:
         for name in ("hessopt.taylor, order 3", "jax.hessian of phi")
     )
     return (
-        "derivatives along the updates of 60 tensors, cost in gradients",
+        "derivatives along the updates of 60 tensors, 512 images, cost in gradients",
         f"`taylor`, order 3: {ours:.0f}",
         f"`jax.hessian`, order 2: {theirs:.0f}",
     )
@@ -235,7 +245,7 @@ def _lanes(home: Records) -> tuple[str, str, str]:
         "optax.lbfgs in minimize",
     )
     return (
-        "64 vmapped runs of 10 steps of L-BFGS, in `minimize`",
+        "64 vmapped runs of 10 steps of L-BFGS in `minimize`, 64-16-10 network",
         f"`lbfgs`: {ratio:.2f} of the time",
         "`optax.lbfgs`: 1",
     )
