@@ -219,6 +219,16 @@ class _Renaming(inspect.Signature):
         return super().bind_partial(*args, **_by_new_names(self.names, kwargs))
 
 
+def warn_renamed(old: str, new: str, depth: int = 3) -> None:
+    """Warn that a name is old; `depth` is that of the user's code above this
+    function."""
+    warnings.warn(
+        f"{old} is named {new}; the old name works until {REMOVED_IN}",
+        DeprecationWarning,
+        stacklevel=depth,
+    )
+
+
 def _by_new_names(
     names: Mapping[str, str], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -232,11 +242,7 @@ def _by_new_names(
             raise TypeError(
                 f"{old} is the old name of {new}: give {new} alone, not both"
             )
-        warnings.warn(
-            f"{old} is named {new}; the old name works until {REMOVED_IN}",
-            DeprecationWarning,
-            stacklevel=3,
-        )
+        warn_renamed(old, new, depth=4)
         found[new] = found.pop(old)
     return found
 
@@ -254,11 +260,7 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
     def attribute(name: str) -> Any:
         if name not in names:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(
-            f"{module}.{name} is named {names[name]}; the old name works until {REMOVED_IN}",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        warn_renamed(f"{module}.{name}", names[name])
         home, _, new = names[name].rpartition(".")
         return getattr(importlib.import_module(home or module), new)
 

@@ -21,16 +21,24 @@ ARGUMENTS = [
 """Functions, old and new names of an argument, and a word that is not its default."""
 
 ATTRIBUTES = [
-    ("hessopt.kinds.rates", "Restricted", "hessopt.kinds.rates", "RateProblem"),
-    ("hessopt.kinds.rates", "Measured", "hessopt.kinds.rates", "Measurement"),
-    ("hessopt.kinds.rates", "Solved", "hessopt.kinds.rates", "RateSolution"),
-    ("hessopt.kinds.step_bounds", "Model", "hessopt.kinds.step_bounds", "StepBound"),
+    ("hessopt.calculus.rates", "Restricted", "hessopt.kinds.rates", "RateProblem"),
+    ("hessopt.calculus.rates", "Measured", "hessopt.kinds.rates", "Measurement"),
+    ("hessopt.calculus.rates", "Solved", "hessopt.kinds.rates", "RateSolution"),
+    ("hessopt.calculus.rates", "RateInfo", "hessopt.kinds.rates", "RateInfo"),
+    ("hessopt.calculus.groups", "Groups", "hessopt.trees.groups", "Groups"),
     (
-        "hessopt.kinds.subproblems",
+        "hessopt.calculus.recycling",
+        "LinesearchInfo",
+        "hessopt.kinds.line_searches",
+        "LinesearchInfo",
+    ),
+    (
+        "hessopt.calculus.subproblems",
         "Subproblem",
         "hessopt.kinds.subproblems",
         "SubproblemSolver",
     ),
+    ("hessopt.numerics.gain_ratio", "Model", "hessopt.kinds.step_bounds", "StepBound"),
     *(
         ("hessopt.numerics.positivity", old, "hessopt.numerics.indefiniteness", new)
         for old, new in [
@@ -167,3 +175,12 @@ def test_an_old_name_is_the_new_thing_and_says_until_when(
 def test_other_names_are_missing_as_in_any_module(module):
     with pytest.raises(AttributeError, match=f"'{module}' has no attribute 'Missing'"):
         _ = importlib.import_module(module).Missing
+
+
+def test_a_field_by_its_old_name_gives_the_same_and_warns():
+    info = trained(hessopt.scale_by_lbfgs())[1].info
+    with pytest.warns(
+        DeprecationWarning, match="gradients is named evaluations"
+    ) as said:
+        assert info.gradients is info.evaluations
+    assert [warning.filename for warning in said] == [__file__]

@@ -47,7 +47,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from hessopt._checks import check_count, check_range, renamed_attributes
+from hessopt._checks import check_count, check_range
 from hessopt.calculus.taylor import Taylor, taylor
 from hessopt.kinds.agreement import (
     Agreement,
@@ -592,13 +592,3 @@ def scaled(updates: Params, labels: Labels, rate: Vector) -> Params:
     return jax.tree.map(
         lambda u, label: (rate[label] * u).astype(u.dtype), updates, labels
     )
-
-
-__getattr__: Callable[[str], Any] = renamed_attributes(
-    __name__,
-    {
-        "Restricted": "RateProblem",
-        "Measured": "Measurement",
-        "Solved": "RateSolution",
-    },
-)

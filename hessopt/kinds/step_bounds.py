@@ -7,12 +7,11 @@ optimization", part I, 2011.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from hessopt._checks import renamed_attributes
 from hessopt.numerics import secular
 from hessopt.numerics.guards import or_one
 from hessopt.typing import Vector
@@ -96,5 +95,3 @@ CUBIC = StepBound(secular.with_cubic_term, _first_sigma, _adapt_sigma)
 """The quadratic model with the term `sigma/3 |p|^3`; the size is sigma."""
 
 STEP_BOUNDS = {"radius": RADIUS, "cubic": CUBIC}
-
-__getattr__: Callable[[str], Any] = renamed_attributes(__name__, {"Model": "StepBound"})

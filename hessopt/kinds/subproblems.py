@@ -7,13 +7,12 @@ In these coordinates a step within a radius, or with a cubic term, costs O(k)
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import renamed_attributes
 from hessopt.calculus.curvature import Curvature, block_hessians, curvature_product
 from hessopt.calculus.krylov import combination, krylov, orthogonalized, within
 from hessopt.calculus.least_squares import Root
@@ -183,8 +182,3 @@ def _outside(Q: jax.Array, c: Vector) -> tuple[jax.Array, Vector]:
     length = norm(q)
     length = jnp.where(length > 10 * jnp.finfo(c.dtype).eps * norm(c), length, 0.0)
     return length, divide(q, length, length > 0)
-
-
-__getattr__: Callable[[str], Any] = renamed_attributes(
-    __name__, {"Subproblem": "SubproblemSolver"}
-)

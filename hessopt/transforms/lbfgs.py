@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hessopt._checks import check_count, injectable
+from hessopt._checks import check_count, injectable, warn_renamed
 from hessopt.kinds.protocol import Call, in_own_unit, transformation
 from hessopt.numerics import compact
 from hessopt.numerics.guards import select, zero_unless
@@ -63,6 +63,12 @@ class LbfgsInfo(NamedTuple):
     evaluations: jax.Array
     # int32 scalar, entries held at bounds; None without bounds
     held: Any
+
+    @property
+    def gradients(self) -> jax.Array:
+        """The old name of `evaluations`, until 0.3."""
+        warn_renamed("LbfgsInfo.gradients", "evaluations")
+        return self.evaluations
 
 
 class LbfgsState(NamedTuple):

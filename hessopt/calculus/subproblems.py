@@ -1,0 +1,13 @@
+"""The old name of `hessopt.kinds.subproblems`, until 0.3."""
+
+from collections.abc import Callable
+from typing import Any
+
+from hessopt._checks import renamed_attributes
+
+__getattr__: Callable[[str], Any] = renamed_attributes(
+    __name__,
+    {
+        "Subproblem": "hessopt.kinds.subproblems.SubproblemSolver",
+    },
+)
