@@ -51,4 +51,4 @@ from hessopt.trees.groups import group_labels as group_labels
 from hessopt.typing import StepStatus as StepStatus
 from hessopt.typing import Termination as Termination
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
