@@ -114,7 +114,13 @@ def gallery(figures: list[str]) -> str:
             + "\n"
         )
     return "\n".join(
-        ["# Examples\n", '<div class="grid cards" markdown>\n', *cards, "</div>\n"]
+        [
+            "# Examples\n",
+            "[Tasks](../tasks/index.md) are shorter programs, one for each kind of problem.\n",
+            '<div class="grid cards" markdown>\n',
+            *cards,
+            "</div>\n",
+        ]
     )
 
 
