@@ -23,7 +23,7 @@ def pytest_collection_finish():
     """Collect garbage less often, and never what the modules have created: the
     collector would visit all of it again and again while JAX traces."""
     gc.freeze()
-    gc.set_threshold(100_000, 20, 100)
+    gc.set_threshold(50_000, 10, 10)
 
 
 def pytest_runtest_teardown():
@@ -32,3 +32,4 @@ def pytest_runtest_teardown():
         from tests import contract  # not before the configuration
 
         contract.forget()
+        gc.collect()
