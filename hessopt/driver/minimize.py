@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 MAX_DENSE_SIZE = 512
 """Number of real parameters up to which derivatives are computed from the dense
 Hessian. Conjugate gradients would need as many products."""
+LOG_EVERY = 50
+"""Number of steps between two reports of a run, by default."""
 MAX_ENCLOSED_SIZE = 2**14
 """Total size of a solution up to which its run is enclosed in a loop."""
 
@@ -104,7 +106,7 @@ class Solution(NamedTuple):
     # outward, and the fixed ones; None without bounds
     held: Params = None
     info: BoundsInfo | None = None  # None without bounds
-    history: History | None = None  # None without progress or a callback
+    history: History | None = None  # None without progress, log_every or a callback
 
     @property
     def converged(self) -> jax.Array:
@@ -141,7 +143,7 @@ def minimize(
     xtol: float = 0.0,
     has_aux: bool = False,
     progress: bool = False,
-    log_every: int = 50,
+    log_every: int | None = None,
     callback: Callable[[Solution], object] | None = None,
 ) -> Solution:
     """Minimize an objective with any optax transformation, in one compiled loop.
@@ -171,14 +173,13 @@ def minimize(
       has_aux: whether value_fn returns `(value, aux)`; aux is evaluated once, at the
         solution.
       progress: whether to show a progress bar (requires tqdm), also in notebooks, with
-        the value, the gradient, the size of the last step and the evaluations. The run
-        is then divided into compiled blocks of log_every steps. Ctrl-C between two
-        blocks returns the best point so far, as INTERRUPTED. Not available under jit,
-        vmap or grad.
-      log_every: steps per block, with progress or a callback.
+        the value, the gradient, the size of the last step and the evaluations.
+      log_every: steps per block, 50 by default. With progress, log_every or a callback
+        the run is divided into compiled blocks; `solution.history` has an entry for
+        each. Ctrl-C between two blocks returns the best point so far, as INTERRUPTED.
+        Not available under jit, vmap or grad.
       callback: `callback(solution)`, called with the best point so far after every
-        block; a true return value stops the run, as INTERRUPTED. `solution.history`
-        is the course of the run, also in the result.
+        block; a true return value stops the run, as INTERRUPTED.
 
     Returns:
       A `Solution`. `solution.converged` tells whether a tolerance ended the run,
@@ -205,7 +206,8 @@ def minimize(
       TypeError: for data that value_fn requires but does not receive, data that
         value_fn does not take, or data that are not arrays; for params that are not
         floating or complex; for a tx that is not an optax transformation; for has_aux
-        with a `composite`; for progress or a callback under a transformation of JAX.
+        with a `composite`; for progress, log_every or a callback under a
+        transformation of JAX.
       ImportError: for progress without tqdm.
 
     Cost: per step one update of `tx`, and one value and gradient unless its line search
@@ -224,6 +226,8 @@ def minimize(
     Source: Blondel et al., "Efficient and modular implicit differentiation", arXiv
     2105.15183, for the derivatives.
     """
+    in_blocks = progress or callback is not None or log_every is not None
+    log_every = LOG_EVERY if log_every is None else log_every
     check_count("log_every", log_every)
     check_range("max_steps", max_steps, 0, np.iinfo(np.int32).max)
     if not isinstance(max_steps, Tracer) and not float(max_steps).is_integer():
@@ -274,7 +278,7 @@ def minimize(
         _scalar(max_steps, np.int32),
         *(_scalar(tolerance, real) for tolerance in (gtol, ftol, xtol)),
     )
-    if not progress and callback is None:
+    if not in_blocks:
         return _solve_jit(problem, params, opt_state, data, limits)
     return _in_blocks(
         problem,
@@ -553,7 +557,7 @@ def _in_blocks(
     run = _begin_jit(problem, params, state, data, limits)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(run)):
         raise TypeError(
-            "minimize supports progress and callback only in a plain call, not under jit, vmap or grad"
+            "minimize supports progress, log_every and callback only in a plain call, not under jit, vmap or grad"
         )
     run = run._replace(move=jnp.zeros_like(run.extent))
     course = _Course(_row(run, began))

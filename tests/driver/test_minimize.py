@@ -756,6 +756,14 @@ def test_the_history_is_that_of_single_steps_by_hand():
     np.testing.assert_allclose(history.step_sizes, [0.0, *moves], rtol=1e-9)
 
 
+def test_log_every_alone_keeps_a_history():
+    start = jnp.array([-1.2, 1.0])
+    solution = minimize(rosenbrock, start, NEWTON, log_every=5)
+    steps = int(solution.steps)
+    assert solution.history.steps.tolist() == [*range(0, steps, 5), steps]
+    assert minimize(rosenbrock, start, NEWTON).history is None
+
+
 def test_a_callback_may_end_the_run():
     solution = minimize(
         rosenbrock,
