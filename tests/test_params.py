@@ -71,6 +71,13 @@ def test_floats_arrays_of_numpy_none_and_records_are_params(case):
 
 
 @CASES
+def test_a_state_has_no_empty_arrays(case):
+    # Orbax refuses them, and `jax.lax.map` in batches cannot divide them
+    state = jax.eval_shape(case.make().init, jax.tree.map(jnp.asarray, good_params()))
+    assert all(leaf.size for leaf in jax.tree.leaves(state))
+
+
+@CASES
 def test_an_empty_tree_is_params(case):
     updates, _ = jax.eval_shape(lambda: updated(case, case.make(), {}))
     assert updates == {}

@@ -28,6 +28,7 @@ Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 6.3; Al-B
 Urban, Stefanou and Pons, arXiv 2405.04230.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,21 +99,23 @@ class InverseHessian(NamedTuple):
 
     weights: jax.Array  # (2,), a and b
     base: Matrix  # (n, n), ignored where b is 0
-    columns: jax.Array  # (2 k, n), c_j
-    terms: jax.Array  # (2 k,), t_j, zero in unused slots
+    columns: Any  # (2 k, n), c_j; None for k = 0
+    terms: Any  # (2 k,), t_j, zero in unused slots; None for k = 0
 
 
 def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
     """Return shapes and dtypes, with storage for the terms of `room` updates; arrays of
     zeros represent the zero matrix."""
-    shape: Any = jax.ShapeDtypeStruct
-    sizes = (2,), (n, n), (2 * room, n), (2 * room,)
-    return InverseHessian(*(shape(size, dtype) for size in sizes))
+    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    whole = InverseHessian(shape((2,)), shape((n, n)), None, None)
+    if not room:
+        return whole
+    return whole._replace(columns=shape((2 * room, n)), terms=shape((2 * room,)))
 
 
 def room(H: InverseHessian) -> int:
     """Return the number of updates for which terms can be stored."""
-    return len(H.terms) // 2
+    return 0 if H.terms is None else len(H.terms) // 2
 
 
 def product(H: InverseHessian, g: Vector) -> Vector:
@@ -153,7 +156,7 @@ def updated(
     if not room(H):
         columns = jnp.where(good, columns, 0.0)
         whole = folded(InverseHessian(weights, H.base, columns, terms))
-        return whole._replace(columns=H.columns, terms=H.terms)
+        return whole._replace(columns=None, terms=None)
     # the slot is written in both cases, since XLA would copy all columns otherwise
     old = jax.lax.dynamic_slice_in_dim(H.columns, start, 2)
     put = jax.lax.dynamic_update_slice_in_dim
@@ -169,9 +172,11 @@ def restarted(
     H: InverseHessian, condition: jax.Array, scale: jax.Array
 ) -> InverseHessian:
     """Return `scale I` if the condition holds, else H; the base is not written."""
-    identity = jnp.stack([scale, jnp.zeros_like(scale)]), 0.0
-    weights, terms = select(condition, identity, (H.weights, H.terms))
-    return H._replace(weights=weights, terms=terms)
+    identity = jnp.stack([scale, jnp.zeros_like(scale)])
+    H = H._replace(weights=select(condition, identity, H.weights))
+    if not room(H):
+        return H
+    return H._replace(terms=select(condition, 0.0, H.terms))
 
 
 def folded(H: InverseHessian) -> InverseHessian:
@@ -180,9 +185,20 @@ def folded(H: InverseHessian) -> InverseHessian:
     base = jnp.where(b == 0, 0.0, b * base) + jnp.where(
         jnp.eye(len(base), dtype=bool), a, 0.0
     )
-    # a sum of outer products: XLA's matrix product is slower on CPUs and not exactly
-    # symmetric. With the added zero all entries round their products alike, even if
-    # the compiler fuses some products with the sum
+    return H._replace(
+        weights=jnp.array([0.0, 1.0], H.weights.dtype),
+        base=base if H.terms is None else _with_terms(base, H, a),
+        terms=None if H.terms is None else jnp.zeros_like(H.terms),
+    )
+
+
+def _with_terms(base: Matrix, H: InverseHessian, a: jax.Array) -> Matrix:
+    """Add the terms of H to a matrix; `a` is any finite scalar.
+
+    The sum is one of outer products: XLA's matrix product is slower on CPUs and not
+    exactly symmetric. With the added zero all entries round their products alike, even
+    if the compiler fuses some products with the sum.
+    """
     zero = (a > jnp.inf).astype(base.dtype)
     n, terms = len(base), H.terms
     columns = jnp.sqrt(jnp.abs(terms))[:, None] * H.columns
@@ -192,11 +208,7 @@ def folded(H: InverseHessian) -> InverseHessian:
         columns = jax.lax.optimization_barrier(padded)
     for sign, column in zip(jnp.sign(terms), columns[:, :n], strict=True):
         base = base + ((sign * column)[:, None] * column + zero)
-    return H._replace(
-        weights=jnp.array([0.0, 1.0], H.weights.dtype),
-        base=base,
-        terms=jnp.zeros_like(H.terms),
-    )
+    return base
 
 
 def dense(H: InverseHessian) -> Matrix:

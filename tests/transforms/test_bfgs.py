@@ -214,13 +214,8 @@ def test_a_matrix_that_is_no_longer_positive_definite_begins_anew(factor):
     state = tx.init(x)
     for scale in (1.0, 0.5):
         _, state = tx.update(scale * x, state, scale * x)
-    (weights, base, columns, terms), last = (
-        state.inverse,
-        state.last.at[2].multiply(factor),
-    )
-    spoilt = broyden.InverseHessian(
-        factor * weights, factor * base, columns, factor * terms
-    )
+    H, last = state.inverse, state.last.at[2].multiply(factor)
+    spoilt = jax.tree.map(lambda leaf: factor * leaf, H)._replace(columns=H.columns)
     p, state = tx.update(0.4 * x, state._replace(inverse=spoilt, last=last), 0.4 * x)
     assert StepStatus.MEMORY_RESET in status(state)
     # the pair itself is sound
