@@ -26,6 +26,11 @@ def main(folder: pathlib.Path, steps: int) -> None:
     """Train, from the newest checkpoint on."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_disable_most_optimizations", True)
+    # one run compiles for those that follow; older versions of JAX reload programs that
+    # call LAPACK wrongly
+    if jax.__version_info__ >= (0, 10):
+        jax.config.update("jax_compilation_cache_dir", str(folder.parent / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     runs: dict[str, Any] = {}
     updates = {}
     for case in HESSOPT:

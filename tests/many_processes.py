@@ -11,6 +11,7 @@ def main(address: str, process: int, file: str, problem: str, dtype: str) -> Non
     one writes the parameters."""
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_num_cpu_devices", 2)
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.distributed.initialize(address, 2, process)
 
     import numpy as np

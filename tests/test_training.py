@@ -14,6 +14,8 @@ from sklearn.datasets import load_digits, load_wine
 from hessopt import generalized_newton, grouped_newton
 from tests.problems import cross_entropy, init_mlp
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 SEEDS = jnp.arange(100, 105)
 
 

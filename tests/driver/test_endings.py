@@ -13,6 +13,8 @@ from scipy.optimize import least_squares
 import hessopt
 from tests.marks import slow_if
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 GAUSS_NEWTON = {"curvature": "gauss_newton"}
 METHODS = {
     "newton": hessopt.newton,
