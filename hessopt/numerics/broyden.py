@@ -28,7 +28,6 @@ Source: Nocedal and Wright, "Numerical Optimization", 2nd ed., section 6.3; Al-B
 Urban, Stefanou and Pons, arXiv 2405.04230.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,11 +105,13 @@ class InverseHessian(NamedTuple):
 def shapes(n: int, room: int, dtype: jax.typing.DTypeLike) -> InverseHessian:
     """Return shapes and dtypes, with storage for the terms of `room` updates; arrays of
     zeros represent the zero matrix."""
-    shape: Any = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
-    whole = InverseHessian(shape((2,)), shape((n, n)), None, None)
+    shape: Any = jax.ShapeDtypeStruct
+    whole = InverseHessian(shape((2,), dtype), shape((n, n), dtype), None, None)
     if not room:
         return whole
-    return whole._replace(columns=shape((2 * room, n)), terms=shape((2 * room,)))
+    return whole._replace(
+        columns=shape((2 * room, n), dtype), terms=shape((2 * room,), dtype)
+    )
 
 
 def room(H: InverseHessian) -> int:
